@@ -1,0 +1,55 @@
+# Two commands: `make serve` and `make test`. Each needs only Python and make, and sets up .venv itself.
+
+CONFIG ?= configs/tiny.yaml
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help serve test check format benchmark lock clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C
+	@exec $(BIN)/python -m serve_app $(CONFIG) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
+
+test: .venv/dev.stamp ## Run the tests
+	$(BIN)/pytest
+
+check: .venv/dev.stamp ## Lint, check the formatting and the types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/dev.stamp ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
+	$(BIN)/python -m tests.benchmarks.overhead
+
+# The local part of a version ("+cpu") says which build of torch this machine has, not which one to have.
+lock: .venv/dev.stamp ## Choose the newest versions that pyproject.toml allows and write them down
+	cd $(CURDIR) && for lock in "requirements.lock" "requirements-dev.lock --extra=dev"; do \
+	  $(BIN)/pip-compile --quiet --upgrade --strip-extras --no-emit-index-url --no-emit-find-links \
+	    --no-emit-trusted-host --no-header --annotation-style=line pyproject.toml --output-file $$lock || exit; \
+	done
+	sed -i 's/+cpu\b//' requirements.lock requirements-dev.lock
+
+clean: ## Remove the environment and the caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+
+.venv/serve.stamp: requirements.lock pyproject.toml
+	$(call install,requirements.lock)
+
+.venv/dev.stamp: requirements-dev.lock pyproject.toml
+	$(call install,requirements-dev.lock)
+	@touch .venv/serve.stamp
+
+# A torch that is in .venv already and of the locked version, PyTorch's CPU build say, is kept.
+define install
+	@echo "Installing $(1) into .venv; this takes a minute or two."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r $(1)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+endef
