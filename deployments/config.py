@@ -1,0 +1,89 @@
+"""The part of the configuration that describes models and their stages."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from deployments.families import FAMILIES, Family
+
+
+class Config(BaseModel):
+    """Base of every part: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageConfig(Config):
+    """One stage of a model: where it runs and how."""
+
+    deployment: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the stage's Ray Serve deployment, passed through: `num_replicas`, "
+        "`autoscaling_config`, `ray_actor_options` (`num_gpus`, `num_cpus`, …), `max_ongoing_requests`, …",
+    )
+    device: Literal["cuda", "cpu"] = Field(
+        default="cuda", description="`cuda` or `cpu`; Ray picks which GPU."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="Precision of the weights and of the arithmetic."
+    )
+    cpu_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Threads of one replica's CPU arithmetic; unset, Ray's choice (its `num_cpus`). "
+        "On a CPU the same seed gives the same bytes only with the same number.",
+    )
+
+
+class Defaults(Config):
+    """What a request that leaves a parameter out gets."""
+
+    steps: int = Field(default=50, ge=1, description="Denoising steps.")
+    guidance_scale: float = Field(
+        default=1.5, ge=0, allow_inf_nan=False, description="Classifier-free guidance; off at 1 and below."
+    )
+    width: int = Field(default=1024, ge=1, description="In pixels; edits take the first source's instead.")
+    height: int = Field(default=1024, ge=1, description="In pixels; likewise.")
+
+
+class ModelConfig(Config):
+    """One model that the server offers."""
+
+    name: str = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="What clients call it."
+    )
+    family: str = Field(description="The architecture: `glm_image`.")
+    checkpoint: str = Field(
+        min_length=1,
+        description="A folder in diffusers' layout, a Hub id (then `revision` too), or `tiny`: "
+        "random weights, for trying things out on a CPU.",
+    )
+    revision: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{40}$",
+        description="The Hub commit to load, all 40 digits of it: what runs today runs tomorrow.",
+    )
+    defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
+    prior: StageConfig = Field(default_factory=StageConfig, description="The autoregressive stage.")
+    decoder: StageConfig = Field(default_factory=StageConfig, description="The diffusion stage.")
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, family: str) -> str:
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+        return family
+
+    @model_validator(mode="after")
+    def _legal_default_size(self) -> Self:
+        width, height = self.defaults.width, self.defaults.height
+        if not self.traits.is_legal_size(width, height):
+            raise ValueError(f"default size {width}x{height}: each side must be {self.traits.legal_sides}")
+        return self
+
+    @property
+    def traits(self) -> Family:
+        """What is known of the model's family."""
+        return FAMILIES[self.family]

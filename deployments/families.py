@@ -1,0 +1,112 @@
+"""The model families: what the API plane must know of each, and where its engines are.
+
+A family is a package with a `prior` module that defines `PriorEngine` and a `decoder` module that
+defines `Decoder`. Importing this module loads no torch: only the replica that runs an engine does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    import threading
+
+    from deployments.config import ModelConfig
+    from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
+
+
+class PriorEngine(Protocol):
+    """Turns a prompt and source images into prior tokens. Used by one thread at a time."""
+
+    @classmethod
+    def load(cls, model: ModelConfig) -> PriorEngine:
+        """Load the components of the prior stage and no others.
+
+        Raises:
+            CheckpointError: one of them is missing or does not fit.
+        """
+
+    def generate(self, request: PriorRequest, cancelled: threading.Event) -> PriorTokens:
+        """Make the prior tokens of one unit.
+
+        Raises:
+            Cancelled: `cancelled` was set; within a token.
+        """
+
+
+class Decoder(Protocol):
+    """Turns prior tokens into pixels. Used by one thread at a time."""
+
+    @classmethod
+    def load(cls, model: ModelConfig) -> Decoder:
+        """Load the components of the decoder stage and no others.
+
+        Raises:
+            CheckpointError: one of them is missing or does not fit.
+        """
+
+    def decode(self, request: DecodeRequest, cancelled: threading.Event) -> Pixels:
+        """Make the pixels of one unit.
+
+        Raises:
+            Cancelled: `cancelled` was set; within a denoising step.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        package: where its engines are.
+        side_multiple: both sides of every image, made or given, are multiples of it.
+        min_side: of every image, in pixels.
+        max_side: of every image, in pixels.
+        max_aspect: of a source image, longer side over shorter.
+        max_sources: source images of one edit.
+    """
+
+    package: str
+    side_multiple: int
+    min_side: int
+    max_side: int
+    max_aspect: int
+    max_sources: int
+
+    @property
+    def legal_sides(self) -> str:
+        """In words, for messages."""
+        return f"a multiple of {self.side_multiple} from {self.min_side} to {self.max_side}"
+
+    def is_legal_size(self, width: int, height: int) -> bool:
+        """Whether an image of this size, in pixels, can be made."""
+        return all(
+            side % self.side_multiple == 0 and self.min_side <= side <= self.max_side
+            for side in (width, height)
+        )
+
+    def prior_engine(self) -> type[PriorEngine]:
+        """Import the family's prior engine."""
+        module = importlib.import_module(f"{self.package}.prior")
+        return cast("type[PriorEngine]", module.PriorEngine)
+
+    def decoder(self) -> type[Decoder]:
+        """Import the family's decoder."""
+        module = importlib.import_module(f"{self.package}.decoder")
+        return cast("type[Decoder]", module.Decoder)
+
+
+FAMILIES = {
+    # Sizes: the model's documentation (512-2048, multiples of 32); its image processor's aspect limit
+    # is in transformers' image_processing_pil_glm_image.py, `smart_resize`.
+    "glm_image": Family(
+        package="deployments.glm_image",
+        side_multiple=32,
+        min_side=512,
+        max_side=2048,
+        max_aspect=4,
+        max_sources=4,
+    ),
+}

@@ -1,0 +1,1 @@
+"""GLM-Image: checkpoint loading, the prior engine, the decoder and a tiny checkpoint."""

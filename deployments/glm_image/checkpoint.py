@@ -1,0 +1,144 @@
+"""Loading of GLM-Image checkpoints: a stage's own components, safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    GlmImagePipeline,
+    GlmImageTransformer2DModel,
+)
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+from transformers import ByT5Tokenizer, GlmImageForConditionalGeneration, GlmImageProcessor, T5EncoderModel
+
+from deployments.errors import CheckpointError
+from deployments.glm_image import tiny
+
+if TYPE_CHECKING:
+    from deployments.config import ModelConfig
+
+logger = logging.getLogger("ray.serve")
+
+PRIOR_COMPONENTS = {
+    "processor": GlmImageProcessor,
+    "vision_language_encoder": GlmImageForConditionalGeneration,
+}
+DECODER_COMPONENTS = {
+    "tokenizer": ByT5Tokenizer,
+    "text_encoder": T5EncoderModel,
+    "transformer": GlmImageTransformer2DModel,
+    "vae": AutoencoderKL,
+    "scheduler": FlowMatchEulerDiscreteScheduler,
+}
+FILE_TYPES = ("json", "jinja", "model", "safetensors", "txt")
+"""What is downloaded of a component's folder: settings, vocabularies and safe weights."""
+
+
+def load_prior(model: ModelConfig) -> tuple[GlmImageForConditionalGeneration, GlmImageProcessor]:
+    """Load the autoregressive model, on its device, and its processor.
+
+    Raises:
+        CheckpointError: the checkpoint or one of the two components is missing or does not fit.
+    """
+    parts = _load(model, PRIOR_COMPONENTS, device=model.prior.device, dtype=model.prior.dtype)
+    return parts["vision_language_encoder"], parts["processor"]
+
+
+def load_decoder(model: ModelConfig) -> GlmImagePipeline:
+    """Load upstream's pipeline, on its device, without the autoregressive model.
+
+    Raises:
+        CheckpointError: the checkpoint or one of the components is missing or does not fit.
+    """
+    parts = _load(model, DECODER_COMPONENTS, device=model.decoder.device, dtype=model.decoder.dtype)
+    return GlmImagePipeline(**parts, vision_language_encoder=None, processor=None)
+
+
+def _load(model: ModelConfig, components: dict[str, Any], *, device: str, dtype: str) -> dict[str, Any]:
+    began = time.monotonic()
+    folder = _locate(model, list(components))
+    parts = {
+        name: _load_component(folder, name, cls, device=torch.device(device), dtype=getattr(torch, dtype))
+        for name, cls in components.items()
+    }
+    logger.info(
+        "%s: loaded %s from %s as %s on %s in %.1f s",
+        *(model.name, ", ".join(parts), folder, dtype, device, time.monotonic() - began),
+    )
+    return parts
+
+
+def _locate(model: ModelConfig, components: list[str]) -> Path:
+    """The checkpoint's folder, with at least these components downloaded if it comes from the Hub."""
+    if model.checkpoint == "tiny":
+        return tiny.cached()
+    folder = Path(model.checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.revision is None:
+        raise CheckpointError(
+            f"checkpoint {model.checkpoint!r} is not a folder on this machine; "
+            "if it is a Hub id, give `revision` (a commit's 40 digits) too"
+        )
+    try:
+        return Path(
+            snapshot_download(
+                model.checkpoint,
+                revision=model.revision,
+                allow_patterns=[
+                    "model_index.json",
+                    *(f"{name}/*.{suffix}" for name in components for suffix in FILE_TYPES),
+                ],
+                tqdm_class=_LoggedProgress,
+            )
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {model.checkpoint!r} at revision {model.revision} could not be had: {error}"
+        ) from error
+
+
+def _load_component(folder: Path, name: str, cls: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load one component.
+
+    The class is ours to say, not the checkpoint's: what the index declares is only compared.
+    """
+    try:
+        declared = json.loads((folder / "model_index.json").read_text())[name][1]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder}: model_index.json lists no component {name!r}") from error
+    if declared != cls.__name__:
+        raise CheckpointError(f"{folder}: component {name!r} is a {declared}, not a {cls.__name__}")
+    if not (folder / name).is_dir():
+        raise CheckpointError(f"{folder}: component {name!r} is missing")
+    has_weights = issubclass(cls, torch.nn.Module)
+    try:
+        if not has_weights:
+            return cls.from_pretrained(folder / name)
+        component, report = cls.from_pretrained(
+            folder / name, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever the libraries raise, the component is to be named
+        raise CheckpointError(f"{folder}: component {name!r} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        # The libraries fill such gaps with random numbers: an image would come, of noise.
+        raise CheckpointError(f"{folder}: component {name!r} lacks the weights {', '.join(missing[:3])} …")
+    return component.to(device)
+
+
+class _LoggedProgress(tqdm):  # type: ignore[misc]
+    """A progress bar for a log: a line now and then instead of one that is painted over."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "mininterval": 10, "disable": False})
+
+    def display(self, *_: Any, **__: Any) -> None:
+        logger.info("%s", self)

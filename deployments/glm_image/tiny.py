@@ -1,0 +1,325 @@
+"""A small GLM-Image checkpoint with random weights, made of the real classes.
+
+It has the folder layout of the released checkpoint and is loaded by the same code, so that the whole
+server runs, for real, on a laptop. What it paints is noise. `TINY` takes seconds and megabytes;
+`BENCHMARK` is large enough for timings to mean something.
+
+    python -m deployments.glm_image.tiny FOLDER [--preset benchmark] [--prior-layers 4 …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    GlmImagePipeline,
+    GlmImageTransformer2DModel,
+)
+from huggingface_hub import cached_assets_path
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    ByT5Tokenizer,
+    GenerationConfig,
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    GlmImageProcessor,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
+
+VISION_SPECIAL_TOKENS = 2
+"""Image start and image end, the first ids past the codebook, as in the released checkpoint."""
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{{ bos_token }}<|image|>{{ eos_token }}
+{%- else -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What may be chosen about the random checkpoint. Everything else follows or is as released.
+
+    Attributes:
+        codebook: image tokens, those above it are special.
+        prior_width: hidden size of the autoregressive language model, a multiple of 16 × `prior_heads`.
+        prior_layers: its layers.
+        prior_heads: its attention heads; a quarter of them (at least one) hold keys and values.
+        vision_width: hidden size of the vision encoder, a multiple of 4.
+        vision_layers: its layers.
+        decoder_heads: attention heads of the DiT, each of 16 channels.
+        decoder_layers: its blocks.
+        glyph_width: hidden size of the glyph encoder, a multiple of 2.
+        vae_width: channels of the VAE's outermost block, a multiple of 4.
+        seed: of the weights.
+    """
+
+    codebook: int = 256
+    prior_width: int = 64
+    prior_layers: int = 2
+    prior_heads: int = 4
+    vision_width: int = 32
+    vision_layers: int = 2
+    decoder_heads: int = 4
+    decoder_layers: int = 2
+    glyph_width: int = 32
+    vae_width: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < (0 if field.name == "seed" else 1):
+                raise ValueError(f"{field.name} must be positive, not {getattr(self, field.name)}")
+        for name, multiple in (
+            ("prior_width", 16 * self.prior_heads),
+            ("vision_width", 4),
+            ("glyph_width", 2),
+            ("vae_width", 4),
+        ):
+            if getattr(self, name) % multiple:
+                raise ValueError(f"{name} must be a multiple of {multiple}, not {getattr(self, name)}")
+
+
+TINY = Sizes()
+BENCHMARK = Sizes(
+    codebook=1024, prior_width=512, prior_layers=10, prior_heads=8, decoder_heads=16, decoder_layers=6
+)
+PRESETS = {"tiny": TINY, "benchmark": BENCHMARK}
+
+
+def cached(sizes: Sizes = TINY) -> Path:
+    """The folder of the checkpoint of these sizes in the user's cache, written when it is not there yet.
+
+    The folder's name holds a digest of the sizes and of this file, so that a changed recipe is never
+    served from an old cache. Safe when several processes ask at once.
+    """
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + repr(sizes).encode()).hexdigest()[:16]
+    folder: Path = cached_assets_path("glm-image-server", namespace="tiny") / recipe
+    if not folder.exists():
+        write(folder, sizes)
+    return folder
+
+
+def write(folder: Path, sizes: Sizes = TINY) -> None:
+    """Write a checkpoint to `folder`, which appears at once and whole.
+
+    When another process has written the folder meanwhile, its work is kept: the two are equal.
+
+    Raises:
+        FileExistsError: `folder` is there and holds something other than a checkpoint.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _pipeline(sizes).save_pretrained(scratch, safe_serialization=True)
+        scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        try:
+            scratch.rename(folder)
+        except OSError as error:  # not empty: somebody was there first
+            if not (folder / "model_index.json").exists():
+                raise FileExistsError(f"{folder} exists and is not a checkpoint") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _pipeline(sizes: Sizes) -> GlmImagePipeline:
+    processor = _processor(sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.seed)
+        return GlmImagePipeline(
+            tokenizer=ByT5Tokenizer(),
+            processor=processor,
+            text_encoder=_glyph_encoder(sizes),
+            vision_language_encoder=_prior(sizes, processor),
+            vae=_vae(sizes),
+            transformer=_dit(sizes),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                base_shift=0.25,
+                max_shift=0.75,
+                base_image_seq_len=256,
+                use_dynamic_shifting=True,
+                time_shift_type="linear",
+            ),
+        )
+
+
+def _processor(sizes: Sizes) -> GlmImageProcessor:
+    """Ids: image tokens, then single bytes (a BPE without merges), then the control tokens."""
+    vision = [f"<|dit_token_{i}|>" for i in range(sizes.codebook + VISION_SPECIAL_TOKENS)]
+    image_start, image_end = vision[sizes.codebook :]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({token: id_ for id_, token in enumerate([*vision, *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return GlmImageProcessor(
+        image_processor=GlmImageImageProcessorPil(
+            patch_size=16,
+            merge_size=1,
+            temporal_patch_size=1,
+            size={"shortest_edge": 512 * 512, "longest_edge": 2048 * 2048},
+        ),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=image_start,
+            eos_token=image_end,
+            pad_token="<|endoftext|>",  # noqa: S106 - a token of text, not a secret
+            extra_special_tokens={
+                "image_token": "<|image|>",
+                "grid_bos_token": "<sop>",
+                "grid_eos_token": "<eop>",
+            },
+        ),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _prior(sizes: Sizes, processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
+    tokenizer = processor.tokenizer
+    head = sizes.prior_width // sizes.prior_heads
+    image_end = sizes.codebook + 1
+    model = GlmImageForConditionalGeneration(
+        GlmImageConfig(
+            image_token_id=processor.image_token_id,
+            image_start_token_id=sizes.codebook,
+            image_end_token_id=image_end,
+            text_config={
+                "vocab_size": len(tokenizer),
+                "vision_vocab_size": sizes.codebook + VISION_SPECIAL_TOKENS,
+                "hidden_size": sizes.prior_width,
+                "intermediate_size": 3 * sizes.prior_width,
+                "num_hidden_layers": sizes.prior_layers,
+                "num_attention_heads": sizes.prior_heads,
+                "num_key_value_heads": max(1, sizes.prior_heads // 4),
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": image_end,
+                # The three sections, of time, rows and columns, add up to half a head.
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 1.0,
+                    "mrope_section": [head // 8, head // 8, head // 4],
+                },
+            },
+            vision_config={
+                "depth": sizes.vision_layers,
+                "hidden_size": sizes.vision_width,
+                "intermediate_size": 2 * sizes.vision_width,
+                "num_heads": 2,
+                "patch_size": 16,
+                "image_size": 2048,
+            },
+            vq_config={
+                "num_embeddings": sizes.codebook,
+                "embed_dim": sizes.vision_width,
+                "latent_channels": sizes.vision_width,
+            },
+        )
+    )
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.9,
+        top_p=0.75,
+        pad_token_id=tokenizer.pad_token_id,
+        # Random weights would end the image in the middle of its grid.
+        suppress_tokens=list(range(sizes.codebook, sizes.codebook + VISION_SPECIAL_TOKENS)),
+    )
+    return model
+
+
+def _glyph_encoder(sizes: Sizes) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=384,
+            d_model=sizes.glyph_width,
+            d_kv=sizes.glyph_width // 2,
+            d_ff=2 * sizes.glyph_width,
+            num_layers=1,
+            num_heads=2,
+        )
+    )
+
+
+def _dit(sizes: Sizes) -> GlmImageTransformer2DModel:
+    return GlmImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=sizes.decoder_layers,
+        attention_head_dim=16,
+        num_attention_heads=sizes.decoder_heads,
+        text_embed_dim=sizes.glyph_width,
+        time_embed_dim=64,
+        condition_dim=32,
+        prior_vq_quantizer_codebook_size=sizes.codebook,
+    )
+
+
+def _vae(sizes: Sizes) -> AutoencoderKL:
+    width = sizes.vae_width
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        # Four blocks make the VAE's factor 8; with the DiT's patch of 2 that is one prior token in 16 pixels.
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(width, width, 2 * width, 2 * width),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=1024,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+
+
+def main() -> None:
+    """Write a checkpoint where the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments.glm_image.tiny",
+        description="Write a GLM-Image checkpoint with random weights, to test or to benchmark with.",
+    )
+    parser.add_argument("folder", type=Path, help="where to write it; must not exist yet")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the sizes to begin with")
+    for field in dataclasses.fields(Sizes):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=int,
+            help="; ".join(f"{k}: {getattr(v, field.name)}" for k, v in PRESETS.items()),
+        )
+    options = vars(parser.parse_args())
+    folder, preset = options.pop("folder"), PRESETS[options.pop("preset")]
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if folder.exists():
+        parser.error(f"{folder} exists already")
+    try:
+        sizes = dataclasses.replace(preset, **chosen)
+    except ValueError as error:
+        parser.error(str(error))
+    write(folder.absolute(), sizes)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"wrote {folder} ({size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What crosses a Serve handle: plain, picklable values. No torch, no Ray, no HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+"""An RGB image: shape (height, width, 3), values 0-255."""
+
+TokenGrid = NDArray[np.int64]
+"""Prior tokens of one image: shape (height / 32, width / 32), values below the codebook's size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRequest:
+    """Asks the prior stage for the tokens of one unit.
+
+    Attributes:
+        prompt: plain text. Whatever it contains, none of it is read as a control token.
+        width: of the image to be made, in pixels; legal for the family (see `deployments.families`).
+        height: likewise.
+        seed: 0 to 2**63 - 1. Equal requests with equal seeds get equal tokens.
+        sources: source images, already of legal size; empty for text-to-image.
+    """
+
+    prompt: str
+    width: int
+    height: int
+    seed: int
+    sources: tuple[Pixels, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTokens:
+    """What the prior stage answers.
+
+    Attributes:
+        target: tokens of the image to be made.
+        sources: tokens of each source image, in the order of the request.
+    """
+
+    target: TokenGrid
+    sources: tuple[TokenGrid, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRequest:
+    """Asks the decoder stage for the pixels of one unit.
+
+    Attributes:
+        prompt: as in the prior's request; the decoder reads only the text in quotes.
+        width: in pixels.
+        height: in pixels.
+        seed: of the initial noise, 0 to 2**63 - 1.
+        steps: denoising steps, at least 1.
+        guidance_scale: 0 or more; at 1 and below, guidance is off.
+        tokens: what the prior stage answered.
+        sources: the same source images that the prior stage was given.
+    """
+
+    prompt: str
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance_scale: float
+    tokens: PriorTokens
+    sources: tuple[Pixels, ...] = ()
