@@ -1,0 +1,53 @@
+"""The configuration: what stands under `args` of the application in a Serve config file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, HttpUrl, model_validator
+
+from deployments.config import Config, ModelConfig
+
+
+class Limits(Config):
+    """What a request may ask for."""
+
+    max_prompt_chars: int = Field(default=32_000, ge=1, description="Longest prompt, in characters.")
+    max_images: int = Field(default=10, ge=1, description="Most images of one request (`n`).")
+    max_steps: int = Field(default=100, ge=1, description="Most denoising steps.")
+    max_guidance_scale: float = Field(
+        default=20, ge=0, allow_inf_nan=False, description="Largest guidance scale."
+    )
+    max_body_bytes: int = Field(
+        default=64 * 2**20, ge=1024, description="Largest request body; more is refused while it comes in."
+    )
+
+
+class StorageConfig(Config):
+    """Where results are kept."""
+
+    url: str = Field(
+        default_factory=lambda: str(Path.home() / ".local/share/glm-image-server/files"),
+        description="A folder, or any other URL that fsspec writes to.",
+    )
+
+
+class AppConfig(Config):
+    """The whole configuration of the application."""
+
+    models: tuple[ModelConfig, ...] = Field(
+        min_length=1, description="What is served; the first one is the default."
+    )
+    limits: Limits = Field(default_factory=Limits, description="What a request may ask for.")
+    storage: StorageConfig = Field(default_factory=StorageConfig, description="Where results are kept.")
+    public_url: HttpUrl | None = Field(
+        default=None, description="Base of the URLs in answers; unset, what the client used."
+    )
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"model names must differ, not {names}")
+        return self

@@ -1,0 +1,1 @@
+"""One module an API: its routes, schemas and error envelope, and nothing else."""

@@ -1,0 +1,177 @@
+"""The one path of a request: checked, then for each of its images the prior stage and the decoder stage."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deployments.types import DecodeRequest, PriorRequest
+from serve_app.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from deployments.config import ModelConfig
+    from deployments.types import Pixels, PriorTokens
+    from serve_app.config import Limits
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One request in this server's own words. Parameters left out are None and get the model's defaults.
+
+    Attributes:
+        model: its name, or None for the default model.
+        prompt: what to paint.
+        width: in pixels; both or neither of the two.
+        height: in pixels.
+        n: how many images; image i has the seed `seed` + i.
+        steps: denoising steps.
+        guidance_scale: classifier-free guidance; off at 1 and below.
+        seed: of the first image, 0 to 2**63 - 1; None draws one.
+        sources: images to edit, already legal (see `serve_app.images.decode_source`).
+    """
+
+    prompt: str
+    model: str | None = None
+    width: int | None = None
+    height: int | None = None
+    n: int = 1
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    sources: tuple[Pixels, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedImage:
+    """One image of a generation and the seed that makes it again."""
+
+    pixels: Pixels
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A served model and its two stages."""
+
+    config: ModelConfig
+    prior: Callable[[PriorRequest], Awaitable[PriorTokens]]
+    decode: Callable[[DecodeRequest], Awaitable[Pixels]]
+
+
+class Generator:
+    """Runs generations on the served models.
+
+    Args:
+        models: by name; the first one is the default.
+        limits: what a request may ask for.
+    """
+
+    def __init__(self, models: Mapping[str, Model], limits: Limits) -> None:
+        self._models = models
+        self._limits = limits
+
+    def models(self) -> list[ModelConfig]:
+        """The configurations of all models, the default one first."""
+        return [model.config for model in self._models.values()]
+
+    def model(self, name: str | None) -> ModelConfig:
+        """The configuration of a model, or of the default one.
+
+        Raises:
+            RequestError: 404, there is no such model.
+        """
+        if name is None:
+            return next(iter(self._models.values())).config
+        if name not in self._models:
+            raise RequestError(
+                f"There is no model {name!r:.100}; there are: {', '.join(self._models)}.",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        return self._models[name].config
+
+    async def run(self, generation: Generation) -> list[GeneratedImage]:
+        """Make the images of a request, side by side. Cancelling stops all of them.
+
+        Raises:
+            RequestError: a parameter is out of its range.
+        """
+        config = self.model(generation.model)
+        self._check(generation, config)
+        seed = generation.seed
+        if seed is None:
+            seed = secrets.randbelow(2**53 - generation.n)  # JavaScript holds no larger integers
+        try:
+            async with asyncio.TaskGroup() as group:
+                units = [
+                    group.create_task(self._unit(generation, self._models[config.name], seed + i))
+                    for i in range(generation.n)
+                ]
+        except BaseExceptionGroup as failures:  # one unit failed, and the group has stopped the others
+            raise failures.exceptions[0] from None
+        return [unit.result() for unit in units]
+
+    async def _unit(self, generation: Generation, model: Model, seed: int) -> GeneratedImage:
+        defaults = model.config.defaults
+        width, height = generation.width or defaults.width, generation.height or defaults.height
+        tokens = await model.prior(
+            PriorRequest(
+                prompt=generation.prompt, width=width, height=height, seed=seed, sources=generation.sources
+            )
+        )
+        pixels = await model.decode(
+            DecodeRequest(
+                prompt=generation.prompt,
+                width=width,
+                height=height,
+                seed=seed,
+                steps=defaults.steps if generation.steps is None else generation.steps,
+                guidance_scale=(
+                    defaults.guidance_scale
+                    if generation.guidance_scale is None
+                    else generation.guidance_scale
+                ),
+                tokens=tokens,
+                sources=generation.sources,
+            )
+        )
+        return GeneratedImage(pixels=pixels, seed=seed)
+
+    def _check(self, generation: Generation, model: ModelConfig) -> None:
+        limits, family = self._limits, model.traits
+        if not generation.prompt.strip():
+            raise RequestError("The prompt is empty.", param="prompt")
+        if len(generation.prompt) > limits.max_prompt_chars:
+            raise RequestError(
+                f"The prompt has {len(generation.prompt)} characters; "
+                f"at most {limits.max_prompt_chars} are allowed.",
+                param="prompt",
+                code="string_above_max_length",
+            )
+        size = (generation.width or model.defaults.width, generation.height or model.defaults.height)
+        if not family.is_legal_size(*size):
+            raise RequestError(
+                f"The size {size[0]}x{size[1]} cannot be made; each side must be {family.legal_sides}.",
+                param="size",
+            )
+        for param, value, least, most in (
+            ("n", generation.n, 1, limits.max_images),
+            ("steps", generation.steps, 1, limits.max_steps),
+            ("guidance_scale", generation.guidance_scale, 0, limits.max_guidance_scale),
+            ("seed", generation.seed, 0, MAX_SEED - generation.n + 1),
+        ):
+            if value is not None and not least <= value <= most:
+                raise RequestError(f"{value} is out of range; allowed are {least} to {most}.", param=param)
+        if len(generation.sources) > family.max_sources:
+            raise RequestError(
+                f"{len(generation.sources)} source images were given; "
+                f"{model.name} takes at most {family.max_sources}.",
+                param="sources",
+            )

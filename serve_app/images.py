@@ -1,0 +1,102 @@
+"""Images at the edge: bounded decoding of what users send, encoding of what they get."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from serve_app.errors import RequestError
+
+if TYPE_CHECKING:
+    from deployments.families import Family
+    from deployments.types import Pixels
+
+# Sides are checked before anything is decoded; Pillow would only warn, and of smaller images.
+Image.MAX_IMAGE_PIXELS = None
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+MIN_SOURCE_SIDE = 16
+MAX_SOURCE_SIDE = 8192
+BACKGROUND = (255, 255, 255)
+"""What shows behind transparency and beside a source that is too long for the model: white."""
+
+
+def decode_source(data: bytes, family: Family) -> Pixels:
+    """Decode an image that a user sent and make it one that both stages take as it is.
+
+    Turned upright by its EXIF orientation, flattened onto white, padded with white to the family's
+    widest aspect, and scaled to a legal size (see `legal_size`). A legal opaque image keeps its pixels.
+
+    Raises:
+        RequestError: not a PNG, JPEG or WebP image, broken, animated, or a side not in 16-8192 pixels.
+    """
+    try:
+        # The first bytes decide, not the declared type; no other of Pillow's decoders is reachable.
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    except Exception as error:  # Pillow's errors for broken files are of many kinds
+        raise _bad_source("is not a PNG, JPEG or WebP image") from error
+    if not all(MIN_SOURCE_SIDE <= side <= MAX_SOURCE_SIDE for side in image.size):
+        raise _bad_source(
+            f"is {image.width}x{image.height}; each side must be {MIN_SOURCE_SIDE}-{MAX_SOURCE_SIDE} pixels"
+        )
+    # MPO, a camera's JPEG with a second picture in it, counts as animated; its first frame is meant.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise _bad_source("is animated; send a single frame")
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except Exception as error:
+        raise _bad_source("is broken or incomplete") from error
+    return np.asarray(_fit(_flatten(upright), family))
+
+
+def legal_size(width: int, height: int, family: Family) -> tuple[int, int]:
+    """The legal size nearest to a given one: scaled into the family's range, sides rounded to its multiple.
+
+    The aspect may be changed by the rounding, and is cut to what the range allows.
+    """
+    shorter, longer = sorted((width, height))
+    scale = 1.0
+    if shorter < family.min_side:
+        scale = family.min_side / shorter
+    if longer * scale > family.max_side:
+        scale = family.max_side / longer
+    legal = [round(side * scale / family.side_multiple) * family.side_multiple for side in (width, height)]
+    legal_width, legal_height = (min(max(side, family.min_side), family.max_side) for side in legal)
+    return legal_width, legal_height
+
+
+def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
+    """Encode an image; `quality`, 0-100, is of JPEG and WebP, and PNG is always lossless."""
+    file = io.BytesIO()
+    options = {"png": {}, "jpeg": {"quality": max(quality, 1)}, "webp": {"quality": quality}}[image_format]
+    Image.fromarray(pixels).save(file, image_format, **options)
+    return file.getvalue()
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, BACKGROUND)
+        background.alpha_composite(image)
+        image = background
+    return image.convert("RGB")
+
+
+def _fit(image: Image.Image, family: Family) -> Image.Image:
+    least = -(-max(image.size) // family.max_aspect)  # rounded up
+    padded = (max(image.width, least), max(image.height, least))
+    if padded != image.size:
+        image = ImageOps.pad(image, padded, color=BACKGROUND)
+    size = legal_size(*image.size, family)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _bad_source(problem: str) -> RequestError:
+    return RequestError(f"A source image {problem}.", param="sources", code="invalid_image")
