@@ -48,10 +48,12 @@ class StatusReader:
 
 
 def _state(overview: DeploymentStatusOverview) -> StageState:
-    replicas = {state.value for state in overview.replica_states}
+    # Declared as enums, and sometimes their bare strings; as enums of strings they are both.
+    replicas: set[str] = set(overview.replica_states)
+    status: str = overview.status
     if "RUNNING" in replicas:
         return "ready"
-    if overview.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
+    if status in ("DEPLOY_FAILED", "UNHEALTHY"):
         return "failed"
     if "STARTING" in replicas:
         return "loading"

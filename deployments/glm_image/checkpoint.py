@@ -130,7 +130,7 @@ def _load_component(folder: Path, name: str, cls: Any, *, device: torch.device, 
         raise CheckpointError(f"{folder}: component {name!r} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
         # The libraries fill such gaps with random numbers: an image would come, of noise.
-        raise CheckpointError(f"{folder}: component {name!r} lacks the weights {', '.join(missing[:3])} …")
+        raise CheckpointError(f"{folder}: component {name!r} lacks weights: {', '.join(missing)}")
     return component.to(device)
 
 

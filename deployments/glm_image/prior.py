@@ -25,15 +25,18 @@ ZERO_WIDTH_SPACE = "\u200b"
 class PriorEngine:
     """Samples prior tokens, one request at a time.
 
-    For one seed the tokens are those of `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42), with
-    two differences: the end token, which nobody needs, is not drawn; and where upstream would draw a
-    special token in the middle of the grid, and fail, an image token is drawn in its place.
+    For one seed the tokens are those of `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42), and
+    where upstream would fail, having drawn a special token inside the target grid or an end token before
+    it, an image token is drawn in its place. The end token after the grid is nobody's need: not drawn.
     """
 
     def __init__(self, model: GlmImageForConditionalGeneration, processor: GlmImageProcessor) -> None:
         self._model = model
         self._processor = processor
-        self._codebook_size: int = model.config.vq_config.num_embeddings
+        ids = torch.arange(model.config.text_config.vision_vocab_size, device=model.device)
+        self._special = ids >= model.config.vq_config.num_embeddings
+        end = torch.tensor(model.generation_config.eos_token_id or [], device=model.device)
+        self._end = torch.isin(ids, end)
 
     @classmethod
     def load(cls, model: ModelConfig) -> PriorEngine:
@@ -66,10 +69,9 @@ class PriorEngine:
             **inputs,
             do_sample=True,
             max_new_tokens=total,
-            custom_generate=_sample_image_tokens,
+            custom_generate=_sample,
             generator=torch.Generator(self._model.device).manual_seed(request.seed),
-            total=total,
-            codebook_size=self._codebook_size,
+            forbidden=[self._end] * (total - rows * columns) + [self._special] * (rows * columns),
             cancelled=cancelled,
         )
         target = sequence[0, -rows * columns :].view(rows, columns)
@@ -116,40 +118,37 @@ class PriorEngine:
         return tokens.view(-1)
 
 
-def _sample_image_tokens(
+def _sample(
     model: GlmImageForConditionalGeneration,
     input_ids: torch.Tensor,
     *,
     logits_processor: LogitsProcessorList,
     generator: torch.Generator,
-    total: int,
-    codebook_size: int,
+    forbidden: list[torch.Tensor],
     cancelled: threading.Event,
     **model_kwargs: Any,
 ) -> torch.Tensor:
     """The decoding loop handed to transformers' `generate`, which prepares everything around it.
 
-    Draws `total` image tokens with a generator of the request's own (upstream seeds the whole process).
-    Returns the prompt's and the drawn tokens: shape (1, prompt + total).
+    Draws with a generator of the request's own, where upstream seeds the whole process. `forbidden` has
+    for each token to be drawn a mask over the vocabulary, True for what it must not be.
+    Returns the prompt's and the drawn tokens: shape (1, prompt + drawn).
     """
     del model_kwargs["stopping_criteria"], model_kwargs["generation_config"]  # the end is known
     step: dict[str, Any] = {"is_first_iteration": True}
-    for _ in range(total):
+    for mask in forbidden:
         if cancelled.is_set():
             raise Cancelled
-        outputs = model(
-            **model.prepare_inputs_for_generation(input_ids, **step, **model_kwargs), return_dict=True
-        )
+        inputs = model.prepare_inputs_for_generation(input_ids, **step, **model_kwargs)
+        outputs = model(**inputs, return_dict=True)
         step = {"next_sequence_length": 1}
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].float()
-        scores = logits_processor(input_ids, logits)
-        # After the processors and not before them: whenever the draw is an image token without this,
-        # it is the same one with it.
-        scores[:, codebook_size:] = -torch.inf
-        if torch.isneginf(scores).all():  # only special tokens were likely enough
-            scores = logits
-            scores[:, codebook_size:] = -torch.inf
+        # After the processors and not before them: a draw that is allowed is the same with the mask and
+        # without. Where they leave nothing that is, the model's own preference decides.
+        scores = logits_processor(input_ids, logits).masked_fill(mask, -torch.inf)
+        if torch.isneginf(scores).all():
+            scores = logits.masked_fill(mask, -torch.inf)
         token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=generator)
         input_ids = torch.cat([input_ids, token], dim=-1)
     return input_ids

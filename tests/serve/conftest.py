@@ -1,0 +1,152 @@
+"""A server as a user starts it: `make serve` with the tiny checkpoint, real Ray, real HTTP."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from diffusers import GlmImagePipeline
+from PIL import Image
+
+from deployments.glm_image import tiny
+from deployments.types import Pixels
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 60
+OTHER_SIZES = tiny.Sizes(
+    codebook=128, prior_width=128, prior_layers=3, decoder_heads=2, decoder_layers=3, seed=7
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server. Its model `glm-image` is the tiny checkpoint, `other` one of other sizes.
+
+    Attributes:
+        url: what it printed as its address.
+        printed: everything it printed until it was ready.
+        checkpoints: the folder of each model.
+    """
+
+    url: str
+    printed: str
+    checkpoints: dict[str, Path]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    checkpoints = {"glm-image": tiny.cached(), "other": folder / "other-checkpoint"}
+    tiny.write(checkpoints["other"], OTHER_SIZES)
+    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    arguments = config["applications"][0]["args"]
+    first = arguments["models"][0]
+    arguments["models"].append(first | {"name": "other", "checkpoint": str(checkpoints["other"])})
+    arguments["storage"] = {"url": str(folder / "files")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with served(folder / "config.yaml") as printed:
+        match = re.search(r"Serving on (http://\S+)\. ", printed)
+        assert match, printed
+        yield Server(match[1], printed, checkpoints)
+
+
+@contextmanager
+def served(config: Path) -> Iterator[str]:
+    """Run `make serve` until the block ends, then press Ctrl-C; gives what it has printed when ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    printed: list[str] = []
+    ready = threading.Event()
+    with (
+        # Ray puts sockets there, whose paths may have at most 107 bytes.
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder,
+        subprocess.Popen(
+            ["make", "serve", f"CONFIG={config}", f"PORT={port}"],
+            cwd=ROOT,
+            env=os.environ | {"RAY_TMPDIR": ray_folder, "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a terminal's Ctrl-C goes to a whole group
+        ) as process,
+    ):
+
+        def pump() -> None:
+            assert process.stdout
+            for line in process.stdout:
+                printed.append(line)
+                if line.startswith("  curl "):
+                    ready.set()
+            ready.set()  # it has ended
+
+        pumping = threading.Thread(target=pump)
+        pumping.start()
+        try:
+            assert ready.wait(START_TIMEOUT_S), "".join(printed)
+            assert process.poll() is None, "".join(printed)
+            yield "".join(printed)
+        finally:
+            family = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(STOP_TIMEOUT_S)
+            pumping.join()
+        _, left = psutil.wait_procs(family, timeout=10)
+        assert not left, "Ctrl-C left processes behind"
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+class Upstream:
+    """diffusers' own pipeline, whole, in this process: what the server's pixels are compared with."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        torch.set_num_threads(1)  # as configs/tiny.yaml says
+        self._pipeline = GlmImagePipeline.from_pretrained(checkpoint, local_files_only=True)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def __call__(
+        self,
+        prompt: str,
+        width: int,
+        height: int,
+        *,
+        seed: int,
+        steps: int = 2,
+        sources: tuple[Pixels, ...] = (),
+    ) -> Pixels:
+        result = self._pipeline(
+            prompt,
+            image=[Image.fromarray(source) for source in sources] or None,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=1.5,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return np.asarray(result.images[0])
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Callable[[Path], Upstream]:
+    return functools.cache(Upstream)

@@ -1,0 +1,37 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from deployments.config import ModelConfig, StageConfig
+from deployments.glm_image import tiny
+
+ON_CPU = StageConfig(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    return tiny.cached()
+
+
+@pytest.fixture(scope="session")
+def model_config() -> Callable[..., ModelConfig]:
+    """Makes the configuration of a GLM-Image on the CPU."""
+
+    def make(checkpoint: str | Path = "tiny", revision: str | None = None) -> ModelConfig:
+        return ModelConfig(
+            name="m",
+            family="glm_image",
+            checkpoint=str(checkpoint),
+            revision=revision,
+            prior=ON_CPU,
+            decoder=ON_CPU,
+        )
+
+    return make

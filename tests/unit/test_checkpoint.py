@@ -1,0 +1,118 @@
+"""A stage loads its own components and no others, safely, and says which one is wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deployments.config import ModelConfig
+from deployments.errors import CheckpointError
+from deployments.glm_image import checkpoint
+
+PRIOR = ("processor", "vision_language_encoder")
+DECODER = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+Configure = Callable[..., ModelConfig]
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to be damaged."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
+
+
+def load(stage: str, config: ModelConfig) -> object:
+    return checkpoint.load_prior(config) if stage == "prior" else checkpoint.load_decoder(config)
+
+
+@pytest.mark.parametrize(("stage", "others"), [("prior", DECODER), ("decoder", PRIOR)])
+def test_a_stage_never_reads_the_others_components(
+    folder: Path, model_config: Configure, stage: str, others: tuple[str, ...]
+) -> None:
+    for name in others:
+        shutil.rmtree(folder / name)
+    load(stage, model_config(folder))
+
+
+@pytest.mark.parametrize("name", PRIOR + DECODER)
+def test_a_missing_component_is_named(folder: Path, model_config: Configure, name: str) -> None:
+    shutil.rmtree(folder / name)
+    with pytest.raises(CheckpointError, match=f"component '{name}' is missing"):
+        load("prior" if name in PRIOR else "decoder", model_config(folder))
+
+
+def test_a_component_that_is_not_listed_is_named(folder: Path, model_config: Configure) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["vae"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lists no component 'vae'"):
+        load("decoder", model_config(folder))
+
+
+def test_a_component_of_another_class_is_named(folder: Path, model_config: Configure) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"][1] = "FluxTransformer2DModel"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="'transformer' is a FluxTransformer2DModel, not a GlmImage"):
+        load("decoder", model_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "file"),
+    [
+        ("prior", "vision_language_encoder", "model.safetensors"),
+        ("decoder", "transformer", "diffusion_pytorch_model.safetensors"),
+        ("decoder", "text_encoder", "model.safetensors"),
+    ],
+)
+class TestWeights:
+    def test_of_another_shape(
+        self, folder: Path, model_config: Configure, stage: str, name: str, file: str
+    ) -> None:
+        weights = load_file(folder / name / file)
+        key = max(weights, key=lambda key: weights[key].numel())
+        save_file(weights | {key: weights[key][:-1].clone()}, folder / name / file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"component '{name}' cannot be loaded"):
+            load(stage, model_config(folder))
+
+    def test_that_lack_a_tensor(
+        self, folder: Path, model_config: Configure, stage: str, name: str, file: str
+    ) -> None:
+        weights = load_file(folder / name / file)
+        key = max(weights, key=lambda key: weights[key].numel())
+        del weights[key]
+        save_file(weights, folder / name / file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"component '{name}' lacks weights: .*{key}"):
+            load(stage, model_config(folder))
+
+    def test_that_are_damaged(
+        self, folder: Path, model_config: Configure, stage: str, name: str, file: str
+    ) -> None:
+        (folder / name / file).write_bytes(b"damaged")
+        with pytest.raises(CheckpointError, match=f"component '{name}' cannot be loaded"):
+            load(stage, model_config(folder))
+
+    def test_that_are_pickled_are_not_read(
+        self, folder: Path, model_config: Configure, stage: str, name: str, file: str
+    ) -> None:
+        weights = load_file(folder / name / file)
+        pickled = {"model.safetensors": "pytorch_model.bin"}.get(file, "diffusion_pytorch_model.bin")
+        torch.save(weights, folder / name / pickled)
+        (folder / name / file).unlink()
+        with pytest.raises(CheckpointError, match=f"component '{name}' cannot be loaded"):
+            load(stage, model_config(folder))
+
+
+def test_precision_is_what_the_configuration_says(folder: Path, model_config: Configure) -> None:
+    config = model_config(folder)
+    half = config.prior.model_copy(update={"dtype": "bfloat16"})
+    prior, _ = checkpoint.load_prior(config.model_copy(update={"prior": half}))
+    assert {weight.dtype for weight in prior.parameters()} == {torch.bfloat16}
+
+
+def test_a_folder_that_is_not_there(model_config: Configure, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing-here' is not a folder .* give `revision`"):
+        load("decoder", model_config(tmp_path / "nothing-here"))

@@ -1,0 +1,86 @@
+"""The shipped configurations are valid, misspelt keys are errors, and the README's reference is true."""
+
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.config import ModelConfig
+from serve_app.app import build_app
+from serve_app.config import AppConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MODEL = {"name": "m", "family": "glm_image", "checkpoint": "tiny"}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_a_shipped_configuration_is_valid_and_stays_on_this_machine(file: Path) -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
+    assert config.http_options.host == "127.0.0.1"
+    (application,) = config.applications
+    assert application.import_path == "serve_app.app:build_app"
+    build_app(AppConfig.model_validate(application.args))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"checkpoit": "tiny"}, "checkpoit"),
+        ({"prior": {"num_gpus": 1}}, "num_gpus"),
+        ({"family": "flux"}, "unknown family 'flux'; known: glm_image"),
+        ({"checkpoint": "org/name", "revision": "main"}, "revision"),
+        ({"decoder": {"dtype": "int4"}}, "dtype"),
+        ({"decoder": {"device": "tpu"}}, "device"),
+        ({"defaults": {"width": 500}}, "500x1024: each side must be a multiple of 32 from 512 to 2048"),
+        ({"defaults": {"guidance_scale": float("nan")}}, "guidance_scale"),
+        ({"name": "a/b"}, "name"),
+    ],
+)
+def test_a_mistake_in_a_model_is_named(change: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValidationError, match=where):
+        ModelConfig.model_validate(MODEL | change)
+
+
+def test_models_are_told_apart_by_name() -> None:
+    with pytest.raises(ValidationError, match="names must differ"):
+        AppConfig.model_validate({"models": [MODEL, MODEL]})
+
+
+def test_an_unknown_deployment_option_is_named() -> None:
+    model = MODEL | {"decoder": {"deployment": {"num_replica": 2}}}
+    with pytest.raises(TypeError, match="num_replica"):
+        build_app(AppConfig.model_validate({"models": [model]}))
+
+
+def test_a_stages_deployment_options_reach_ray_serve() -> None:
+    options = {
+        "ray_actor_options": {"num_gpus": 0.5},
+        "autoscaling_config": {"min_replicas": 1, "max_replicas": 7},
+    }
+    app = build_app(AppConfig.model_validate({"models": [MODEL | {"decoder": {"deployment": options}}]}))
+    decoder = app._bound_deployment.init_args[1]["m"]["decoder"]._bound_deployment  # type: ignore[misc]
+    assert decoder.ray_actor_options["num_gpus"] == 0.5
+    assert decoder._deployment_config.autoscaling_config.max_replicas == 7
+
+
+def reference(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """The rows of the README's table, from the descriptions in the code."""
+    rows = []
+    for name, field in model.model_fields.items():
+        several = get_origin(field.annotation) is tuple
+        kind = get_args(field.annotation)[0] if several else field.annotation
+        key = f"{prefix}{name}{'[]' if several else ''}"
+        rows.append(f"| `{key}` | {field.description} |")
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            rows += reference(kind, f"{key}.")
+    return rows
+
+
+def test_the_readme_lists_every_key() -> None:
+    readme = (ROOT / "README.md").read_text()
+    missing = [row for row in reference(AppConfig) if row not in readme]
+    assert not missing, "\n".join(missing)

@@ -1,0 +1,89 @@
+"""The tiny checkpoint: deterministic, small, written once however many ask at once."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.config import ModelConfig
+from deployments.glm_image import checkpoint, tiny
+
+COMMAND = [sys.executable, "-m", "deployments.glm_image.tiny"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_it_is_small_and_the_same_every_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        tiny.write(tmp_path / name)
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert one == two
+    assert sum(map(len, one.values())) < 10e6
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
+    tiny.write(tmp_path / "one")
+    tiny.write(tmp_path / "two", tiny.Sizes(seed=1))
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    assert contents(tmp_path / "one")[name] != contents(tmp_path / "two")[name]
+
+
+def test_two_processes_may_write_it_at_once(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib; from deployments.glm_image import tiny; tiny.write(pathlib.Path(sys.argv[1]))"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path / "x"], stderr=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    tiny.write(tmp_path / "alone")
+    assert contents(tmp_path / "x") == contents(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "x"]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(FileExistsError, match="not a checkpoint"):
+        tiny.write(tmp_path / "x")
+    assert contents(tmp_path / "x") == {"thesis.txt": b"irreplaceable"}
+
+
+def test_the_command_writes_the_sizes_asked_for(
+    tmp_path: Path, model_config: Callable[..., ModelConfig]
+) -> None:
+    folder = tmp_path / "x"
+    options = ["--preset", "benchmark", "--prior-layers", "2", "--decoder-layers", "1", "--codebook", "128"]
+    run = subprocess.run([*COMMAND, folder, *options], check=True, capture_output=True, text=True)
+    assert str(folder) in run.stdout
+    config = model_config(folder)
+    prior, _ = checkpoint.load_prior(config)
+    assert prior.config.text_config.num_hidden_layers == 2
+    assert prior.config.text_config.hidden_size == tiny.BENCHMARK.prior_width
+    assert checkpoint.load_decoder(config).transformer.config.num_layers == 1
+    again = subprocess.run([*COMMAND, folder], check=False, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize("options", [["--prior-width", "65"], ["--codebook", "0"]])
+def test_the_command_refuses_impossible_sizes(tmp_path: Path, options: list[str]) -> None:
+    run = subprocess.run([*COMMAND, tmp_path / "x", *options], check=False, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "must be" in run.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_benchmark_preset_has_the_size_that_timings_need() -> None:
+    pipeline = tiny._pipeline(tiny.BENCHMARK)
+    parameters = sum(
+        weight.numel()
+        for part in (pipeline.vision_language_encoder, pipeline.transformer)
+        for weight in part.parameters()
+    )
+    assert 30e6 <= parameters <= 60e6
