@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import time
@@ -135,10 +136,16 @@ def _load_component(folder: Path, name: str, cls: Any, *, device: torch.device, 
 
 
 class _LoggedProgress(tqdm):  # type: ignore[misc]
-    """A progress bar for a log: a line now and then instead of one that is painted over."""
+    """A progress bar for a log: a line every ten seconds, where the library's bars are painted often."""
+
+    logged_at = float("-inf")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "mininterval": 10, "disable": False})
+        super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
 
     def display(self, *_: Any, **__: Any) -> None:
-        logger.info("%s", self)
+        """Called with every file and every few bytes, for three bars, two of which count the same bytes."""
+        now = time.monotonic()
+        if self.unit == "B" and self.n and now - _LoggedProgress.logged_at >= 10:
+            _LoggedProgress.logged_at = now
+            logger.info("downloading: %.0f of at least %.0f MB", self.n / 1e6, self.total / 1e6)
