@@ -67,7 +67,7 @@ class ModelConfig(Config):
     )
     defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
     prior: StageConfig = Field(default_factory=StageConfig, description="The autoregressive stage.")
-    decoder: StageConfig = Field(default_factory=StageConfig, description="The diffusion stage.")
+    decoder: StageConfig = Field(default_factory=StageConfig, description="The diffusion stage; as above.")
 
     @field_validator("family")
     @classmethod

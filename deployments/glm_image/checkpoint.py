@@ -141,11 +141,14 @@ class _LoggedProgress(tqdm):  # type: ignore[misc]
     logged_at = float("-inf")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+        super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False, "leave": False})
 
-    def display(self, *_: Any, **__: Any) -> None:
-        """Called with every file and every few bytes, for three bars, two of which count the same bytes."""
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Called with every file and every few bytes, for three bars, two of which count the same bytes.
+
+        When a bar is closed `msg` is empty; that may be when it is collected, long after.
+        """
         now = time.monotonic()
-        if self.unit == "B" and self.n and now - _LoggedProgress.logged_at >= 10:
+        if msg is None and self.unit == "B" and self.n and now - _LoggedProgress.logged_at >= 10:
             _LoggedProgress.logged_at = now
             logger.info("downloading: %.0f of at least %.0f MB", self.n / 1e6, self.total / 1e6)

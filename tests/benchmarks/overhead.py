@@ -78,7 +78,8 @@ def main() -> None:
     print(f"512x512, 2 steps, tiny checkpoint, {pairs} pairs; milliseconds")
     print(f"engines alone, median  {1000 * statistics.median(alone for alone, _ in times):7.1f}")
     print(f"whole path, median     {1000 * statistics.median(ours for _, ours in times):7.1f}")
-    print(f"added, median          {statistics.median(added):7.1f}   (10 % {added[pairs // 10]:.1f}, 90 % {added[-pairs // 10]:.1f})")
+    low, high = added[pairs // 10], added[-1 - pairs // 10]
+    print(f"added, median          {statistics.median(added):7.1f}   (10 %: {low:.1f}, 90 %: {high:.1f})")
 
 
 if __name__ == "__main__":

@@ -67,20 +67,25 @@ def test_a_stages_deployment_options_reach_ray_serve() -> None:
     assert decoder._deployment_config.autoscaling_config.max_replicas == 7
 
 
-def reference(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """The rows of the README's table, from the descriptions in the code."""
-    rows = []
+def reference(model: type[BaseModel], prefix: str = "", described: set[type] | None = None) -> list[str]:
+    """The rows of the README's table, from the code; a part that stands in two places is described once."""
+    rows: list[str] = []
+    described = set() if described is None else described
     for name, field in model.model_fields.items():
         several = get_origin(field.annotation) is tuple
         kind = get_args(field.annotation)[0] if several else field.annotation
         key = f"{prefix}{name}{'[]' if several else ''}"
-        rows.append(f"| `{key}` | {field.description} |")
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            rows += reference(kind, f"{key}.")
+        default = "required"
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            default = "" if value in (None, {}) or isinstance(value, BaseModel) else f"`{value}`"
+        rows.append(f"| `{key}` | {default.replace(str(Path.home()), '~')} | {field.description} |")
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in described:
+            described.add(kind)
+            rows += reference(kind, f"{key}.", described)
     return rows
 
 
-def test_the_readme_lists_every_key() -> None:
+def test_the_readme_lists_every_key_with_its_default() -> None:
     readme = (ROOT / "README.md").read_text()
-    missing = [row for row in reference(AppConfig) if row not in readme]
-    assert not missing, "\n".join(missing)
+    assert "\n".join(["| Key | Default | Meaning |", "|---|---|---|", *reference(AppConfig)]) in readme
