@@ -87,3 +87,14 @@ def test_the_benchmark_preset_has_the_size_that_timings_need() -> None:
         for weight in part.parameters()
     )
     assert 30e6 <= parameters <= 60e6
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_half(_: object, folder: Path, **__: object) -> None:
+        (folder / "model_index.json").write_text("{}")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tiny.GlmImagePipeline, "save_pretrained", save_half)
+    with pytest.raises(OSError, match="disk full"):
+        tiny.write(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
