@@ -37,6 +37,18 @@ class StageConfig(Config):
     )
 
 
+class PriorConfig(StageConfig):
+    """The prior stage."""
+
+    rows: int = Field(default=8, ge=1, description="Requests that one replica runs side by side.")
+    row_tokens: int = Field(
+        default=24_576,
+        ge=1,
+        description="Tokens that each of them may have: prompt, source images and image. The cache for all "
+        "rows is taken at the start.",
+    )
+
+
 class Defaults(Config):
     """What a request that leaves a parameter out gets."""
 
@@ -66,7 +78,7 @@ class ModelConfig(Config):
         description="The Hub commit to load, all 40 digits of it: what runs today runs tomorrow.",
     )
     defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
-    prior: StageConfig = Field(default_factory=StageConfig, description="The autoregressive stage.")
+    prior: PriorConfig = Field(default_factory=PriorConfig, description="The autoregressive stage.")
     decoder: StageConfig = Field(default_factory=StageConfig, description="The diffusion stage; as above.")
 
     @field_validator("family")

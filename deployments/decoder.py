@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from deployments.engine_thread import EngineThread
+from deployments.cancellation import result_of
 
 if TYPE_CHECKING:
     from deployments.config import ModelConfig
@@ -12,12 +13,18 @@ if TYPE_CHECKING:
 
 
 class DecoderStage:
-    """Serves one replica of a model's decoder."""
+    """Serves one replica of a model's decoder, which works in a thread of its own, a unit at a time."""
 
     def __init__(self, model: ModelConfig) -> None:
-        decoder = model.traits.decoder()
-        self._thread = EngineThread(lambda: decoder.load(model), cpu_threads=model.decoder.cpu_threads)
+        if model.decoder.cpu_threads is not None:
+            import torch  # here, so that importing the stages to wire them loads none of it
+
+            torch.set_num_threads(model.decoder.cpu_threads)
+        self._decoder = model.traits.decoder().load(model)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
 
     async def decode(self, request: DecodeRequest) -> Pixels:
         """Make the pixels of one unit; a cancelled call stops within a denoising step."""
-        return await self._thread.run(lambda decoder, cancelled: decoder.decode(request, cancelled))
+        return await result_of(
+            lambda cancelled: self._thread.submit(self._decoder.decode, request, cancelled)
+        )

@@ -9,5 +9,21 @@ class CheckpointError(ModelError):
     """A checkpoint, or a named component of it, is missing or does not fit."""
 
 
+class EngineFault(ModelError):  # noqa: N818 - what engineers call it
+    """An engine met a fault that it cannot go on from; its replica is to be replaced."""
+
+
 class Cancelled(ModelError):  # noqa: N818 - a request that was called off is not a fault
     """The caller has gone; the work was stopped."""
+
+
+class RequestTooLong(ModelError):  # noqa: N818 - the request's fault, not the model's
+    """A request has more tokens than the model's rows hold."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(tokens, limit)
+        self.tokens = tokens
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"prompt, source images and image make {self.tokens} tokens; at most {self.limit} fit"

@@ -12,13 +12,20 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
     import threading
+    from concurrent.futures import Future
 
     from deployments.config import ModelConfig
     from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
 
 
 class PriorEngine(Protocol):
-    """Turns a prompt and source images into prior tokens. Used by one thread at a time."""
+    """Turns prompts and source images into prior tokens, for several requests at once.
+
+    Attributes:
+        fault: why the engine has stopped for good, or None while it works.
+    """
+
+    fault: Exception | None
 
     @classmethod
     def load(cls, model: ModelConfig) -> PriorEngine:
@@ -28,12 +35,15 @@ class PriorEngine(Protocol):
             CheckpointError: one of them is missing or does not fit.
         """
 
-    def generate(self, request: PriorRequest, cancelled: threading.Event) -> PriorTokens:
-        """Make the prior tokens of one unit.
+    def submit(self, request: PriorRequest, cancelled: threading.Event) -> Future[PriorTokens]:
+        """Ask for the prior tokens of one unit; may be called from any thread.
 
-        Raises:
-            Cancelled: `cancelled` was set; within a token.
+        The future fails with `Cancelled` within a token after the event is set, and with `RequestTooLong`
+        when the request has more tokens than a row.
         """
+
+    def run(self) -> None:
+        """Do what is submitted; returns only after a fault."""
 
 
 class Decoder(Protocol):

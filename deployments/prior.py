@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
-from deployments.engine_thread import EngineThread
+from deployments.cancellation import result_of
 
 if TYPE_CHECKING:
     from deployments.config import ModelConfig
@@ -12,12 +13,21 @@ if TYPE_CHECKING:
 
 
 class PriorStage:
-    """Serves one replica of a model's prior engine."""
+    """Serves one replica of a model's prior engine, which works in a thread of its own."""
 
     def __init__(self, model: ModelConfig) -> None:
-        engine = model.traits.prior_engine()
-        self._thread = EngineThread(lambda: engine.load(model), cpu_threads=model.prior.cpu_threads)
+        if model.prior.cpu_threads is not None:
+            import torch  # here, so that importing the stages to wire them loads none of it
+
+            torch.set_num_threads(model.prior.cpu_threads)
+        self._engine = model.traits.prior_engine().load(model)
+        threading.Thread(target=self._engine.run, name="prior", daemon=True).start()
 
     async def generate(self, request: PriorRequest) -> PriorTokens:
         """Make the prior tokens of one unit; a cancelled call stops within a token."""
-        return await self._thread.run(lambda engine, cancelled: engine.generate(request, cancelled))
+        return await result_of(lambda cancelled: self._engine.submit(request, cancelled))
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        if self._engine.fault:
+            raise self._engine.fault

@@ -7,7 +7,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import ModelConfig, StageConfig
+from deployments.config import ModelConfig
 from deployments.decoder import DecoderStage
 from deployments.prior import PriorStage
 from serve_app.config import AppConfig
@@ -23,22 +23,22 @@ def build_app(args: AppConfig) -> Application:
     Serve config files name it as `import_path: serve_app.app:build_app`. Serve reads the annotation of
     `args`, so this module has no postponed annotations.
     """
-    stages = {
-        model.name: {
-            "prior": _bind_stage(PriorStage, f"{model.name}-prior", model, model.prior),
-            "decoder": _bind_stage(DecoderStage, f"{model.name}-decoder", model, model.decoder),
-        }
-        for model in args.models
-    }
+    stages = {model.name: _bind_stages(model) for model in args.models}
     # Requests wait for images here, so their number is no measure of load; Ray's default of 5 would be one.
     ingress = serve.deployment(max_ongoing_requests=10_000)(serve.ingress()(Ingress))
     return ingress.bind(args, stages)
 
 
-def _bind_stage(cls: type, name: str, model: ModelConfig, stage: StageConfig) -> Application:
-    # Two requests a replica: one that runs, and one that begins without a pause when it ends.
-    options: dict[str, Any] = {"name": name, "max_ongoing_requests": 2} | stage.deployment
-    return serve.deployment(**options)(cls).bind(model)
+def _bind_stages(model: ModelConfig) -> dict[str, Application]:
+    stages: dict[str, Application] = {}
+    # One request more than run at once: it begins without a pause when another one ends.
+    for name, cls, stage, at_once in (
+        ("prior", PriorStage, model.prior, model.prior.rows),
+        ("decoder", DecoderStage, model.decoder, 1),
+    ):
+        options: dict[str, Any] = {"name": f"{model.name}-{name}", "max_ongoing_requests": at_once + 1}
+        stages[name] = serve.deployment(**(options | stage.deployment))(cls).bind(model)
+    return stages
 
 
 class Ingress:

@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deployments.errors import RequestTooLong
 from deployments.types import DecodeRequest, PriorRequest
 from serve_app.errors import RequestError
 
@@ -121,11 +122,24 @@ class Generator:
     async def _unit(self, generation: Generation, model: Model, seed: int) -> GeneratedImage:
         defaults = model.config.defaults
         width, height = generation.width or defaults.width, generation.height or defaults.height
-        tokens = await model.prior(
-            PriorRequest(
-                prompt=generation.prompt, width=width, height=height, seed=seed, sources=generation.sources
+        try:
+            tokens = await model.prior(
+                PriorRequest(
+                    prompt=generation.prompt,
+                    width=width,
+                    height=height,
+                    seed=seed,
+                    sources=generation.sources,
+                )
             )
-        )
+        except RequestTooLong as error:
+            raise RequestError(
+                f"The request is too long: prompt, source images and image make {error.tokens} tokens, "
+                f"and {model.config.name} takes at most {error.limit}. Shorten the prompt, or choose a "
+                "smaller size or fewer source images.",
+                param="prompt",
+                code="context_length_exceeded",
+            ) from error
         pixels = await model.decode(
             DecodeRequest(
                 prompt=generation.prompt,

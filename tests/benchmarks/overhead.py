@@ -42,9 +42,11 @@ def direct() -> Callable[[], None]:
     assert model.prior.cpu_threads
     torch.set_num_threads(model.prior.cpu_threads)
     prior, decoder, never = PriorEngine.load(model), Decoder.load(model), threading.Event()
+    threading.Thread(target=prior.run, daemon=True).start()
 
     def generate() -> None:
-        tokens = prior.generate(PriorRequest(prompt="a boat", width=512, height=512, seed=1), never)
+        asked = PriorRequest(prompt="a boat", width=512, height=512, seed=1)
+        tokens = prior.submit(asked, never).result()
         request = DecodeRequest(
             prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, tokens=tokens
         )

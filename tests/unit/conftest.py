@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deployments.config import ModelConfig, StageConfig
+from deployments.config import ModelConfig, PriorConfig, StageConfig
 from deployments.glm_image import tiny
 
 ON_CPU = StageConfig(device="cpu", dtype="float32")
@@ -30,7 +30,7 @@ def model_config() -> Callable[..., ModelConfig]:
             family="glm_image",
             checkpoint=str(checkpoint),
             revision=revision,
-            prior=ON_CPU,
+            prior=PriorConfig(device="cpu", dtype="float32"),
             decoder=ON_CPU,
         )
 

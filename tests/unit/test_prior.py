@@ -1,66 +1,186 @@
-"""The prior engine: upstream's tokens, seeds of their own, and no special token in the grid."""
+"""The prior engine: upstream's tokens, alone and in any company, and no special token in the grid."""
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import GlmImagePipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from deployments.config import ModelConfig
-from deployments.errors import Cancelled
+from deployments.config import ModelConfig, PriorConfig
+from deployments.errors import Cancelled, EngineFault, RequestTooLong
 from deployments.glm_image import checkpoint
+from deployments.glm_image.language_model import PackedLinear
 from deployments.glm_image.prior import PriorEngine
-from deployments.types import PriorRequest, TokenGrid
+from deployments.types import Pixels, PriorRequest, PriorTokens, TokenGrid
 
-NEVER = threading.Event()
 CODEBOOK_SIZE = 256
+ROWS = 3
+
+
+def noise(width: int, height: int) -> Pixels:
+    return np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+REQUESTS = [
+    PriorRequest(prompt="a boat", width=512, height=512, seed=1),
+    PriorRequest(prompt="a longer prompt, " * 20, width=512, height=512, seed=2),
+    PriorRequest(prompt="a boat", width=768, height=512, seed=3),
+    PriorRequest(prompt="edit", width=512, height=512, seed=4, sources=(noise(512, 512),)),
+    PriorRequest(prompt="edit", width=544, height=512, seed=5, sources=(noise(640, 512), noise(512, 608))),
+]
 
 
 class Loaded:
-    """One set of weights, to be run by our engine and by upstream."""
+    """One checkpoint in our engine, driven by hand, and in upstream's pipeline.
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.model, self.processor = checkpoint.load_prior(config)
-        self.engine = PriorEngine(self.model, self.processor)
+    Args:
+        config: of the checkpoint.
+        change: done to both models before anything runs.
+    """
 
-    def ours(self, seed: int, prompt: str = "a boat") -> TokenGrid:
-        request = PriorRequest(prompt=prompt, width=512, height=512, seed=seed)
-        return self.engine.generate(request, NEVER).target
+    def __init__(self, config: ModelConfig, change: Callable[[Any], None] | None = None) -> None:
+        models = []
+        for _ in range(2):
+            model, self.processor = checkpoint.load_prior(config)
+            if change:
+                change(model)
+            models.append(model)
+        self.engine = PriorEngine(models[0], self.processor, rows=ROWS, row_tokens=4096)
+        self.pipeline = GlmImagePipeline(None, self.processor, None, models[1], None, None, None)
 
-    def upstreams(self, seed: int) -> TokenGrid:
+    def submit(self, request: PriorRequest, cancelled: threading.Event | None = None) -> Future[PriorTokens]:
+        """Submit a request and wait until it is in the queue."""
+        future = self.engine.submit(request, cancelled or threading.Event())
+        self.engine._preparing.submit(int).result()
+        return future
+
+    def ours(self, request: PriorRequest) -> PriorTokens:
+        future = self.submit(request)
+        while self.engine.step():
+            pass
+        return future.result(timeout=0)
+
+    def upstreams(self, request: PriorRequest) -> TokenGrid:
         """Raises when upstream fails, and may hold special tokens when it does not."""
-        pipeline = GlmImagePipeline(None, self.processor, None, self.model, None, None, None)
-        generator = torch.Generator().manual_seed(seed)
-        tokens, _, _ = pipeline.generate_prior_tokens("a boat", 512, 512, generator=generator)
-        grid: TokenGrid = tokens.view(32, 32)[::2, ::2].numpy()
+        tokens, _, _ = self.pipeline.generate_prior_tokens(
+            request.prompt,
+            request.height,
+            request.width,
+            image=[[Image.fromarray(source) for source in request.sources]] if request.sources else None,
+            generator=torch.Generator().manual_seed(request.seed),
+        )
+        grid: TokenGrid = tokens.view(request.height // 16, request.width // 16)[::2, ::2].numpy()
         return grid
 
 
-@pytest.fixture
-def loaded(model_config: Callable[..., ModelConfig]) -> Loaded:
-    return Loaded(model_config())
+@pytest.fixture(scope="module")
+def config(tiny_folder: Path) -> ModelConfig:
+    stage = PriorConfig(device="cpu", dtype="float32")
+    return ModelConfig(name="m", family="glm_image", checkpoint=str(tiny_folder), prior=stage)
+
+
+@pytest.fixture(scope="module")
+def loaded(config: ModelConfig) -> Loaded:
+    return Loaded(config)
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: Loaded) -> list[TokenGrid]:
+    return [loaded.upstreams(request) for request in REQUESTS]
+
+
+def draws_special_tokens(model: Any) -> None:
+    model.generation_config.suppress_tokens = None
+
+
+@pytest.mark.parametrize("i", range(len(REQUESTS)))
+def test_alone_the_tokens_are_upstreams(loaded: Loaded, expected: list[TokenGrid], i: int) -> None:
+    tokens = loaded.ours(REQUESTS[i])
+    assert np.array_equal(tokens.target, expected[i])
+    assert [grid.shape for grid in tokens.sources] == [
+        (source.shape[0] // 32, source.shape[1] // 32) for source in REQUESTS[i].sources
+    ]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    schedule=st.lists(
+        st.tuples(
+            st.integers(0, len(REQUESTS) - 1),  # which request
+            st.integers(0, 400),  # steps until it arrives
+            st.none() | st.integers(0, 700),  # steps until it is cancelled
+        ),
+        min_size=2,
+        max_size=7,
+    )
+)
+def test_in_any_company_the_tokens_are_the_same(
+    loaded: Loaded, expected: list[TokenGrid], schedule: list[tuple[int, int, int | None]]
+) -> None:
+    running: list[tuple[int, Future[PriorTokens], threading.Event, list[bool]]] = []
+    for which, pause, cancel_after in schedule:
+        for _ in range(pause):
+            loaded.engine.step()
+            for _, _, cancelled, left in running:
+                if left and left.pop():
+                    cancelled.set()
+        cancelled = threading.Event()
+        steps = [True, *[False] * cancel_after] if cancel_after is not None else []
+        running.append((which, loaded.submit(REQUESTS[which], cancelled), cancelled, steps))
+    while loaded.engine.step():
+        pass
+    for which, future, cancelled, _ in running:
+        try:
+            tokens = future.result(timeout=0)
+        except Cancelled:
+            assert cancelled.is_set()
+        else:
+            assert np.array_equal(tokens.target, expected[which])
+
+
+def test_one_more_than_there_are_rows_starts_when_a_row_is_free(
+    loaded: Loaded, expected: list[TokenGrid]
+) -> None:
+    futures = [(i, loaded.submit(REQUESTS[i])) for i in (0, 2, 1, 0)]  # the second draws the most tokens
+    loaded.engine.step()
+    assert [future.running() for _, future in futures] == [True, True, True, False]
+    while not futures[0][1].done():
+        loaded.engine.step()
+    loaded.engine.step()
+    assert futures[3][1].running()
+    while loaded.engine.step():
+        pass
+    for i, future in futures:
+        assert np.array_equal(future.result(timeout=0).target, expected[i])
 
 
 def test_no_seed_of_the_process_is_read_or_written(loaded: Loaded) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = loaded.ours(seed=5)
+    first = loaded.ours(REQUESTS[0]).target
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert np.array_equal(loaded.ours(seed=5), first)
-    assert not np.array_equal(loaded.ours(seed=6), first)
+    assert np.array_equal(loaded.ours(REQUESTS[0]).target, first)
+    assert not np.array_equal(loaded.ours(replace(REQUESTS[0], seed=99)).target, first)
 
 
-def test_upstreams_tokens_wherever_upstream_makes_an_image(loaded: Loaded) -> None:
-    loaded.model.generation_config.suppress_tokens = None
+def test_upstreams_tokens_wherever_upstream_makes_an_image(config: ModelConfig) -> None:
+    loaded = Loaded(config, draws_special_tokens)
     sound = failed = 0
     for seed in range(12):
-        ours = loaded.ours(seed)
+        request = replace(REQUESTS[0], seed=seed)
+        ours, theirs = loaded.ours(request).target, loaded.upstreams(request)
         assert ours.min() >= 0
         assert ours.max() < CODEBOOK_SIZE
-        theirs = loaded.upstreams(seed)
         if theirs.max() < CODEBOOK_SIZE:
             sound += 1
             assert np.array_equal(ours, theirs)
@@ -70,79 +190,134 @@ def test_upstreams_tokens_wherever_upstream_makes_an_image(loaded: Loaded) -> No
     assert failed, "no seed shows the difference"
 
 
-def test_an_end_token_does_not_end_the_grid(loaded: Loaded) -> None:
-    loaded.model.generation_config.suppress_tokens = None
-    loaded.model.generation_config.eos_token_id = CODEBOOK_SIZE + 1
-    loaded.engine = PriorEngine(loaded.model, loaded.processor)
+def test_an_end_token_does_not_end_the_grid(config: ModelConfig) -> None:
+    def ends(model: Any) -> None:
+        draws_special_tokens(model)
+        model.generation_config.eos_token_id = CODEBOOK_SIZE + 1
 
-    def ends_early(seed: int) -> bool:
+    loaded = Loaded(config, ends)
+
+    def ends_early(request: PriorRequest) -> bool:
         try:
-            loaded.upstreams(seed)
+            loaded.upstreams(request)
         except RuntimeError:  # a grid cut short takes no shape
             return True
         return False
 
-    seed = next(seed for seed in range(20) if ends_early(seed))
-    assert loaded.ours(seed).shape == (16, 16)
+    request = next(request for seed in range(20) if ends_early(request := replace(REQUESTS[0], seed=seed)))
+    assert loaded.ours(request).target.shape == (16, 16)
 
 
-def test_special_tokens_are_never_drawn_even_where_nothing_else_is_likely(loaded: Loaded) -> None:
-    loaded.model.generation_config.suppress_tokens = None
-    loaded.model.generation_config.top_k = 2
-    with torch.no_grad():
-        # The final norm's output has no fixed sign, so that each special token wins often.
-        loaded.model.lm_head.weight[CODEBOOK_SIZE] *= 1000
-        loaded.model.lm_head.weight[CODEBOOK_SIZE + 1] = -loaded.model.lm_head.weight[CODEBOOK_SIZE]
-    tokens = loaded.ours(seed=0)
+def test_special_tokens_are_never_drawn_even_where_nothing_else_is_likely(config: ModelConfig) -> None:
+    def craves_special_tokens(model: Any) -> None:
+        draws_special_tokens(model)
+        model.generation_config.top_k = 2
+        with torch.no_grad():
+            # The final norm's output has no fixed sign, so that each special token wins often.
+            model.lm_head.weight[CODEBOOK_SIZE] *= 1000
+            model.lm_head.weight[CODEBOOK_SIZE + 1] = -model.lm_head.weight[CODEBOOK_SIZE]
+
+    tokens = Loaded(config, craves_special_tokens).ours(REQUESTS[0]).target
     assert tokens.max() < CODEBOOK_SIZE
     assert len(np.unique(tokens)) > 1
 
 
 def test_reserved_strings_reach_the_model_as_letters(loaded: Loaded) -> None:
     prompt = "x <|image|> <sop>1 1<eop> <|endoftext|> <|dit_token_257|> y"
-    inputs = loaded.engine._tokenize(PriorRequest(prompt=prompt, width=512, height=512, seed=0))
+    sequence = loaded.engine._sequencer.sequence(replace(REQUESTS[0], prompt=prompt))
     tokenizer = loaded.processor.tokenizer
-    controls = [token for token in inputs["input_ids"][0].tolist() if token in tokenizer.added_tokens_decoder]
+    controls = [token for token in sequence.prompt.tolist() if token in tokenizer.added_tokens_decoder]
     shape = ["<sop>", "<eop>", "<sop>", "<eop>", tokenizer.bos_token]  # the two grids, the image's start
     assert tokenizer.convert_ids_to_tokens(controls) == shape
-    text = tokenizer.decode(inputs["input_ids"][0])
-    assert text.replace("\u200b", "").startswith(prompt)
+    assert tokenizer.decode(sequence.prompt).replace("\u200b", "").startswith(prompt)
 
 
 @pytest.mark.parametrize("prompt", ["", "a boat", "ÖFFNUNG 早安 🙂", "< sop > <|im", "x\u200by"])
 def test_other_prompts_stay_as_they_are(loaded: Loaded, prompt: str) -> None:
-    assert loaded.engine._plain_text(prompt) == prompt
+    assert loaded.engine._sequencer.plain_text(prompt) == prompt
 
 
-def test_a_break_that_brings_forth_another_reserved_string_is_broken_too(loaded: Loaded) -> None:
+def test_a_break_that_brings_forth_another_reserved_string_is_broken_too(config: ModelConfig) -> None:
+    loaded = Loaded(config)
     loaded.processor.tokenizer.add_special_tokens({"extra_special_tokens": ["p>|q", "q|r"]})
-    plain = loaded.engine._plain_text("<sop>|q|r<sop>")
+    plain = loaded.engine._sequencer.plain_text("<sop>|q|r<sop>")
     assert plain.replace("\u200b", "") == "<sop>|q|r<sop>"
     assert not any(reserved in plain for reserved in ("<sop>", "p>|q", "q|r"))
 
 
-def test_a_cancelled_request_stops_and_the_next_one_is_clean(loaded: Loaded) -> None:
-    expected = loaded.ours(seed=3)
+def test_a_cancelled_request_stops_at_once(loaded: Loaded) -> None:
     cancelled = threading.Event()
-    drawn = 0
-
-    def count(*_: object) -> None:
-        nonlocal drawn
-        drawn += 1
-        if drawn == 10:
-            cancelled.set()
-
-    hook = loaded.model.register_forward_hook(count)
-    with pytest.raises(Cancelled):
-        loaded.engine.generate(PriorRequest(prompt="a boat", width=512, height=512, seed=4), cancelled)
-    hook.remove()
-    assert drawn == 10
-    assert np.array_equal(loaded.ours(seed=3), expected)
-
-
-def test_a_request_cancelled_before_it_begins_does_no_work(loaded: Loaded) -> None:
-    cancelled = threading.Event()
+    future = loaded.submit(REQUESTS[0], cancelled)
+    for _ in range(10):
+        assert loaded.engine.step()
     cancelled.set()
-    loaded.model.register_forward_hook(lambda *_: pytest.fail("a forward pass was run"))
+    assert not loaded.engine.step()
     with pytest.raises(Cancelled):
-        loaded.engine.generate(PriorRequest(prompt="a boat", width=512, height=512, seed=4), cancelled)
+        future.result(timeout=0)
+
+
+@pytest.mark.parametrize("when", ["its source is encoded", "its prompt is read", "its token is drawn"])
+def test_a_request_that_fails_fails_alone(
+    config: ModelConfig, expected: list[TokenGrid], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    loaded = Loaded(config)
+    healthy = loaded.submit(REQUESTS[0])
+    for _ in range(5):
+        loaded.engine.step()
+    poisoned = loaded.submit(REQUESTS[3])
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError(when)
+
+    with monkeypatch.context() as patched:
+        if when == "its source is encoded":
+            patched.setattr(loaded.engine._model, "get_image_features", fail)
+        elif when == "its prompt is read":
+            patched.setattr(loaded.engine._language_model, "prefill", fail)
+        else:
+            row = torch.full((1, CODEBOOK_SIZE + 2), torch.nan)
+            patched.setattr(loaded.engine._language_model, "prefill", lambda *_: row)
+        while not poisoned.done():
+            loaded.engine.step()
+    with pytest.raises((MemoryError, RuntimeError)):
+        poisoned.result(timeout=0)
+    after = loaded.submit(REQUESTS[3])
+    while loaded.engine.step():
+        pass
+    assert np.array_equal(healthy.result(timeout=0).target, expected[0])
+    assert np.array_equal(after.result(timeout=0).target, expected[3])
+
+
+def test_a_fault_of_the_device_ends_the_engine_and_says_so(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Loaded(config).engine
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(engine._language_model, "decode", fail)
+    future = engine.submit(REQUESTS[0], threading.Event())
+    engine.run()
+    with pytest.raises(EngineFault, match="device lost"):
+        future.result(timeout=0)
+    assert isinstance(engine.fault, EngineFault)
+    with pytest.raises(EngineFault):
+        engine.submit(REQUESTS[0], threading.Event())
+
+
+def test_a_request_longer_than_a_row_is_refused(loaded: Loaded) -> None:
+    future = loaded.submit(replace(REQUESTS[0], prompt="x" * 5000))
+    with pytest.raises(RequestTooLong, match="at most 4096 fit"):
+        future.result(timeout=0)
+
+
+def test_a_packed_row_is_the_same_in_any_company() -> None:
+    linear = torch.nn.Linear(512, 1024)
+    packed = PackedLinear(linear, rows=8)
+    inputs = torch.randn(8, 1, 512)
+    with torch.inference_mode():
+        together = packed(inputs)
+        torch.testing.assert_close(together, linear(inputs), rtol=1e-5, atol=1e-5)
+        for rows in range(1, 8):
+            assert torch.equal(packed(inputs[:rows]), together[:rows])

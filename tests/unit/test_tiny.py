@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import GlmImagePipeline
 
 from deployments.config import ModelConfig
 from deployments.glm_image import checkpoint, tiny
@@ -94,7 +95,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         (folder / "model_index.json").write_text("{}")
         raise OSError("disk full")
 
-    monkeypatch.setattr(tiny.GlmImagePipeline, "save_pretrained", save_half)
+    monkeypatch.setattr(GlmImagePipeline, "save_pretrained", save_half)
     with pytest.raises(OSError, match="disk full"):
         tiny.write(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

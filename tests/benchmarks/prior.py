@@ -1,0 +1,155 @@
+"""The prior engine and upstream's `generate` on the same weights, in one run.
+
+    python -m tests.benchmarks.prior [--runs 5] [--threads 2]
+
+Run by `make benchmark`. The checkpoint is `python -m deployments.glm_image.tiny --preset benchmark`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from diffusers import GlmImagePipeline
+from PIL import Image
+
+from deployments.config import ModelConfig, PriorConfig
+from deployments.glm_image import checkpoint, tiny
+from deployments.glm_image.prior import PriorEngine
+from deployments.types import PriorRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from deployments.types import PriorTokens
+
+ROWS = 8
+SOURCE = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+
+
+def request(seed: int, width: int = 512, height: int = 512, *, edit: bool = False) -> PriorRequest:
+    sources = (SOURCE,) if edit else ()
+    return PriorRequest(prompt="A red boat at dawn", width=width, height=height, seed=seed, sources=sources)
+
+
+MIXED = [
+    request(0),
+    request(1, 640, 512),
+    request(2, edit=True),
+    request(3, 512, 640),
+    request(4),
+    request(5, 608, 608),
+    request(6, edit=True),
+    request(7, 576, 512),
+]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+class Upstream:
+    def __init__(self, model: ModelConfig) -> None:
+        weights, processor = checkpoint.load_prior(model)
+        self._pipeline = GlmImagePipeline(None, processor, None, weights, None, None, None)
+
+    def __call__(self, *requests: PriorRequest) -> None:
+        """One request, or a batch of requests of one size, which upstream pads."""
+        first = requests[0]
+        self._pipeline.generate_prior_tokens(
+            [one.prompt for one in requests],
+            first.height,
+            first.width,
+            image=[[Image.fromarray(source) for source in one.sources] for one in requests]
+            if first.sources
+            else None,
+            generator=torch.Generator().manual_seed(first.seed),
+        )
+
+
+class Ours:
+    def __init__(self, model: ModelConfig) -> None:
+        self._engine = PriorEngine.load(model)
+        threading.Thread(target=self._engine.run, daemon=True).start()
+
+    def submit(self, one: PriorRequest) -> Future[PriorTokens]:
+        return self._engine.submit(one, threading.Event())
+
+    def __call__(self, *requests: PriorRequest) -> None:
+        for future in [self.submit(one) for one in requests]:
+            future.result()
+
+    def arriving(self, requests: list[PriorRequest], every_s: float) -> tuple[float, float]:
+        """Submit one request after the other; seconds until the first one and until all are done."""
+        began = time.perf_counter()
+        done: dict[int, float] = {}
+        futures = []
+        for i, one in enumerate(requests):
+            threading.Event().wait(max(0.0, began + i * every_s - time.perf_counter()))
+            future = self.submit(one)
+            future.add_done_callback(lambda _, i=i: done.setdefault(i, time.perf_counter()))  # type: ignore[misc]
+            futures.append(future)
+        for future in futures:
+            future.result()
+        return done[0] - began, max(done.values()) - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = ModelConfig(
+        name="benchmark",
+        family="glm_image",
+        checkpoint=str(tiny.cached(tiny.BENCHMARK)),
+        prior=PriorConfig(device="cpu", dtype="float32", rows=ROWS, row_tokens=4096),
+    )
+    upstream, ours = Upstream(model), Ours(model)
+    upstream(request(0))
+    ours(request(0))
+
+    # Alternating, so that a machine whose speed drifts does so for both.
+    alone, padded, mixed_alone = [], [], []
+    together: dict[int, list[float]] = {1: [], 2: [], 4: [], 8: []}
+    arrivals = []
+    for run in range(options.runs):
+        alone.append(seconds(lambda run=run: upstream(request(run))))  # type: ignore[misc]
+        padded.append(seconds(lambda: upstream(*[request(i) for i in range(8)])))
+        mixed_alone.append(sum(seconds(lambda one=one: upstream(one)) for one in MIXED))  # type: ignore[misc]
+        for count, times in together.items():
+            times.append(seconds(lambda count=count: ours(*[request(i) for i in range(count)])))  # type: ignore[misc]
+        arrivals.append(ours.arriving(MIXED, every_s=0.5))
+
+    tokens = 16 * 16 + 16 * 16
+    one = statistics.median(alone)
+    print(f"512x512, {options.threads} threads, medians of {options.runs} runs")
+    print(f"{'':34} {'seconds':>8} {'tokens/s':>9} {'images/min':>11} {'over upstream':>14}")
+
+    def row(name: str, images: int, time_s: float) -> None:
+        rate = images / time_s
+        print(f"{name:34} {time_s:8.2f} {rate * tokens:9.0f} {60 * rate:11.1f} {rate * one:14.2f}")
+
+    row("upstream, one", 1, one)
+    row("upstream, padded batch of 8", 8, statistics.median(padded))
+    for count, times in together.items():
+        row(f"here, {count} at once", count, statistics.median(times))
+    firsts, alls = zip(*arrivals, strict=True)
+    mixed = statistics.median(mixed_alone)
+    every = statistics.median(alls)
+    print("8 of mixed sizes, 2 of them edits, one every 0.5 s:")
+    print(f"  all after {every:.2f} s, upstream one after the other {mixed:.2f} s, ratio {mixed / every:.2f}")
+    print(f"  the first one after {statistics.median(firsts) / one:.2f} times upstream's own")
+
+
+if __name__ == "__main__":
+    main()
