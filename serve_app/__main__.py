@@ -13,12 +13,15 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve_app.config import AppConfig
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 
 class _Application(BaseModel):
@@ -32,10 +35,19 @@ class _Application(BaseModel):
     args: AppConfig
 
 
+class _HTTPOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keep_alive_timeout_s: int = 90
+    request_timeout_s: float | None = None
+
+
 class _ServeFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    http_options: dict[str, Any] = {}
+    http_options: _HTTPOptions = _HTTPOptions()
     applications: tuple[_Application]
 
 
@@ -50,44 +62,105 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         file = _ServeFile.model_validate(yaml.safe_load(arguments.config.read_text()))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        (application,) = file.applications
+        app = _build(application)
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
+        parser.error("\n".join([f"{arguments.config}:", *problems]))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{arguments.config}: {error}")
-    http_options = {"host": "127.0.0.1", "port": 8000} | file.http_options
-    http_options |= {k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
+    options = file.http_options
+    http = options.model_copy(
+        update={k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
+    )
     try:  # Ray would go on trying for minutes
-        socket.create_server((http_options["host"], http_options["port"])).close()
-    except OSError as error:
-        parser.error(f"cannot listen on {http_options['host']}:{http_options['port']}: {error}")
-    _serve(file.applications[0], http_options)
+        socket.create_server((http.host, http.port)).close()
+    except (OSError, OverflowError) as error:
+        parser.error(f"cannot listen on {http.host}:{http.port}: {error}")
+    sys.exit(_serve(application, app, http))
 
 
-def _serve(application: _Application, http_options: dict[str, Any]) -> None:
+def _build(application: _Application) -> Application:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
-    import ray  # after the setting, and not for --help
+    from serve_app.app import build_app  # after the setting, and not for --help
+
+    return build_app(application.args)
+
+
+def _serve(application: _Application, app: Application, http: _HTTPOptions) -> str | None:
+    """Serve until a signal; returns what went wrong, for people."""
+    import ray
     from ray import serve
 
-    from serve_app.app import build_app
-
     stop = threading.Event()
+    interruptible = False
+
+    def on_signal(*_: object) -> None:
+        stop.set()
+        if interruptible:
+            raise KeyboardInterrupt
+
+    # Ray's start, cut short, would leave processes behind: a signal waits for its end.
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     ray.init(address="local", include_dashboard=False)
     try:
-        # From here on a signal means to stop cleanly, also in the middle of loading.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-        serve.start(http_options=http_options)
-        serve.run(build_app(application.args), name=application.name, route_prefix=application.route_prefix)
-        _greet(http_options["host"], http_options["port"])
+        interruptible = True
+        if stop.is_set():
+            return None
+        if problem := _lacking_gpus(application.args, ray.cluster_resources().get("GPU", 0)):
+            return problem
+        serve.start(http_options=http.model_dump())
+        try:
+            serve.run(app, name=application.name, route_prefix=application.route_prefix)
+        except RuntimeError as error:
+            return _why_not(application.name) or str(error)
+        _greet(http)
         stop.wait()
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it behind
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        serve.shutdown()
-        ray.shutdown()
+        interruptible = True
+        print("Stopping; Ctrl-C again stops at once.", flush=True)
+        try:
+            serve.shutdown()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            interruptible = False
+            ray.shutdown()
+        print("Stopped.", flush=True)
+    return None
 
 
-def _greet(host: str, port: int) -> None:
-    address = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104 - compared, not bound
+def _lacking_gpus(config: AppConfig, present: float) -> str | None:
+    """Without this check Ray would wait for GPUs to be added, for ever."""
+    wanted = sum(
+        stage.deployment.get("ray_actor_options", {}).get("num_gpus", 0)
+        * (stage.deployment.get("num_replicas") or 1)
+        for model in config.models
+        for stage in (model.prior, model.decoder)
+    )
+    if wanted <= present:
+        return None
+    return f"The configuration asks for {wanted:g} GPUs, and Ray finds {present:g} on this machine."
+
+
+def _why_not(app_name: str) -> str | None:
+    """The replicas' own words, which Serve wraps into tracebacks."""
+    from ray import serve
+
+    reasons = []
+    for name, deployment in serve.status().applications[app_name].deployments.items():
+        errors = [line for line in deployment.message.splitlines() if "Error: " in line]
+        if errors:
+            reasons.append(f"{name}: {errors[-1].strip()}")
+    return "\n".join(["The server could not start.", *reasons]) if reasons else None
+
+
+def _greet(http: _HTTPOptions) -> None:
+    host = "127.0.0.1" if http.host == "0.0.0.0" else http.host  # noqa: S104 - compared, not bound
+    address = f"http://{host}:{http.port}"
     body = '{"prompt": "a red boat at dawn", "size": "512x512", "num_inference_steps": 8}'
     print(
         f"\nServing on {address}. Make an image:\n\n"

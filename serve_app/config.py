@@ -36,9 +36,7 @@ class StorageConfig(Config):
 class AppConfig(Config):
     """The whole configuration of the application."""
 
-    models: tuple[ModelConfig, ...] = Field(
-        min_length=1, description="What is served; the first one is the default."
-    )
+    models: tuple[ModelConfig, ...] = Field(description="What is served; the first one is the default.")
     limits: Limits = Field(default_factory=Limits, description="What a request may ask for.")
     storage: StorageConfig = Field(default_factory=StorageConfig, description="Where results are kept.")
     public_url: HttpUrl | None = Field(
@@ -46,8 +44,13 @@ class AppConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _distinct_names(self) -> Self:
+    def _consistent(self) -> Self:
         names = [model.name for model in self.models]
-        if len(set(names)) < len(names):
-            raise ValueError(f"model names must differ, not {names}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"there must be a model, and model names must differ, not {names}")
+        for model in self.models:
+            if model.defaults.steps > self.limits.max_steps:
+                raise ValueError(f"the default steps of {model.name} are above limits.max_steps")
+            if model.defaults.guidance_scale > self.limits.max_guidance_scale:
+                raise ValueError(f"the default guidance of {model.name} is above limits.max_guidance_scale")
         return self

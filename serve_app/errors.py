@@ -9,7 +9,7 @@ class RequestError(Exception):
     Attributes:
         status: HTTP status, 400-499.
         message: what is wrong and what to do, for a person to read.
-        param: the request's parameter at fault, as `Generation` names it, or as the client wrote it.
+        param: the parameter at fault, as the client calls it.
         code: short and stable, for a program to read.
     """
 
@@ -17,9 +17,25 @@ class RequestError(Exception):
         self, message: str, *, param: str | None = None, code: str = "invalid_value", status: int = 400
     ) -> None:
         super().__init__(message)
-        self.status = status
         self.message = message
         self.param = param
+        self.code = code
+        self.status = status
+
+
+class InvalidParameter(Exception):  # noqa: N818 - the client's error, not ours
+    """A parameter of a `Generation` cannot be honoured. Dialects say it in their own words.
+
+    Attributes:
+        param: its name as a field of `Generation`, or `size`.
+        problem: goes on from the parameter's name: "must be 1 to 10, not 11".
+        code: short and stable, for a program to read.
+    """
+
+    def __init__(self, param: str, problem: str, *, code: str = "invalid_value") -> None:
+        super().__init__(f"{param} {problem}")
+        self.param = param
+        self.problem = problem
         self.code = code
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import RequestTooLong
 from deployments.types import DecodeRequest, PriorRequest
-from serve_app.errors import RequestError
+from serve_app.errors import InvalidParameter, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -102,7 +102,8 @@ class Generator:
         """Make the images of a request, side by side. Cancelling stops all of them.
 
         Raises:
-            RequestError: a parameter is out of its range.
+            RequestError: 404, there is no such model.
+            InvalidParameter: a parameter is out of its range.
         """
         config = self.model(generation.model)
         self._check(generation, config)
@@ -133,11 +134,11 @@ class Generator:
                 )
             )
         except RequestTooLong as error:
-            raise RequestError(
-                f"The request is too long: prompt, source images and image make {error.tokens} tokens, "
-                f"and {model.config.name} takes at most {error.limit}. Shorten the prompt, or choose a "
-                "smaller size or fewer source images.",
-                param="prompt",
+            raise InvalidParameter(
+                "prompt",
+                f"makes {error.tokens} tokens together with source images and image, and "
+                f"{model.config.name} takes at most {error.limit}; shorten it, or choose a smaller size or "
+                "fewer source images",
                 code="context_length_exceeded",
             ) from error
         pixels = await model.decode(
@@ -161,19 +162,17 @@ class Generator:
     def _check(self, generation: Generation, model: ModelConfig) -> None:
         limits, family = self._limits, model.traits
         if not generation.prompt.strip():
-            raise RequestError("The prompt is empty.", param="prompt")
+            raise InvalidParameter("prompt", "must not be empty")
         if len(generation.prompt) > limits.max_prompt_chars:
-            raise RequestError(
-                f"The prompt has {len(generation.prompt)} characters; "
-                f"at most {limits.max_prompt_chars} are allowed.",
-                param="prompt",
+            raise InvalidParameter(
+                "prompt",
+                f"has {len(generation.prompt)} characters; at most {limits.max_prompt_chars} are allowed",
                 code="string_above_max_length",
             )
-        size = (generation.width or model.defaults.width, generation.height or model.defaults.height)
-        if not family.is_legal_size(*size):
-            raise RequestError(
-                f"The size {size[0]}x{size[1]} cannot be made; each side must be {family.legal_sides}.",
-                param="size",
+        width, height = generation.width or model.defaults.width, generation.height or model.defaults.height
+        if not family.is_legal_size(width, height):
+            raise InvalidParameter(
+                "size", f"cannot be {width}x{height}; each side must be {family.legal_sides}"
             )
         for param, value, least, most in (
             ("n", generation.n, 1, limits.max_images),
@@ -182,10 +181,4 @@ class Generator:
             ("seed", generation.seed, 0, MAX_SEED - generation.n + 1),
         ):
             if value is not None and not least <= value <= most:
-                raise RequestError(f"{value} is out of range; allowed are {least} to {most}.", param=param)
-        if len(generation.sources) > family.max_sources:
-            raise RequestError(
-                f"{len(generation.sources)} source images were given; "
-                f"{model.name} takes at most {family.max_sources}.",
-                param="sources",
-            )
+                raise InvalidParameter(param, f"must be {least} to {most}, not {value}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from serve_app.errors import RequestError
+from serve_app.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from deployments.families import Family
@@ -32,7 +32,7 @@ def decode_source(data: bytes, family: Family) -> Pixels:
     widest aspect, and scaled to a legal size (see `legal_size`). A legal opaque image keeps its pixels.
 
     Raises:
-        RequestError: not a PNG, JPEG or WebP image, broken, animated, or a side not in 16-8192 pixels.
+        InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, or a side not in 16-8192 pixels.
     """
     try:
         # The first bytes decide, not the declared type; no other of Pillow's decoders is reachable.
@@ -98,5 +98,5 @@ def _fit(image: Image.Image, family: Family) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _bad_source(problem: str) -> RequestError:
-    return RequestError(f"A source image {problem}.", param="sources", code="invalid_image")
+def _bad_source(problem: str) -> InvalidParameter:
+    return InvalidParameter("sources", problem, code="invalid_image")

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 
 from serve_app.dialects import native, openai
-from serve_app.errors import RequestError, too_large
+from serve_app.errors import InvalidParameter, RequestError, too_large
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -44,7 +44,8 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=config.limits.max_body_bytes)
 
     @app.exception_handler(RequestError)
-    async def request_error(_: Request, error: RequestError) -> JSONResponse:
+    @app.exception_handler(InvalidParameter)
+    async def request_error(_: Request, error: RequestError | InvalidParameter) -> JSONResponse:
         return openai.error_response(error)
 
     @app.exception_handler(HTTPException)

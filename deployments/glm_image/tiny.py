@@ -86,8 +86,9 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < (0 if field.name == "seed" else 1):
-                raise ValueError(f"{field.name} must be positive, not {getattr(self, field.name)}")
+            least = 0 if field.name == "seed" else 1
+            if getattr(self, field.name) < least:
+                raise ValueError(f"{field.name} must be at least {least}, not {getattr(self, field.name)}")
         for name, multiple in (
             ("prior_width", 16 * self.prior_heads),
             ("vision_width", 4),

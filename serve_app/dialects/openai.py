@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from serve_app import images
-from serve_app.errors import RequestError
+from serve_app.errors import InvalidParameter, RequestError
 from serve_app.generation import MAX_SEED, Generation
 
 if TYPE_CHECKING:
@@ -76,11 +76,12 @@ class ImagesResponse(BaseModel):
     output_format: images.ImageFormat
 
 
-def error_response(error: RequestError) -> JSONResponse:
+def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
     """The error in this API's envelope."""
-    return _envelope(
-        error.status, error.message, OUR_NAMES_FOR.get(error.param or "", error.param), error.code
-    )
+    if isinstance(error, InvalidParameter):
+        param = OUR_NAMES_FOR.get(error.param, error.param)
+        return _envelope(400, f"{param} {error.problem}.", param, error.code)
+    return _envelope(error.status, error.message, error.param, error.code)
 
 
 def server_error_response() -> JSONResponse:
@@ -117,10 +118,10 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
         """Make images from text and one to four images."""
         fields, uploads = await _read_form(request)
         if not uploads:
-            raise RequestError("Send at least one file as `image` or `image[]`.", param="sources")
+            raise RequestError("Send at least one file as `image` or `image[]`.", param="image")
         family = generator.model(fields.model).traits
         if len(uploads) > family.max_sources:
-            raise RequestError(f"Send at most {family.max_sources} images.", param="sources")
+            raise RequestError(f"Send at most {family.max_sources} images.", param="image")
         sources = await asyncio.to_thread(
             lambda: tuple(images.decode_source(data, family) for data in uploads)
         )
@@ -200,6 +201,8 @@ async def _read_form(request: Request) -> tuple[ImageRequest, list[bytes]]:
                 if name not in ("image", "image[]"):
                     raise _unknown(name)
                 uploads.append(await value.read())
+            elif name in ("image", "image[]"):
+                raise RequestError("image must be a file (with curl: -F image=@FILE).", param="image")
             elif value or name == "prompt":
                 texts[name] = value
     try:
@@ -225,7 +228,7 @@ def _first_error(error: ValidationError) -> RequestError:
         return _unknown(str(param))
     if first["type"] == "missing":
         return RequestError(f"{param} is required.", param=param, code="missing_required_parameter")
-    return RequestError(f"{param or 'The body'}: {first['msg']}.", param=param)
+    return RequestError(f"{param or 'The JSON body'}: {first['msg']}.", param=param)
 
 
 def _unknown(param: str) -> RequestError:

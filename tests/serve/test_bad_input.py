@@ -64,6 +64,7 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (body(output_format="jpeg", output_compression=101), 400, "output_compression"),
     (body(output_compression=50), 400, "output_compression"),
     (body(negative_prompt="ugly"), 400, "negative_prompt"),
+    (body(steps=5), 400, "steps"),
     ({"url": GENERATIONS, "json": {"size": "512x512"}}, 400, "prompt"),
     (raw(b""), 400, None),
     (raw(b"{"), 400, None),

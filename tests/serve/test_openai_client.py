@@ -122,7 +122,7 @@ def test_a_bad_parameter_is_named(sdk: openai.OpenAI) -> None:
         sdk.images.generate(prompt="a boat", extra_body={"num_inference_steps": 0})
     assert caught.value.param == "num_inference_steps"
     assert caught.value.type == "invalid_request_error"
-    assert "1 to 100" in caught.value.message
+    assert "num_inference_steps must be 1 to 100, not 0" in caught.value.message
 
 
 def test_a_parameter_that_is_not_honoured_is_refused(sdk: openai.OpenAI) -> None:
