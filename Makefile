@@ -1,6 +1,6 @@
 # Two commands: `make serve` and `make test`. Each needs only Python and make, and sets up .venv itself.
 
-CONFIG ?= configs/tiny.yaml
+CONFIG = configs/tiny.yaml
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,8 +9,11 @@ BIN := .venv/bin
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# Only when given to make: shells and platforms have variables of these names too.
+option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
+
 serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C
-	@exec $(BIN)/python -m serve_app $(CONFIG) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT))
+	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port)
 
 test: .venv/dev.stamp ## Run the tests
 	$(BIN)/pytest

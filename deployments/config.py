@@ -36,6 +36,16 @@ class StageConfig(Config):
         "On a CPU the same seed gives the same bytes only with the same number.",
     )
 
+    @model_validator(mode="after")
+    def _reserves_its_gpu(self) -> Self:
+        gpus = self.deployment.get("ray_actor_options", {}).get("num_gpus")
+        if self.device == "cuda" and not gpus and "placement_group_bundles" not in self.deployment:
+            raise ValueError(
+                "a stage on cuda needs deployment.ray_actor_options.num_gpus, 1 say; without, every replica "
+                "would share the first GPU"
+            )
+        return self
+
 
 class PriorConfig(StageConfig):
     """The prior stage."""
@@ -78,8 +88,8 @@ class ModelConfig(Config):
         description="The Hub commit to load, all 40 digits of it: what runs today runs tomorrow.",
     )
     defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
-    prior: PriorConfig = Field(default_factory=PriorConfig, description="The autoregressive stage.")
-    decoder: StageConfig = Field(default_factory=StageConfig, description="The diffusion stage; as above.")
+    prior: PriorConfig = Field(description="The autoregressive stage.")
+    decoder: StageConfig = Field(description="The diffusion stage; as above.")
 
     @field_validator("family")
     @classmethod

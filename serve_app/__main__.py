@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,7 +31,7 @@ class _Application(BaseModel):
 
     name: str
     route_prefix: str = "/"
-    import_path: str
+    import_path: Literal["serve_app.app:build_app"]
     args: AppConfig
 
 
@@ -73,8 +73,9 @@ def main() -> None:
     http = options.model_copy(
         update={k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
     )
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     try:  # Ray would go on trying for minutes
-        socket.create_server((http.host, http.port)).close()
+        socket.create_server((http.host, http.port), family=family).close()
     except (OSError, OverflowError) as error:
         parser.error(f"cannot listen on {http.host}:{http.port}: {error}")
     sys.exit(_serve(application, app, http))
@@ -115,7 +116,7 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
             serve.run(app, name=application.name, route_prefix=application.route_prefix)
         except RuntimeError as error:
             return _why_not(application.name) or str(error)
-        _greet(http)
+        _greet(http, application.route_prefix)
         stop.wait()
     except KeyboardInterrupt:
         pass
@@ -158,9 +159,10 @@ def _why_not(app_name: str) -> str | None:
     return "\n".join(["The server could not start.", *reasons]) if reasons else None
 
 
-def _greet(http: _HTTPOptions) -> None:
+def _greet(http: _HTTPOptions, route_prefix: str) -> None:
     host = "127.0.0.1" if http.host == "0.0.0.0" else http.host  # noqa: S104 - compared, not bound
-    address = f"http://{host}:{http.port}"
+    host = f"[{host}]" if ":" in host else host
+    address = f"http://{host}:{http.port}{route_prefix.rstrip('/')}"
     body = '{"prompt": "a red boat at dawn", "size": "512x512", "num_inference_steps": 8}'
     print(
         f"\nServing on {address}. Make an image:\n\n"

@@ -1,20 +1,27 @@
 """The only wiring: from a configuration to a Ray Serve application."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import ModelConfig
 from deployments.decoder import DecoderStage
 from deployments.prior import PriorStage
 from serve_app.config import AppConfig
+from serve_app.errors import RequestError
 from serve_app.generation import Generator, Model
 from serve_app.ingress import create_app
 from serve_app.status import StatusReader
 from serve_app.storage import FileStore
+
+DRAIN_S = 600
+"""How long a replica that is to go may finish what it has; an image takes up to minutes."""
 
 
 def build_app(args: AppConfig) -> Application:
@@ -25,8 +32,8 @@ def build_app(args: AppConfig) -> Application:
     """
     stages = {model.name: _bind_stages(model) for model in args.models}
     # Requests wait for images here, so their number is no measure of load; Ray's default of 5 would be one.
-    ingress = serve.deployment(max_ongoing_requests=10_000)(serve.ingress()(Ingress))
-    return ingress.bind(args, stages)
+    options = {"max_ongoing_requests": 10_000, "graceful_shutdown_timeout_s": DRAIN_S}
+    return serve.deployment(**options)(serve.ingress()(Ingress)).bind(args, stages)  # type: ignore[arg-type]
 
 
 def _bind_stages(model: ModelConfig) -> dict[str, Application]:
@@ -36,7 +43,11 @@ def _bind_stages(model: ModelConfig) -> dict[str, Application]:
         ("prior", PriorStage, model.prior, model.prior.rows),
         ("decoder", DecoderStage, model.decoder, 1),
     ):
-        options: dict[str, Any] = {"name": f"{model.name}-{name}", "max_ongoing_requests": at_once + 1}
+        options: dict[str, Any] = {
+            "name": f"{model.name}-{name}",
+            "max_ongoing_requests": at_once + 1,
+            "graceful_shutdown_timeout_s": DRAIN_S,
+        }
         stages[name] = serve.deployment(**(options | stage.deployment))(cls).bind(model)
     return stages
 
@@ -53,8 +64,8 @@ class Ingress:
         models = {
             model.name: Model(
                 config=model,
-                prior=self._stages[model.name]["prior"].generate.remote,
-                decode=self._stages[model.name]["decoder"].decode.remote,
+                prior=_caller(self._stages[model.name]["prior"].generate),
+                decode=_caller(self._stages[model.name]["decoder"].decode),
             )
             for model in self._config.models
         }
@@ -71,3 +82,22 @@ class Ingress:
             FileStore(self._config.storage.url),
             status.read,
         )
+
+
+def _caller(method: DeploymentHandle[Any]) -> Callable[[Any], Awaitable[Any]]:
+    """A stage's method as a coroutine function that knows no Ray."""
+
+    async def call(request: Any) -> Any:
+        response: Any = method.remote(request)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()  # Serve does so by itself only when the whole HTTP request is cancelled
+            raise
+        # Serve would answer these two in plain text, whatever handlers the application has.
+        except BackPressureError as error:
+            raise RequestError("The server is busy; try again later.", code="busy", status=429) from error
+        except DeploymentUnavailableError as error:
+            raise RequestError("The model is not available.", code="unavailable", status=503) from error
+
+    return call

@@ -28,8 +28,7 @@ class Generation:
     Attributes:
         model: its name, or None for the default model.
         prompt: what to paint.
-        width: in pixels; both or neither of the two.
-        height: in pixels.
+        size: width and height in pixels.
         n: how many images; image i has the seed `seed` + i.
         steps: denoising steps.
         guidance_scale: classifier-free guidance; off at 1 and below.
@@ -39,8 +38,7 @@ class Generation:
 
     prompt: str
     model: str | None = None
-    width: int | None = None
-    height: int | None = None
+    size: tuple[int, int] | None = None
     n: int = 1
     steps: int | None = None
     guidance_scale: float | None = None
@@ -105,8 +103,8 @@ class Generator:
             RequestError: 404, there is no such model.
             InvalidParameter: a parameter is out of its range.
         """
+        self.check(generation, sources=len(generation.sources))
         config = self.model(generation.model)
-        self._check(generation, config)
         seed = generation.seed
         if seed is None:
             seed = secrets.randbelow(2**53 - generation.n)  # JavaScript holds no larger integers
@@ -122,7 +120,7 @@ class Generator:
 
     async def _unit(self, generation: Generation, model: Model, seed: int) -> GeneratedImage:
         defaults = model.config.defaults
-        width, height = generation.width or defaults.width, generation.height or defaults.height
+        width, height = generation.size or (defaults.width, defaults.height)
         try:
             tokens = await model.prior(
                 PriorRequest(
@@ -159,7 +157,14 @@ class Generator:
         )
         return GeneratedImage(pixels=pixels, seed=seed)
 
-    def _check(self, generation: Generation, model: ModelConfig) -> None:
+    def check(self, generation: Generation, *, sources: int) -> None:
+        """Check all parameters but the source images themselves, of which there are to be so many.
+
+        Raises:
+            RequestError: 404, there is no such model.
+            InvalidParameter: a parameter is out of its range.
+        """
+        model = self.model(generation.model)
         limits, family = self._limits, model.traits
         if not generation.prompt.strip():
             raise InvalidParameter("prompt", "must not be empty")
@@ -169,7 +174,7 @@ class Generator:
                 f"has {len(generation.prompt)} characters; at most {limits.max_prompt_chars} are allowed",
                 code="string_above_max_length",
             )
-        width, height = generation.width or model.defaults.width, generation.height or model.defaults.height
+        width, height = generation.size or (model.defaults.width, model.defaults.height)
         if not family.is_legal_size(width, height):
             raise InvalidParameter(
                 "size", f"cannot be {width}x{height}; each side must be {family.legal_sides}"
@@ -182,3 +187,5 @@ class Generator:
         ):
             if value is not None and not least <= value <= most:
                 raise InvalidParameter(param, f"must be {least} to {most}, not {value}")
+        if sources > family.max_sources:
+            raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {sources}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from serve_app.errors import InvalidParameter
 
@@ -23,6 +24,18 @@ MIN_SOURCE_SIDE = 16
 MAX_SOURCE_SIDE = 8192
 BACKGROUND = (255, 255, 255)
 """What shows behind transparency and beside a source that is too long for the model: white."""
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each value of EXIF's orientation but 1: CIPA DC-008, 4.6.4."""
 
 
 def decode_source(data: bytes, family: Family) -> Pixels:
@@ -48,10 +61,9 @@ def decode_source(data: bytes, family: Family) -> Pixels:
         raise _bad_source("is animated; send a single frame")
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        return np.asarray(_fit(_flatten(_upright(image)), family))
     except Exception as error:
         raise _bad_source("is broken or incomplete") from error
-    return np.asarray(_fit(_flatten(upright), family))
 
 
 def legal_size(width: int, height: int, family: Family) -> tuple[int, int]:
@@ -78,9 +90,21 @@ def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
     return file.getvalue()
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = 1
+    with suppress(Exception):  # a picture is one although what is written beside it is broken
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
 def _flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        deep = np.asarray(image)
+        shallow = (deep >> 8).astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            shallow[deep == transparent] = BACKGROUND[0]
+        return Image.fromarray(shallow).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, BACKGROUND)

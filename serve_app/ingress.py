@@ -53,7 +53,7 @@ def create_app(
         """Starlette's own: no such route, no such method, a broken form."""
         code = HTTPStatus(error.status_code).name.lower()
         response = openai.error_response(
-            RequestError(f"{error.detail}.", code=code, status=error.status_code)
+            RequestError(f"{error.detail.rstrip('.')}.", code=code, status=error.status_code)
         )
         response.headers.update(error.headers or {})
         return response
@@ -76,9 +76,12 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; count the body's bytes on the way."""
         received = 0
+        announced = dict(scope.get("headers", ())).get(b"content-length", b"0")
 
         async def counted() -> Message:
             nonlocal received
+            if announced.isdigit() and int(announced) > self._max_bytes:
+                raise too_large(self._max_bytes)
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:

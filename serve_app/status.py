@@ -53,10 +53,12 @@ def _state(overview: DeploymentStatusOverview) -> StageState:
     status: str = overview.status
     if "RUNNING" in replicas:
         return "ready"
-    if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+    if status == "DEPLOY_FAILED":
         return "failed"
     if "STARTING" in replicas:
         return "loading"
+    if status == "UNHEALTHY":
+        return "failed"
     if "STOPPING" in replicas:
         return "unloading"
     return "unloaded"

@@ -132,7 +132,10 @@ def _load_component(folder: Path, name: str, cls: Any, *, device: torch.device, 
     if missing := sorted(report["missing_keys"]):
         # The libraries fill such gaps with random numbers: an image would come, of noise.
         raise CheckpointError(f"{folder}: component {name!r} lacks weights: {', '.join(missing)}")
-    return component.to(device)
+    try:
+        return component.to(device)
+    except Exception as error:  # no such device, or too little memory on it
+        raise CheckpointError(f"{folder}: component {name!r} cannot be put on {device}: {error}") from error
 
 
 class _LoggedProgress(tqdm):  # type: ignore[misc]

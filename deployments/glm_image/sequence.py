@@ -98,8 +98,8 @@ class Sequencer:
             encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
             found = [
                 start
-                for token, (start, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-                if token in reserved
+                for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+                if token in reserved and end - start > 1  # one letter cannot be broken
             ]
             if not found:
                 return prompt

@@ -109,7 +109,7 @@ PRESETS = {"tiny": TINY, "benchmark": BENCHMARK}
 def cached(sizes: Sizes = TINY) -> Path:
     """The folder of the checkpoint of these sizes in the user's cache, written when it is not there yet.
 
-    The folder's name holds a digest of the sizes and of this file, so that a changed recipe is never
+    The folder's name holds a digest of the sizes and of this file, so that a changed recipe is not
     served from an old cache. Safe when several processes ask at once.
     """
     recipe = hashlib.sha256(Path(__file__).read_bytes() + repr(sizes).encode()).hexdigest()[:16]
@@ -135,6 +135,8 @@ def write(folder: Path, sizes: Sizes = TINY) -> None:
         try:
             scratch.rename(folder)
         except OSError as error:  # not empty: somebody was there first
+            if not folder.exists():
+                raise
             if not (folder / "model_index.json").exists():
                 raise FileExistsError(f"{folder} exists and is not a checkpoint") from error
     finally:

@@ -20,7 +20,7 @@ def router(files: FileStore, states: Callable[[], Awaitable[ModelStates]]) -> AP
     """The routes; `states` tells each model's stages' states without waking any."""
     routes = APIRouter()
 
-    @routes.get("/health")
+    @routes.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
         """Whether the server answers, and which models are loaded. Never loads one."""
         models = await states()
@@ -30,7 +30,7 @@ def router(files: FileStore, states: Callable[[], Awaitable[ModelStates]]) -> AP
             "models": models,
         }
 
-    @routes.get("/files/{name}", response_class=Response)
+    @routes.api_route("/files/{name}", methods=["GET", "HEAD"], response_class=Response)
     async def file(name: str) -> Response:
         """A result, by the name in its URL."""
         data = await files.read(name)

@@ -10,6 +10,8 @@ import asyncio
 import base64
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -18,16 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from serve_app import images
-from serve_app.errors import InvalidParameter, RequestError
+from serve_app.errors import InvalidParameter, RequestError, too_large
 from serve_app.generation import MAX_SEED, Generation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from deployments.config import ModelConfig
-    from deployments.types import Pixels
     from serve_app.generation import GeneratedImage, Generator
     from serve_app.storage import FileStore
+
+MAX_JSON_BYTES = 2**20
+"""Several times what the longest prompt takes, escaped; parsing holds up the event loop."""
 
 STARTED = int(time.time())
 OUR_NAMES_FOR = {"steps": "num_inference_steps", "sources": "image"}
@@ -92,6 +96,8 @@ def server_error_response() -> JSONResponse:
 def router(generator: Generator, files: FileStore, link: Callable[[Request, str], str]) -> APIRouter:
     """The routes of this API; `link` makes the URL of a stored file."""
     routes = APIRouter(prefix="/v1")
+    # One image at a time: a hostile one takes hundreds of megabytes, and health has threads of its own.
+    decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     @routes.post(
         "/images/generations",
@@ -101,12 +107,19 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
     )
     async def generations(request: Request) -> ImagesResponse:
         """Make images from text."""
-        body = await request.body()
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            raise RequestError("Send this request as application/json.", code="invalid_content_type")
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_JSON_BYTES:
+                raise too_large(MAX_JSON_BYTES)
         try:
             fields = ImageRequest.model_validate_json(body)
         except ValidationError as error:
             raise _first_error(error) from None
-        return await answer(request, fields, ())
+        return await answer(request, fields, [])
 
     @routes.post(
         "/images/edits",
@@ -119,15 +132,9 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
         fields, uploads = await _read_form(request)
         if not uploads:
             raise RequestError("Send at least one file as `image` or `image[]`.", param="image")
-        family = generator.model(fields.model).traits
-        if len(uploads) > family.max_sources:
-            raise RequestError(f"Send at most {family.max_sources} images.", param="image")
-        sources = await asyncio.to_thread(
-            lambda: tuple(images.decode_source(data, family) for data in uploads)
-        )
-        return await answer(request, fields, sources)
+        return await answer(request, fields, uploads)
 
-    async def answer(request: Request, fields: ImageRequest, sources: tuple[Pixels, ...]) -> ImagesResponse:
+    async def answer(request: Request, fields: ImageRequest, uploads: list[bytes]) -> ImagesResponse:
         output_format = fields.output_format or "png"
         quality = 100 if fields.output_compression is None else fields.output_compression
         if output_format == "png" and quality < 100:
@@ -135,13 +142,25 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
         generation = Generation(
             model=fields.model,
             prompt=fields.prompt,
-            **_size(fields.size, sources),
+            size=_size(fields.size),
             n=1 if fields.n is None else fields.n,
             steps=fields.num_inference_steps,
             guidance_scale=fields.guidance_scale,
             seed=fields.seed,
-            sources=sources,
         )
+        generator.check(generation, sources=len(uploads))  # before the images, which may be large
+        if uploads:
+            family = generator.model(fields.model).traits
+            sources = tuple(
+                [
+                    await asyncio.get_running_loop().run_in_executor(
+                        decoding, images.decode_source, data, family
+                    )
+                    for data in uploads
+                ]
+            )
+            height, width, _ = sources[0].shape
+            generation = replace(generation, sources=sources, size=generation.size or (width, height))
 
         async def deliver(image: GeneratedImage) -> Image:
             data = await asyncio.to_thread(images.encode, image.pixels, output_format, quality)
@@ -158,12 +177,12 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
             output_format=output_format,
         )
 
-    @routes.get("/models")
+    @routes.api_route("/models", methods=["GET", "HEAD"])
     async def list_models() -> dict[str, Any]:
         """The models that this server offers; the first one is the default."""
         return {"object": "list", "data": [_describe(model) for model in generator.models()]}
 
-    @routes.get("/models/{name}")
+    @routes.api_route("/models/{name}", methods=["GET", "HEAD"])
     async def get_model(name: str) -> dict[str, Any]:
         """One model and what it can do."""
         return _describe(generator.model(name))
@@ -191,33 +210,38 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
 
 async def _read_form(request: Request) -> tuple[ImageRequest, list[bytes]]:
     """The fields and the source images of a multipart body. An empty field counts as unset."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise RequestError("Send this request as multipart/form-data.", code="invalid_content_type")
     texts: dict[str, str] = {}
     uploads: list[bytes] = []
-    async with request.form() as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name not in ("image", "image[]"):
-                    raise _unknown(name)
-                uploads.append(await value.read())
-            elif name in ("image", "image[]"):
-                raise RequestError("image must be a file (with curl: -F image=@FILE).", param="image")
-            elif value or name == "prompt":
-                texts[name] = value
+    try:
+        async with request.form() as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    if name not in ("image", "image[]"):
+                        raise _unknown(name)
+                    uploads.append(await value.read())
+                elif name in ("image", "image[]"):
+                    raise RequestError("image must be a file (with curl: -F image=@FILE).", param="image")
+                elif name in texts:
+                    raise RequestError(f"{name:.100} is given twice.", param=name[:100])
+                elif value or name == "prompt":
+                    texts[name] = value
+    except (ValueError, LookupError) as error:  # a charset that Starlette does not expect
+        raise RequestError("The form cannot be decoded; send it as UTF-8.") from error
     try:
         return ImageRequest.model_validate_strings(texts), uploads
     except ValidationError as error:
         raise _first_error(error) from None
 
 
-def _size(size: str | None, sources: tuple[Pixels, ...]) -> dict[str, int]:
+def _size(size: str | None) -> tuple[int, int] | None:
     if size in (None, "auto"):
-        return {"width": sources[0].shape[1], "height": sources[0].shape[0]} if sources else {}
+        return None
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
     if match is None:
         raise RequestError("Give the size as WIDTHxHEIGHT, 1024x1024 say, or as auto.", param="size")
-    return {"width": int(match[1]), "height": int(match[2])}
+    return int(match[1]), int(match[2])
 
 
 def _first_error(error: ValidationError) -> RequestError:

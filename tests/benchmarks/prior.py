@@ -108,11 +108,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    stage = PriorConfig(device="cpu", dtype="float32", rows=ROWS, row_tokens=4096)
+    checkpoint_folder = str(tiny.cached(tiny.BENCHMARK))
     model = ModelConfig(
-        name="benchmark",
-        family="glm_image",
-        checkpoint=str(tiny.cached(tiny.BENCHMARK)),
-        prior=PriorConfig(device="cpu", dtype="float32", rows=ROWS, row_tokens=4096),
+        name="benchmark", family="glm_image", checkpoint=checkpoint_folder, prior=stage, decoder=stage
     )
     upstream, ours = Upstream(model), Ours(model)
     upstream(request(0))

@@ -14,7 +14,8 @@ from serve_app.config import AppConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-MODEL = {"name": "m", "family": "glm_image", "checkpoint": "tiny"}
+CPU = {"device": "cpu"}
+MODEL = {"name": "m", "family": "glm_image", "checkpoint": "tiny", "prior": CPU, "decoder": CPU}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
@@ -31,6 +32,7 @@ def test_a_shipped_configuration_is_valid_and_stays_on_this_machine(file: Path) 
     [
         ({"checkpoit": "tiny"}, "checkpoit"),
         ({"prior": {"num_gpus": 1}}, "num_gpus"),
+        ({"decoder": {"device": "cuda"}}, "needs deployment.ray_actor_options.num_gpus"),
         ({"family": "flux"}, "unknown family 'flux'; known: glm_image"),
         ({"checkpoint": "org/name", "revision": "main"}, "revision"),
         ({"decoder": {"dtype": "int4"}}, "dtype"),
@@ -50,8 +52,13 @@ def test_models_are_told_apart_by_name() -> None:
         AppConfig.model_validate({"models": [MODEL, MODEL]})
 
 
+def test_a_default_may_not_be_above_the_limits() -> None:
+    with pytest.raises(ValidationError, match=r"default steps of m are above limits.max_steps"):
+        AppConfig.model_validate({"models": [MODEL], "limits": {"max_steps": 49}})
+
+
 def test_an_unknown_deployment_option_is_named() -> None:
-    model = MODEL | {"decoder": {"deployment": {"num_replica": 2}}}
+    model = MODEL | {"decoder": CPU | {"deployment": {"num_replica": 2}}}
     with pytest.raises(TypeError, match="num_replica"):
         build_app(AppConfig.model_validate({"models": [model]}))
 

@@ -1,13 +1,15 @@
 """Source images become legal for both stages; broken ones are refused by name; results are encoded."""
 
 import io
+import struct
+import zlib
 from typing import Literal
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from deployments.families import FAMILIES
 from deployments.types import Pixels
@@ -96,6 +98,47 @@ def test_exif_orientation_is_applied() -> None:
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     image = Image.fromarray(np.full((512, 512), 0x8000, dtype=np.uint16))
     assert decode_source(file_of(image), GLM_IMAGE)[0, 0].tolist() == [128, 128, 128]
+
+
+def test_transparency_in_sixteen_bits_is_white() -> None:
+    image = Image.fromarray(np.full((512, 512), 7, dtype=np.uint16))
+    assert (decode_source(file_of(image, transparency=7), GLM_IMAGE) == WHITE).all()
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
+def test_broken_metadata_does_not_break_a_picture(image_format: str) -> None:
+    data = file_of(
+        Image.new("RGB", (512, 512), (9, 9, 9)), image_format, exif=b"Exif\0\0garbage", lossless=True
+    )
+    assert decode_source(data, GLM_IMAGE).shape == (512, 512, 3)
+
+
+def test_every_exif_orientation_is_undone_as_pillow_does() -> None:
+    pixels = noise(512, 544)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = file_of(Image.fromarray(pixels), exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert np.array_equal(decode_source(data, GLM_IMAGE), np.asarray(expected))
+
+
+def test_a_palette_shorter_than_its_transparency_is_refused() -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = zlib.compress((b"\0" + b"\0" * 512) * 512)
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        [
+            chunk(b"IHDR", struct.pack(">IIBBBBB", 512, 512, 8, 3, 0, 0, 0)),
+            chunk(b"PLTE", bytes(3)),
+            chunk(b"tRNS", bytes(300)),
+            chunk(b"IDAT", rows),
+            chunk(b"IEND", b""),
+        ]
+    )
+    with pytest.raises(InvalidParameter, match="broken"):
+        decode_source(data, GLM_IMAGE)
 
 
 def test_cmyk_jpeg_and_webp_are_read() -> None:

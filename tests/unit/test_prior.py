@@ -85,7 +85,7 @@ class Loaded:
 @pytest.fixture(scope="module")
 def config(tiny_folder: Path) -> ModelConfig:
     stage = PriorConfig(device="cpu", dtype="float32")
-    return ModelConfig(name="m", family="glm_image", checkpoint=str(tiny_folder), prior=stage)
+    return ModelConfig(name="m", family="glm_image", checkpoint=str(tiny_folder), prior=stage, decoder=stage)
 
 
 @pytest.fixture(scope="module")

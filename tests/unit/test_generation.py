@@ -1,0 +1,142 @@
+"""The path of a request over stages that stand in for Ray's: seeds, defaults, and failures among several."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.serve.exceptions import BackPressureError
+
+from deployments.config import ModelConfig
+from deployments.errors import RequestTooLong
+from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
+from serve_app.app import _caller
+from serve_app.config import Limits
+from serve_app.errors import InvalidParameter, RequestError
+from serve_app.generation import MAX_SEED, Generation, Generator, Model
+
+TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
+Prior = Callable[[PriorRequest], Awaitable[PriorTokens]]
+
+
+async def prior(_: PriorRequest) -> PriorTokens:
+    return TOKENS
+
+
+@pytest.fixture
+def decoded() -> list[DecodeRequest]:
+    """What the decoder was asked for."""
+    return []
+
+
+@pytest.fixture
+def generator(
+    model_config: Callable[..., ModelConfig], decoded: list[DecodeRequest]
+) -> Callable[..., Generator]:
+    async def decode(request: DecodeRequest) -> Pixels:
+        decoded.append(request)
+        return np.zeros((request.height, request.width, 3), dtype=np.uint8)
+
+    def make(prior: Prior = prior) -> Generator:
+        return Generator({"m": Model(config=model_config(), prior=prior, decode=decode)}, Limits())
+
+    return make
+
+
+def test_what_is_left_out_gets_the_models_defaults(
+    generator: Callable[..., Generator], decoded: list[DecodeRequest]
+) -> None:
+    (image,) = asyncio.run(generator().run(Generation(prompt="a boat")))
+    (request,) = decoded
+    assert (request.width, request.height) == (1024, 1024)
+    assert (request.steps, request.guidance_scale) == (50, 1.5)
+    assert image.seed == request.seed
+    assert 0 <= image.seed < 2**53
+
+
+def test_zero_is_a_value_and_not_left_out(
+    generator: Callable[..., Generator], decoded: list[DecodeRequest]
+) -> None:
+    asyncio.run(generator().run(Generation(prompt="a boat", guidance_scale=0, seed=0)))
+    assert (decoded[0].guidance_scale, decoded[0].seed) == (0, 0)
+
+
+def test_the_last_seed_is_the_largest(generator: Callable[..., Generator]) -> None:
+    images = asyncio.run(generator().run(Generation(prompt="a boat", n=3, seed=MAX_SEED - 2)))
+    assert [image.seed for image in images] == [MAX_SEED - 2, MAX_SEED - 1, MAX_SEED]
+    with pytest.raises(InvalidParameter, match="seed must be"):
+        asyncio.run(generator().run(Generation(prompt="a boat", n=3, seed=MAX_SEED - 1)))
+
+
+def test_one_failing_image_stops_the_others(generator: Callable[..., Generator]) -> None:
+    stopped: list[int] = []
+
+    async def failing(request: PriorRequest) -> PriorTokens:
+        if request.seed == 11:
+            raise RuntimeError("broken")
+        try:
+            return await asyncio.Future[PriorTokens]()
+        except asyncio.CancelledError:
+            stopped.append(request.seed)
+            raise
+
+    with pytest.raises(RuntimeError, match="broken"):
+        asyncio.run(generator(failing).run(Generation(prompt="a boat", n=3, seed=10)))
+    assert stopped == [10, 12]
+
+
+def test_a_request_longer_than_a_row_is_the_clients_to_shorten(generator: Callable[..., Generator]) -> None:
+    async def too_long(_: PriorRequest) -> PriorTokens:
+        raise RequestTooLong(5000, 4096)
+
+    with pytest.raises(InvalidParameter, match="makes 5000 tokens .* at most 4096") as caught:
+        asyncio.run(generator(too_long).run(Generation(prompt="a boat")))
+    assert caught.value.param == "prompt"
+
+
+class Response:
+    """What a Serve handle returns, with an outcome that the test sets."""
+
+    def __init__(self) -> None:
+        self.outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.cancelled = False
+
+    def __await__(self) -> Any:
+        return self.outcome.__await__()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Method:
+    def __init__(self, response: Response) -> None:
+        self._response = response
+
+    def remote(self, _: object) -> Response:
+        return self._response
+
+
+def test_a_cancelled_call_is_cancelled_at_the_stage() -> None:
+    async def main() -> bool:
+        response = Response()
+        call: Any = _caller(Method(response))("request")  # type: ignore[arg-type]
+        task = asyncio.create_task(call)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return response.cancelled
+
+    assert asyncio.run(main())
+
+
+def test_serves_back_pressure_is_an_error_of_ours() -> None:
+    async def main() -> None:
+        response = Response()
+        response.outcome.set_exception(BackPressureError(num_queued_requests=1, max_queued_requests=1))
+        await _caller(Method(response))("request")  # type: ignore[arg-type]
+
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(main())
+    assert caught.value.status == 429
