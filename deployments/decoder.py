@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 class DecoderStage:
-    """Serves one replica of a model's decoder, which works in a thread of its own, a unit at a time."""
+    """Serves one replica of a model's decoder, loaded and run by a thread of its own, a unit at a time."""
 
     def __init__(self, model: ModelConfig) -> None:
         if model.decoder.cpu_threads is not None:
             import torch  # here, so that importing the stages to wire them loads none of it
 
             torch.set_num_threads(model.decoder.cpu_threads)
-        self._decoder = model.traits.decoder().load(model)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
+        self._decoder = self._thread.submit(model.traits.decoder().load, model).result()
 
     async def decode(self, request: DecodeRequest) -> Pixels:
         """Make the pixels of one unit; a cancelled call stops within a denoising step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from deployments.cancellation import result_of
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 class PriorStage:
-    """Serves one replica of a model's prior engine, which works in a thread of its own."""
+    """Serves one replica of a model's prior engine, loaded and run by a thread of its own."""
 
     def __init__(self, model: ModelConfig) -> None:
         if model.prior.cpu_threads is not None:
             import torch  # here, so that importing the stages to wire them loads none of it
 
             torch.set_num_threads(model.prior.cpu_threads)
-        self._engine = model.traits.prior_engine().load(model)
-        threading.Thread(target=self._engine.run, name="prior", daemon=True).start()
+        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prior")
+        self._engine = thread.submit(model.traits.prior_engine().load, model).result()
+        thread.submit(self._engine.run)
 
     async def generate(self, request: PriorRequest) -> PriorTokens:
         """Make the prior tokens of one unit; a cancelled call stops within a token."""

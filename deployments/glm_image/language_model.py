@@ -75,8 +75,8 @@ def rows_attention(
         key, value = keys[row, :, :end], values[row, :, :end]
         if tokens == 1:
             # The heads that share keys become one head's queries: nothing is copied.
-            grouped = query[i].view(groups, heads // groups, channels)
-            attended = scaled_dot_product_attention(grouped, key, value, scale=scaling)
+            grouped = query[i].view(1, groups, heads // groups, channels)
+            attended = scaled_dot_product_attention(grouped, key[None], value[None], scale=scaling)
             output[i, 0] = attended.reshape(heads, channels)
         else:
             causal = torch.ones(tokens, end, dtype=torch.bool, device=query.device).tril(start)

@@ -76,30 +76,26 @@ class Upstream:
 
 
 class Ours:
+    """The engine, driven by this thread as upstream is: two threads' worth of OpenMP would slow both."""
+
     def __init__(self, model: ModelConfig) -> None:
         self._engine = PriorEngine.load(model)
-        threading.Thread(target=self._engine.run, daemon=True).start()
-
-    def submit(self, one: PriorRequest) -> Future[PriorTokens]:
-        return self._engine.submit(one, threading.Event())
 
     def __call__(self, *requests: PriorRequest) -> None:
-        for future in [self.submit(one) for one in requests]:
-            future.result()
+        self.arriving(list(requests), every_s=0)
 
     def arriving(self, requests: list[PriorRequest], every_s: float) -> tuple[float, float]:
         """Submit one request after the other; seconds until the first one and until all are done."""
         began = time.perf_counter()
-        done: dict[int, float] = {}
-        futures = []
-        for i, one in enumerate(requests):
-            threading.Event().wait(max(0.0, began + i * every_s - time.perf_counter()))
-            future = self.submit(one)
-            future.add_done_callback(lambda _, i=i: done.setdefault(i, time.perf_counter()))  # type: ignore[misc]
-            futures.append(future)
-        for future in futures:
-            future.result()
-        return done[0] - began, max(done.values()) - began
+        futures: list[Future[PriorTokens]] = []
+        first = 0.0
+        while len(futures) < len(requests) or not all(future.done() for future in futures):
+            while len(futures) < len(requests) and time.perf_counter() - began >= len(futures) * every_s:
+                futures.append(self._engine.submit(requests[len(futures)], threading.Event()))
+            self._engine.step()
+            if not first and futures[0].done():
+                first = time.perf_counter() - began
+        return first, time.perf_counter() - began
 
 
 def main() -> None:

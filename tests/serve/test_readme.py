@@ -43,6 +43,10 @@ def test_the_python_program_makes_and_edits_an_image(server: Server, tmp_path: P
             assert image.size == (512, 512)
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    assert not re.search(r"\{\{|PLACEHOLDER|TODO", README)
+
+
 def test_every_make_target_file_and_module_that_it_names_is_there() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)\b", README)) - {"serve"} <= targets
