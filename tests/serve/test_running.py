@@ -32,7 +32,7 @@ def test_health_answers_while_images_are_made(client: httpx.Client, server: Serv
         ]
         answers = []
         while not work[0].done():
-            answers.append(client.get("/health", timeout=1))
+            answers.append(client.get("/health", timeout=5))
         assert work[0].result().status_code == 200
     assert len(answers) > 1
     for answer in answers:
