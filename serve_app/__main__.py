@@ -69,8 +69,7 @@ def main() -> None:
         parser.error("\n".join([f"{arguments.config}:", *problems]))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{arguments.config}: {error}")
-    options = file.http_options
-    http = options.model_copy(
+    http = file.http_options.model_copy(
         update={k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
     )
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
@@ -135,10 +134,13 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
 
 
 def _lacking_gpus(config: AppConfig, present: float) -> str | None:
-    """Without this check Ray would wait for GPUs to be added, for ever."""
+    """Without this check Ray would wait for GPUs to be added, for ever.
+
+    A stage that scales by itself needs at least those of one replica.
+    """
     wanted = sum(
         stage.deployment.get("ray_actor_options", {}).get("num_gpus", 0)
-        * (stage.deployment.get("num_replicas") or 1)
+        * (replicas if isinstance(replicas := stage.deployment.get("num_replicas"), int) else 1)
         for model in config.models
         for stage in (model.prior, model.decoder)
     )

@@ -32,8 +32,8 @@ def build_app(args: AppConfig) -> Application:
     """
     stages = {model.name: _bind_stages(model) for model in args.models}
     # Requests wait for images here, so their number is no measure of load; Ray's default of 5 would be one.
-    options = {"max_ongoing_requests": 10_000, "graceful_shutdown_timeout_s": DRAIN_S}
-    return serve.deployment(**options)(serve.ingress()(Ingress)).bind(args, stages)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"max_ongoing_requests": 10_000, "graceful_shutdown_timeout_s": DRAIN_S}
+    return serve.deployment(**options)(serve.ingress()(Ingress)).bind(args, stages)
 
 
 def _bind_stages(model: ModelConfig) -> dict[str, Application]:

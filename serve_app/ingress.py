@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from serve_app.generation import Generator
     from serve_app.status import ModelStates
     from serve_app.storage import FileStore
-
-logger = logging.getLogger("ray.serve")
 
 
 def create_app(
