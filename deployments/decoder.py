@@ -5,11 +5,13 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from deployments.cancellation import result_of
+from deployments.calls import stream
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from deployments.config import ModelConfig
-    from deployments.types import DecodeRequest, Pixels
+    from deployments.types import DecodeRequest, Event, Pixels
 
 
 class DecoderStage:
@@ -23,8 +25,7 @@ class DecoderStage:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
         self._decoder = self._thread.submit(model.traits.decoder().load, model).result()
 
-    async def decode(self, request: DecodeRequest) -> Pixels:
-        """Make the pixels of one unit; a cancelled call stops within a denoising step."""
-        return await result_of(
-            lambda cancelled: self._thread.submit(self._decoder.decode, request, cancelled)
-        )
+    async def decode(self, request: DecodeRequest) -> AsyncIterator[Event | Pixels]:
+        """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step."""
+        async for item in stream(lambda call: self._thread.submit(self._decoder.decode, request, call)):
+            yield item

@@ -13,6 +13,14 @@ class EngineFault(ModelError):  # noqa: N818 - what engineers call it
     """An engine met a fault that it cannot go on from; its replica is to be replaced."""
 
 
+class OutOfMemory(ModelError):  # noqa: N818 - what engineers call it
+    """The device has too little memory for what was asked."""
+
+
+class NotANumber(ModelError):  # noqa: N818 - likewise
+    """The model's arithmetic ended in values that are no numbers; the unit is lost, the engine goes on."""
+
+
 class Cancelled(ModelError):  # noqa: N818 - a request that was called off is not a fault
     """The caller has gone; the work was stopped."""
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
-    import threading
     from concurrent.futures import Future
 
+    from deployments.calls import Call
     from deployments.config import ModelConfig
     from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
 
@@ -35,11 +35,11 @@ class PriorEngine(Protocol):
             CheckpointError: one of them is missing or does not fit.
         """
 
-    def submit(self, request: PriorRequest, cancelled: threading.Event) -> Future[PriorTokens]:
+    def submit(self, request: PriorRequest, call: Call) -> Future[PriorTokens]:
         """Ask for the prior tokens of one unit; may be called from any thread.
 
-        The future fails with `Cancelled` within a token after the event is set, and with `RequestTooLong`
-        when the request has more tokens than a row.
+        Progress is reported a few times a second at most. The future fails with `Cancelled` within a token
+        after the call is cancelled, and with `RequestTooLong` when the request has more tokens than a row.
         """
 
     def run(self) -> None:
@@ -57,11 +57,11 @@ class Decoder(Protocol):
             CheckpointError: one of them is missing or does not fit.
         """
 
-    def decode(self, request: DecodeRequest, cancelled: threading.Event) -> Pixels:
-        """Make the pixels of one unit.
+    def decode(self, request: DecodeRequest, call: Call) -> Pixels:
+        """Make the pixels of one unit. Progress is reported after every denoising step.
 
         Raises:
-            Cancelled: `cancelled` was set; within a denoising step.
+            Cancelled: the call was cancelled; within a denoising step.
         """
 
 

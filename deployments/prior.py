@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
-from deployments.cancellation import result_of
+from deployments.calls import stream
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from deployments.config import ModelConfig
-    from deployments.types import PriorRequest, PriorTokens
+    from deployments.types import Event, PriorRequest, PriorTokens
 
 
 class PriorStage:
@@ -24,9 +27,10 @@ class PriorStage:
         self._engine = thread.submit(model.traits.prior_engine().load, model).result()
         thread.submit(self._engine.run)
 
-    async def generate(self, request: PriorRequest) -> PriorTokens:
-        """Make the prior tokens of one unit; a cancelled call stops within a token."""
-        return await result_of(lambda cancelled: self._engine.submit(request, cancelled))
+    async def generate(self, request: PriorRequest) -> AsyncIterator[Event | PriorTokens]:
+        """Make the prior tokens of one unit, the last item; a cancelled call stops within a token."""
+        async for item in stream(partial(self._engine.submit, request)):
+            yield item
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises."""

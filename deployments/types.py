@@ -47,6 +47,21 @@ class PriorTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a stage has come with a unit.
+
+    Attributes:
+        done: tokens drawn, or denoising steps made.
+        total: of how many.
+        seconds: since the stage began with the unit.
+    """
+
+    done: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
     """Asks the decoder stage for the pixels of one unit.
 
@@ -69,3 +84,7 @@ class DecodeRequest:
     guidance_scale: float
     tokens: PriorTokens
     sources: tuple[Pixels, ...] = ()
+
+
+Event = Progress
+"""What a stage tells of a unit before its result."""

@@ -1,7 +1,6 @@
 """The only wiring: from a configuration to a Ray Serve application."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -84,20 +83,21 @@ class Ingress:
         )
 
 
-def _caller(method: DeploymentHandle[Any]) -> Callable[[Any], Awaitable[Any]]:
-    """A stage's method as a coroutine function that knows no Ray."""
+def _caller(method: DeploymentHandle[Any]) -> Callable[[Any], AsyncGenerator[Any, None]]:
+    """A stage's method as an asynchronous generator function that knows no Ray."""
+    streaming = method.options(stream=True)
 
-    async def call(request: Any) -> Any:
-        response: Any = method.remote(request)
+    async def call(request: Any) -> AsyncGenerator[Any, None]:
+        items: Any = streaming.remote(request)
         try:
-            return await response
-        except asyncio.CancelledError:
-            response.cancel()  # Serve does so by itself only when the whole HTTP request is cancelled
-            raise
+            async for item in items:
+                yield item
         # Serve would answer these two in plain text, whatever handlers the application has.
         except BackPressureError as error:
             raise RequestError("The server is busy; try again later.", code="busy", status=429) from error
         except DeploymentUnavailableError as error:
             raise RequestError("The model is not available.", code="unavailable", status=503) from error
+        finally:
+            items.cancel()  # Serve does so by itself only when the whole HTTP request is cancelled
 
     return call

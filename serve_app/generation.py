@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from deployments.errors import RequestTooLong
-from deployments.types import DecodeRequest, PriorRequest
+from deployments.types import DecodeRequest, PriorRequest, Progress
 from serve_app.errors import InvalidParameter, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
 
     from deployments.config import ModelConfig
     from deployments.types import Pixels, PriorTokens
     from serve_app.config import Limits
 
 MAX_SEED = 2**63 - 1
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +58,27 @@ class GeneratedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageProgress:
+    """How far one image of a generation has come.
+
+    Attributes:
+        image: which, from 0.
+        stage: where it is.
+        progress: of that stage.
+    """
+
+    image: int
+    stage: Literal["prior", "decoder"]
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """A served model and its two stages."""
+    """A served model and its two stages, each of which tells of its progress before its result."""
 
     config: ModelConfig
-    prior: Callable[[PriorRequest], Awaitable[PriorTokens]]
-    decode: Callable[[DecodeRequest], Awaitable[Pixels]]
+    prior: Callable[[PriorRequest], AsyncGenerator[Progress | PriorTokens, None]]
+    decode: Callable[[DecodeRequest], AsyncGenerator[Progress | Pixels, None]]
 
 
 class Generator:
@@ -96,8 +114,14 @@ class Generator:
             )
         return self._models[name].config
 
-    async def run(self, generation: Generation) -> list[GeneratedImage]:
+    async def run(
+        self, generation: Generation, report: Callable[[StageProgress], None] = lambda _: None
+    ) -> list[GeneratedImage]:
         """Make the images of a request, side by side. Cancelling stops all of them.
+
+        Args:
+            generation: the request.
+            report: is told of every image's progress, a few times a second at most for each.
 
         Raises:
             RequestError: 404, there is no such model.
@@ -111,25 +135,40 @@ class Generator:
         try:
             async with asyncio.TaskGroup() as group:
                 units = [
-                    group.create_task(self._unit(generation, self._models[config.name], seed + i))
+                    group.create_task(
+                        self._unit(
+                            generation, self._models[config.name], seed=seed + i, image=i, report=report
+                        )
+                    )
                     for i in range(generation.n)
                 ]
         except BaseExceptionGroup as failures:  # one unit failed, and the group has stopped the others
             raise failures.exceptions[0] from None
         return [unit.result() for unit in units]
 
-    async def _unit(self, generation: Generation, model: Model, seed: int) -> GeneratedImage:
+    async def _unit(
+        self,
+        generation: Generation,
+        model: Model,
+        *,
+        seed: int,
+        image: int,
+        report: Callable[[StageProgress], None],
+    ) -> GeneratedImage:
         defaults = model.config.defaults
         width, height = generation.size or (defaults.width, defaults.height)
         try:
-            tokens = await model.prior(
-                PriorRequest(
-                    prompt=generation.prompt,
-                    width=width,
-                    height=height,
-                    seed=seed,
-                    sources=generation.sources,
-                )
+            tokens = await _result(
+                model.prior(
+                    PriorRequest(
+                        prompt=generation.prompt,
+                        width=width,
+                        height=height,
+                        seed=seed,
+                        sources=generation.sources,
+                    )
+                ),
+                lambda progress: report(StageProgress(image=image, stage="prior", progress=progress)),
             )
         except RequestTooLong as error:
             raise InvalidParameter(
@@ -139,21 +178,24 @@ class Generator:
                 "fewer source images",
                 code="context_length_exceeded",
             ) from error
-        pixels = await model.decode(
-            DecodeRequest(
-                prompt=generation.prompt,
-                width=width,
-                height=height,
-                seed=seed,
-                steps=defaults.steps if generation.steps is None else generation.steps,
-                guidance_scale=(
-                    defaults.guidance_scale
-                    if generation.guidance_scale is None
-                    else generation.guidance_scale
-                ),
-                tokens=tokens,
-                sources=generation.sources,
-            )
+        pixels = await _result(
+            model.decode(
+                DecodeRequest(
+                    prompt=generation.prompt,
+                    width=width,
+                    height=height,
+                    seed=seed,
+                    steps=defaults.steps if generation.steps is None else generation.steps,
+                    guidance_scale=(
+                        defaults.guidance_scale
+                        if generation.guidance_scale is None
+                        else generation.guidance_scale
+                    ),
+                    tokens=tokens,
+                    sources=generation.sources,
+                )
+            ),
+            lambda progress: report(StageProgress(image=image, stage="decoder", progress=progress)),
         )
         return GeneratedImage(pixels=pixels, seed=seed)
 
@@ -189,3 +231,15 @@ class Generator:
                 raise InvalidParameter(param, f"must be {least} to {most}, not {value}")
         if sources > family.max_sources:
             raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {sources}")
+
+
+async def _result(
+    events: AsyncGenerator[Progress | Result, None], report: Callable[[Progress], None]
+) -> Result:
+    """The last of what a stage tells; the others are reported."""
+    async with aclosing(events):
+        async for event in events:
+            if not isinstance(event, Progress):
+                return event
+            report(event)
+    raise RuntimeError("the stage ended without a result")

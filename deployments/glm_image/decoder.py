@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +11,12 @@ from PIL import Image
 
 from deployments.errors import Cancelled
 from deployments.glm_image import checkpoint
+from deployments.types import Progress
 
 if TYPE_CHECKING:
-    import threading
-
     from diffusers import GlmImagePipeline
 
+    from deployments.calls import Call
     from deployments.config import ModelConfig
     from deployments.types import DecodeRequest, Pixels, TokenGrid
 
@@ -38,14 +39,16 @@ class Decoder:
         """See `deployments.families.Decoder`."""
         return cls(checkpoint.load_decoder(model))
 
-    def decode(self, request: DecodeRequest, cancelled: threading.Event) -> Pixels:
+    def decode(self, request: DecodeRequest, call: Call) -> Pixels:
         """See `deployments.families.Decoder`."""
-        if cancelled.is_set():
+        if call.cancelled.is_set():
             raise Cancelled
+        began = time.monotonic()
 
-        def stop_if_cancelled(*call: Any) -> dict[str, Any]:
-            if cancelled.is_set():
+        def after_step(_: GlmImagePipeline, step: int, *__: Any) -> dict[str, Any]:
+            if call.cancelled.is_set():
                 raise Cancelled
+            call.report(Progress(done=step + 1, total=request.steps, seconds=time.monotonic() - began))
             return {}
 
         images = self._pipeline(
@@ -55,7 +58,7 @@ class Decoder:
             num_inference_steps=request.steps,
             guidance_scale=request.guidance_scale,
             generator=torch.Generator(self._pipeline.device).manual_seed(request.seed),
-            callback_on_step_end=stop_if_cancelled,
+            callback_on_step_end=after_step,
             **self._conditions(request),
         ).images
         return np.asarray(images[0])

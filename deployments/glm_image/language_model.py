@@ -3,112 +3,38 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
+import psutil
 import torch
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+
+from deployments.errors import OutOfMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import GlmImageForConditionalGeneration
 
 logger = logging.getLogger("ray.serve")
 
-ATTENTION = "glm_image_rows"
+SLICE_TOKENS = 128
+"""Tokens of a prompt read at a time; running requests wait for no more than that between two tokens.
+
+On one H200 so many take the released model's arithmetic about as long as reading its weights does.
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slots:
-    """Where one forward pass writes: each of its rows, and from which position on.
+class Slots(Protocol):
+    """Where one forward pass writes in one layer's cache, and what it may read there.
 
-    It goes through upstream's layers twice: as their cache, and as an argument of the attention.
+    Upstream's attention takes it twice: as its cache, and as an argument that it hands to the attention
+    function.
     """
-
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-    rows: list[int]
-    starts: list[int]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values of shape (rows, heads, tokens, channels); called by upstream's attention."""
-        tokens = keys.shape[2]
-        for i, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
-            self.keys[layer][row, :, start : start + tokens] = keys[i]
-            self.values[layer][row, :, start : start + tokens] = values[i]
-        return self.keys[layer], self.values[layer]
-
-
-def rows_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    slots: Slots,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of each row over its own keys and no more, so that no row feels another.
-
-    Args:
-        module: upstream's attention, unused.
-        query: shape (rows, heads, tokens, channels).
-        keys: the layer's cache: shape (all rows, key/value heads, positions, channels).
-        values: likewise.
-        mask: None; the slots say it.
-        scaling: of the products.
-        slots: which rows of the cache, and where their tokens begin.
-
-    Returns:
-        Shape (rows, tokens, heads, channels), and None for the weights.
-    """
-    batch, heads, tokens, channels = query.shape
-    groups = keys.shape[1]
-    output = query.new_empty(batch, tokens, heads, channels)
-    for i, (row, start) in enumerate(zip(slots.rows, slots.starts, strict=True)):
-        end = start + tokens
-        key, value = keys[row, :, :end], values[row, :, :end]
-        if tokens == 1:
-            # The heads that share keys become one head's queries: nothing is copied.
-            grouped = query[i].view(1, groups, heads // groups, channels)
-            attended = scaled_dot_product_attention(grouped, key[None], value[None], scale=scaling)
-            output[i, 0] = attended.reshape(heads, channels)
-        else:
-            causal = torch.ones(tokens, end, dtype=torch.bool, device=query.device).tril(start)
-            attended = scaled_dot_product_attention(
-                query[i : i + 1], key[None], value[None], attn_mask=causal, scale=scaling, enable_gqa=True
-            )
-            output[i] = attended[0].transpose(0, 1)
-    return output, None
-
-
-AttentionInterface.register(ATTENTION, rows_attention)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for few rows on a CPU, its weights laid out ahead by oneDNN.
-
-    Several times as fast as `nn.Linear` for eight rows, and a row's result is the same to the last bit
-    whatever other rows there are, which `nn.Linear`'s is not. The operators are those that
-    `torch.compile` puts in place of `nn.Linear` when it freezes a model for the CPU.
-    """
-
-    def __init__(self, linear: nn.Linear, rows: int) -> None:
-        super().__init__()
-        self._bias = linear.bias
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Apply the layer to inputs of shape (…, features)."""
-        outputs: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            inputs, self._weight, self._bias, "none", [], ""
-        )
-        return outputs
+        """Write keys and values of shape (rows, heads, tokens, channels); returns what may be read."""
 
 
 class LanguageModel:
@@ -118,35 +44,48 @@ class LanguageModel:
         model: upstream's; its language model's layers are changed for this use.
         rows: how many requests there may be at once.
         row_tokens: how many tokens a row holds.
+        attention: the name of the attention function, as registered with transformers.
+
+    Attributes:
+        rows: as above.
+        row_tokens: likewise.
+        fixed_shape: whether `decode` takes all rows, in order, those with nothing to decode too; else it
+            takes those that have.
+
+    Raises:
+        OutOfMemory: the cache does not fit on the model's device.
     """
 
-    def __init__(self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int) -> None:
+    fixed_shape: bool
+
+    def __init__(
+        self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int, attention: str
+    ) -> None:
+        self.rows = rows
+        self.row_tokens = row_tokens
         self._layers = model.model.language_model
         self._head = model.lm_head
         self._device = model.device
         config = self._layers.config
-        config._attn_implementation = ATTENTION
+        config._attn_implementation = attention
         channels = config.hidden_size // config.num_attention_heads
-        shape = (rows, config.num_key_value_heads, row_tokens, channels)
-        self._keys, self._values = (
-            [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in self._layers.layers]
-            for _ in range(2)
-        )
-        if (model.device.type, model.dtype) == (
-            "cpu",
-            torch.float32,
-        ) and torch.backends.mkldnn.is_available():
-            _pack(self._layers, rows)
-            self._head = PackedLinear(model.lm_head, rows)
+        shape = (2, rows, config.num_key_value_heads, row_tokens, channels)
+        _plan(shape, config.num_hidden_layers, model)
+        # Zeros, since whatever is masked is still multiplied: by zero, and not a number stays none.
+        self._caches = [
+            torch.zeros(shape, dtype=model.dtype, device=model.device)
+            for _ in range(config.num_hidden_layers)
+        ]
 
     def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Read a slice of a prompt: ids of shape (n,) and positions of shape (3, n), from `start` on.
 
+        Slices begin at multiples of `SLICE_TOKENS` and have so many tokens, the last one perhaps fewer.
+
         Returns:
             The logits after its last token: shape (1, vocabulary), float32.
         """
-        hidden = self._forward(tokens[None], positions[:, None], rows=[row], starts=[start])
-        return self._logits(hidden[:, -1])
+        raise NotImplementedError
 
     def decode(
         self, rows: list[int], starts: list[int], tokens: torch.Tensor, positions: torch.Tensor
@@ -156,17 +95,28 @@ class LanguageModel:
         Returns:
             The logits after each: shape (rows, vocabulary), float32.
         """
-        hidden = self._forward(tokens[:, None], positions[:, :, None], rows=rows, starts=starts)
-        return self._logits(hidden[:, -1])
+        raise NotImplementedError
+
+    def recover(self) -> None:
+        """Make the device ready for more after a failure; raises when the device is lost."""
+
+    def clear(self, row: int) -> None:
+        """Forget a row whose request has failed: it may hold what is no number."""
+        for cache in self._caches:
+            cache[:, row].zero_()
 
     def _forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, *, rows: list[int], starts: list[int]
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: Callable[[torch.Tensor, torch.Tensor], Slots],
     ) -> torch.Tensor:
-        slots = Slots(keys=self._keys, values=self._values, rows=rows, starts=starts)
-        hidden = self._layers.embed_tokens(tokens.to(self._device))
-        rotary = self._layers.rotary_emb(hidden, position_ids=positions.to(self._device))
-        for layer in self._layers.layers:
-            hidden = layer(hidden, position_embeddings=rotary, past_key_values=slots, slots=slots)
+        """Tokens of shape (rows, n), positions of shape (3, rows, n); `slots` makes a layer's."""
+        hidden = self._layers.embed_tokens(tokens)
+        rotary = self._layers.rotary_emb(hidden, position_ids=positions)
+        for layer, (keys, values) in zip(self._layers.layers, self._caches, strict=True):
+            of_layer = slots(keys, values)
+            hidden = layer(hidden, position_embeddings=rotary, past_key_values=of_layer, slots=of_layer)
         normed: torch.Tensor = self._layers.norm(hidden)
         return normed
 
@@ -175,9 +125,16 @@ class LanguageModel:
         return logits.float()
 
 
-def _pack(module: nn.Module, rows: int) -> None:
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child, rows))
-        else:
-            _pack(child, rows)
+def _plan(shape: tuple[int, ...], layers: int, model: GlmImageForConditionalGeneration) -> None:
+    """Say how much memory the cache takes, and refuse what the device does not have."""
+    _, rows, _, row_tokens, _ = shape
+    device: torch.device = model.device
+    needed = torch.Size(shape).numel() * layers * model.dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    plan = (
+        f"the key/value cache of {rows} rows of {row_tokens} tokens takes {needed / 1e9:.2f} GB "
+        f"({needed / (rows * row_tokens) / 1e3:.1f} KB a token); {free / 1e9:.2f} GB are free on {device}"
+    )
+    if needed > free:
+        raise OutOfMemory(f"{plan}: set fewer prior.rows or fewer prior.row_tokens")
+    logger.info("%s", plan)

@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import (
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from deployments.errors import Cancelled, CheckpointError, EngineFault, RequestTooLong
+from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemory, RequestTooLong
 from deployments.glm_image import checkpoint
-from deployments.glm_image.language_model import LanguageModel
+from deployments.glm_image.language_model import SLICE_TOKENS
+from deployments.glm_image.language_model_cpu import CPULanguageModel
+from deployments.glm_image.language_model_gpu import GPULanguageModel
+from deployments.glm_image.sampling import UNSOUND, Sampler
 from deployments.glm_image.sequence import Sequencer
-from deployments.types import PriorTokens
+from deployments.types import PriorTokens, Progress
 
 if TYPE_CHECKING:
-    from transformers import GlmImageForConditionalGeneration, GlmImageProcessor, LogitsProcessorList
+    from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
+    from deployments.calls import Call
     from deployments.config import ModelConfig
+    from deployments.glm_image.language_model import LanguageModel
     from deployments.glm_image.sequence import Sequence
     from deployments.types import PriorRequest
 
-SLICE_TOKENS = 128
-"""Tokens of a prompt read at a time; the running requests wait for no more than that between two tokens."""
-
-ROW_INDEPENDENT = (
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-"""The logits processors that look at a row's scores and at nothing else, so that rows can share a call."""
+PROGRESS_S = 0.25
+"""Seconds between two reports of a request's progress, at least."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,14 +40,41 @@ class _Job:
 
     sequence: Sequence
     seed: int
-    cancelled: threading.Event
+    call: Call
     future: Future[PriorTokens]
     row: int = -1
+    began: float = 0
+    reported: float = 0
     prompt: torch.Tensor = field(init=False)
     image_tokens: list[torch.Tensor] = field(default_factory=list)
     read: int = 0
     drawn: list[torch.Tensor] = field(default_factory=list)
     generator: torch.Generator = field(init=False)
+
+    @property
+    def written(self) -> int:
+        """Positions of its row that hold something: where its next token goes."""
+        return self.read + max(0, len(self.drawn) - 1)
+
+    @property
+    def in_target(self) -> bool:
+        """Whether its next token belongs to the target grid, which comes last."""
+        rows, columns = self.sequence.target
+        return self.sequence.drawn - len(self.drawn) <= rows * columns
+
+    def report(self, now: float) -> None:
+        """Tell its caller how far it is, if that was not done just now."""
+        if now - self.reported >= PROGRESS_S or len(self.drawn) == self.sequence.drawn:
+            self.reported = now
+            self.call.report(
+                Progress(done=len(self.drawn), total=self.sequence.drawn, seconds=now - self.began)
+            )
+
+
+def on_its_device(model: GlmImageForConditionalGeneration, rows: int, row_tokens: int) -> LanguageModel:
+    """The language model, run as the device it is on runs it best."""
+    runner = CPULanguageModel if model.device.type == "cpu" else GPULanguageModel
+    return runner(model, rows=rows, row_tokens=row_tokens)
 
 
 class PriorEngine:
@@ -73,51 +92,44 @@ class PriorEngine:
         self,
         model: GlmImageForConditionalGeneration,
         processor: GlmImageProcessor,
-        *,
-        rows: int,
-        row_tokens: int,
+        language_model: LanguageModel,
     ) -> None:
         self._model = model
-        self._row_tokens = row_tokens
-        self._logits_processor = _logits_processor(model)
-        self._language_model = LanguageModel(model, rows=rows, row_tokens=row_tokens)
-        ids = torch.arange(model.config.text_config.vision_vocab_size, device=model.device)
-        self._special = ids >= model.config.vq_config.num_embeddings
-        end = torch.tensor(model.generation_config.eos_token_id or [], device=model.device)
-        self._end = torch.isin(ids, end)
+        self._language_model = language_model
+        self._sampler = Sampler(model)
+        self._no_token = torch.zeros((), dtype=torch.long, device=model.device)
         self._sequencer = Sequencer(model, processor)
         self._preparing = _single_threaded_executor()
         self._waiting: deque[_Job] = deque()
         self._active: list[_Job] = []
-        self._free = list(reversed(range(rows)))
+        self._free = list(reversed(range(language_model.rows)))
         self._work = threading.Event()
         self.fault: EngineFault | None = None
 
     @classmethod
     def load(cls, model: ModelConfig) -> PriorEngine:
         """See `deployments.families.PriorEngine`."""
-        return cls(*checkpoint.load_prior(model), rows=model.prior.rows, row_tokens=model.prior.row_tokens)
+        weights, processor = checkpoint.load_prior(model)
+        return cls(weights, processor, on_its_device(weights, model.prior.rows, model.prior.row_tokens))
 
-    def submit(self, request: PriorRequest, cancelled: threading.Event) -> Future[PriorTokens]:
+    def submit(self, request: PriorRequest, call: Call) -> Future[PriorTokens]:
         """See `deployments.families.PriorEngine`. Requests get their rows in the order of submission."""
         future: Future[PriorTokens] = Future()
         if self.fault:
             raise self.fault
-        self._preparing.submit(self._prepare, request, cancelled, future)
+        self._preparing.submit(self._prepare, request, call, future)
         return future
 
-    def _prepare(
-        self, request: PriorRequest, cancelled: threading.Event, future: Future[PriorTokens]
-    ) -> None:
+    def _prepare(self, request: PriorRequest, call: Call, future: Future[PriorTokens]) -> None:
         """Tokenize and cut patches beside the device's work."""
         try:
             sequence = self._sequencer.sequence(request)
-            if sequence.length > self._row_tokens:
-                raise RequestTooLong(sequence.length, self._row_tokens)  # noqa: TRY301 - caught with all else
+            if sequence.length > self._language_model.row_tokens:
+                raise RequestTooLong(sequence.length, self._language_model.row_tokens)  # noqa: TRY301 - caught with all else
         except Exception as error:  # noqa: BLE001 - it is the caller's, whatever it is
             future.set_exception(error)
             return
-        job = _Job(sequence=sequence, seed=request.seed, cancelled=cancelled, future=future)
+        job = _Job(sequence=sequence, seed=request.seed, call=call, future=future)
         self._waiting.append(job)
         if self.fault:  # meanwhile, and nobody will look at what waits any more
             future.set_exception(self.fault)
@@ -147,14 +159,14 @@ class PriorEngine:
         self._drop_cancelled()
         self._admit()
         reading = next((job for job in self._active if job.read < len(job.sequence.prompt)), None)
-        running = [job for job in self._active if job.drawn]
         if reading:
             try:
                 self._read_slice(reading)
             except Exception as error:  # noqa: BLE001 - it is this request's alone
-                self._leave(reading, error)
-        if running:
-            self._draw_next(running)
+                self._language_model.recover()  # unless the device is lost, which raises here
+                self._leave(reading, _in_our_words(error))
+        if any(job.drawn for job in self._active):
+            self._draw_next()
         return bool(self._active or self._waiting)
 
     def _admit(self) -> None:
@@ -164,16 +176,19 @@ class PriorEngine:
                 job.row = self._free.pop()
                 job.generator = torch.Generator(self._model.device).manual_seed(job.seed)
                 job.prompt = job.sequence.prompt.clone()
+                job.began = time.monotonic()
                 self._active.append(job)
 
     def _drop_cancelled(self) -> None:
-        for job in [job for job in self._active if job.cancelled.is_set()]:
+        for job in [job for job in self._active if job.call.cancelled.is_set()]:
             self._leave(job, Cancelled())
 
     def _leave(self, job: _Job, outcome: PriorTokens | Exception) -> None:
         self._active.remove(job)
         self._free.append(job.row)
         if isinstance(outcome, Exception):
+            if not isinstance(outcome, Cancelled):
+                self._language_model.clear(job.row)
             job.future.set_exception(outcome)
         else:
             job.future.set_result(outcome)
@@ -204,41 +219,44 @@ class PriorEngine:
             placeholders = job.prompt == self._model.config.image_token_id
             job.prompt[placeholders] = torch.cat(job.image_tokens)
 
-    def _draw_next(self, running: list[_Job]) -> None:
-        positions = [len(job.prompt) + len(job.drawn) - 1 for job in running]
+    def _draw_next(self) -> None:
+        """Draw a token for every request whose prompt is read."""
+        if self._language_model.fixed_shape:
+            by_row = {job.row: job for job in self._active}
+            lines: list[_Job | None] = [by_row.get(row) for row in range(self._language_model.rows)]
+        else:
+            lines = [job for job in self._active if job.drawn]
+        drawing = [job if job and job.drawn else None for job in lines]
+        nowhere = torch.zeros(3, dtype=torch.long)
         logits = self._language_model.decode(
-            [job.row for job in running],
-            positions,
-            torch.cat([job.drawn[-1] for job in running]),
-            torch.stack(
-                [job.sequence.positions[:, at] for job, at in zip(running, positions, strict=True)], dim=1
-            ),
+            [job.row if job else row for row, job in enumerate(lines)],
+            # A line that draws nothing is computed all the same: it writes where its next token will.
+            [job.written if job else 0 for job in lines],
+            torch.stack([job.drawn[-1] if job else self._no_token for job in drawing]).clamp(min=0),
+            torch.stack([job.sequence.positions[:, job.written] if job else nowhere for job in lines], dim=1),
         )
-        self._draw(running, logits)
+        self._draw(drawing, logits)
 
-    def _draw(self, jobs: list[_Job], logits: torch.Tensor) -> None:
-        """Draw a token for each job from its row of logits: shape (jobs, vocabulary)."""
-        forbidden = torch.stack(
-            [
-                self._special
-                if job.sequence.drawn - len(job.drawn) <= _size(job.sequence.target)
-                else self._end
-                for job in jobs
-            ]
+    def _draw(self, lines: list[_Job | None], logits: torch.Tensor) -> None:
+        """Draw a token for each line's request, if it has one, from its logits: shape (lines, vocabulary)."""
+        drawn = self._sampler.draw(
+            logits,
+            [job.generator if job else None for job in lines],
+            [job.in_target if job else False for job in lines],
         )
-        # After the processors and not before them: a draw that is allowed is the same with the mask and
-        # without. Where they leave nothing that is, the model's own preference decides.
-        scores = self._logits_processor(None, logits.clone()).masked_fill(forbidden, -torch.inf)
-        nothing = torch.isneginf(scores).all(dim=-1, keepdim=True)
-        scores = torch.where(nothing, logits.masked_fill(forbidden, -torch.inf), scores)
-        for job, probabilities in zip(jobs, scores.softmax(dim=-1), strict=True):
-            try:
-                job.drawn.append(torch.multinomial(probabilities, num_samples=1, generator=job.generator))
-            except RuntimeError as error:  # not a number: this row's alone
-                self._leave(job, error)
-                continue
-            if len(job.drawn) == job.sequence.drawn:
-                self._leave(job, _result(job))
+        now = time.monotonic()
+        for job, token in zip(lines, drawn, strict=True):
+            if job:
+                job.drawn.append(token)
+                job.report(now)
+                if len(job.drawn) == job.sequence.drawn:
+                    self._leave(job, _result(job))
+
+
+def _in_our_words(error: Exception) -> Exception:
+    if isinstance(error, torch.OutOfMemoryError):
+        return OutOfMemory(f"the prior stage has too little memory to read this request: {error}")
+    return error
 
 
 def _single_threaded_executor() -> ThreadPoolExecutor:
@@ -255,28 +273,13 @@ def _single_threaded_executor() -> ThreadPoolExecutor:
     return executor
 
 
-def _size(grid: tuple[int, int]) -> int:
-    return grid[0] * grid[1]
-
-
-def _result(job: _Job) -> PriorTokens:
-    target = torch.cat(job.drawn[-_size(job.sequence.target) :]).view(job.sequence.target)
+def _result(job: _Job) -> PriorTokens | NotANumber:
+    drawn = torch.stack(job.drawn).cpu()
+    if (drawn == UNSOUND).any():
+        return NotANumber("the prior stage's logits are not numbers")
+    rows, columns = job.sequence.target
     sources = zip(job.image_tokens, job.sequence.sources, strict=True)
     return PriorTokens(
-        target=target.cpu().numpy(), sources=tuple(tokens.view(grid).numpy() for tokens, grid in sources)
+        target=drawn[-rows * columns :].view(rows, columns).numpy(),
+        sources=tuple(tokens.view(grid).numpy() for tokens, grid in sources),
     )
-
-
-def _logits_processor(model: GlmImageForConditionalGeneration) -> LogitsProcessorList:
-    """What the checkpoint's `generation_config` asks for, as transformers' own `generate` prepares it."""
-
-    def prepared(_: Any, __: torch.Tensor, *, logits_processor: LogitsProcessorList, **___: Any) -> Any:
-        return logits_processor
-
-    prompt = torch.zeros((1, 1), dtype=torch.long, device=model.device)
-    processors: LogitsProcessorList = model.generate(
-        prompt, attention_mask=prompt + 1, do_sample=True, max_new_tokens=1, custom_generate=prepared
-    )
-    if unknown := [type(one).__name__ for one in processors if not isinstance(one, ROW_INDEPENDENT)]:
-        raise CheckpointError(f"generation_config asks for {', '.join(unknown)}, which is not supported")
-    return processors

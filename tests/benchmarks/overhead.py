@@ -20,6 +20,7 @@ import httpx
 import torch
 import yaml
 
+from deployments.calls import Call
 from deployments.config import ModelConfig
 from deployments.glm_image.decoder import Decoder
 from deployments.glm_image.prior import PriorEngine
@@ -41,16 +42,16 @@ def direct() -> Callable[[], None]:
     )
     assert model.prior.cpu_threads
     torch.set_num_threads(model.prior.cpu_threads)
-    prior, decoder, never = PriorEngine.load(model), Decoder.load(model), threading.Event()
+    prior, decoder, call = PriorEngine.load(model), Decoder.load(model), Call()
     threading.Thread(target=prior.run, daemon=True).start()
 
     def generate() -> None:
         asked = PriorRequest(prompt="a boat", width=512, height=512, seed=1)
-        tokens = prior.submit(asked, never).result()
+        tokens = prior.submit(asked, call).result()
         request = DecodeRequest(
             prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, tokens=tokens
         )
-        encode(decoder.decode(request, never), "png", 100)
+        encode(decoder.decode(request, call), "png", 100)
 
     return generate
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ import torch
 from diffusers import GlmImagePipeline
 from PIL import Image
 
+from deployments.calls import Call
 from deployments.config import ModelConfig, PriorConfig
 from deployments.glm_image import checkpoint, tiny
 from deployments.glm_image.prior import PriorEngine
@@ -91,7 +91,7 @@ class Ours:
         first = 0.0
         while len(futures) < len(requests) or not all(future.done() for future in futures):
             while len(futures) < len(requests) and time.perf_counter() - began >= len(futures) * every_s:
-                futures.append(self._engine.submit(requests[len(futures)], threading.Event()))
+                futures.append(self._engine.submit(requests[len(futures)], Call()))
             self._engine.step()
             if not first and futures[0].done():
                 first = time.perf_counter() - began

@@ -1,7 +1,7 @@
 """The path of a request over stages that stand in for Ray's: seeds, defaults, and failures among several."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import numpy as np
@@ -10,18 +10,19 @@ from ray.serve.exceptions import BackPressureError
 
 from deployments.config import ModelConfig
 from deployments.errors import RequestTooLong
-from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
+from deployments.types import DecodeRequest, Event, Pixels, PriorRequest, PriorTokens, Progress
 from serve_app.app import _caller
 from serve_app.config import Limits
 from serve_app.errors import InvalidParameter, RequestError
-from serve_app.generation import MAX_SEED, Generation, Generator, Model
+from serve_app.generation import MAX_SEED, Generation, Generator, Model, StageProgress
 
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
-Prior = Callable[[PriorRequest], Awaitable[PriorTokens]]
+Prior = Callable[[PriorRequest], AsyncGenerator[Event | PriorTokens, None]]
 
 
-async def prior(_: PriorRequest) -> PriorTokens:
-    return TOKENS
+async def prior(_: PriorRequest) -> AsyncGenerator[Event | PriorTokens, None]:
+    yield Progress(done=256, total=1280, seconds=0.5)
+    yield TOKENS
 
 
 @pytest.fixture
@@ -34,9 +35,10 @@ def decoded() -> list[DecodeRequest]:
 def generator(
     model_config: Callable[..., ModelConfig], decoded: list[DecodeRequest]
 ) -> Callable[..., Generator]:
-    async def decode(request: DecodeRequest) -> Pixels:
+    async def decode(request: DecodeRequest) -> AsyncGenerator[Event | Pixels, None]:
         decoded.append(request)
-        return np.zeros((request.height, request.width, 3), dtype=np.uint8)
+        yield Progress(done=1, total=request.steps, seconds=0.1)
+        yield np.zeros((request.height, request.width, 3), dtype=np.uint8)
 
     def make(prior: Prior = prior) -> Generator:
         return Generator({"m": Model(config=model_config(), prior=prior, decode=decode)}, Limits())
@@ -72,11 +74,11 @@ def test_the_last_seed_is_the_largest(generator: Callable[..., Generator]) -> No
 def test_one_failing_image_stops_the_others(generator: Callable[..., Generator]) -> None:
     stopped: list[int] = []
 
-    async def failing(request: PriorRequest) -> PriorTokens:
+    async def failing(request: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
         if request.seed == 11:
             raise RuntimeError("broken")
         try:
-            return await asyncio.Future[PriorTokens]()
+            yield await asyncio.Future[PriorTokens]()
         except asyncio.CancelledError:
             stopped.append(request.seed)
             raise
@@ -86,56 +88,77 @@ def test_one_failing_image_stops_the_others(generator: Callable[..., Generator])
     assert sorted(stopped) == [10, 12]
 
 
+def test_the_progress_of_every_image_is_told(generator: Callable[..., Generator]) -> None:
+    told: list[StageProgress] = []
+    asyncio.run(generator().run(Generation(prompt="a boat", n=2, steps=3), told.append))
+    for image in (0, 1):
+        assert [(one.stage, one.progress) for one in told if one.image == image] == [
+            ("prior", Progress(done=256, total=1280, seconds=0.5)),
+            ("decoder", Progress(done=1, total=3, seconds=0.1)),
+        ]
+
+
 def test_a_request_longer_than_a_row_is_the_clients_to_shorten(generator: Callable[..., Generator]) -> None:
-    async def too_long(_: PriorRequest) -> PriorTokens:
+    async def too_long(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
         raise RequestTooLong(5000, 4096)
+        yield
 
     with pytest.raises(InvalidParameter, match=r"makes 5000 tokens .* at most 4096") as caught:
         asyncio.run(generator(too_long).run(Generation(prompt="a boat")))
     assert caught.value.param == "prompt"
 
 
-class Response:
-    """What a Serve handle returns, with an outcome that the test sets."""
+class Items:
+    """What a streaming handle returns: waits for ever, or fails."""
 
-    def __init__(self) -> None:
-        self.outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
         self.cancelled = False
 
-    def __await__(self) -> Any:
-        return self.outcome.__await__()
+    def __aiter__(self) -> "Items":
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._error:
+            raise self._error
+        return await asyncio.Future[Any]()
 
     def cancel(self) -> None:
         self.cancelled = True
 
 
 class Method:
-    def __init__(self, response: Response) -> None:
-        self._response = response
+    """Stands in for a method of a Serve handle."""
 
-    def remote(self, _: object) -> Response:
-        return self._response
+    def __init__(self, items: Items) -> None:
+        self._items = items
+
+    def options(self, *, stream: bool) -> "Method":
+        assert stream
+        return self
+
+    def remote(self, _: object) -> Items:
+        return self._items
 
 
 def test_a_cancelled_call_is_cancelled_at_the_stage() -> None:
     async def main() -> bool:
-        response = Response()
-        call: Any = _caller(Method(response))("request")  # type: ignore[arg-type]
-        task = asyncio.create_task(call)
+        items = Items()
+        call = _caller(Method(items))("request")  # type: ignore[arg-type]
+        task = asyncio.create_task(anext(call))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        return response.cancelled
+        return items.cancelled
 
     assert asyncio.run(main())
 
 
 def test_serves_back_pressure_is_an_error_of_ours() -> None:
     async def main() -> None:
-        response = Response()
-        response.outcome.set_exception(BackPressureError(num_queued_requests=1, max_queued_requests=1))
-        await _caller(Method(response))("request")  # type: ignore[arg-type]
+        items = Items(BackPressureError(num_queued_requests=1, max_queued_requests=1))
+        await anext(_caller(Method(items))("request"))  # type: ignore[arg-type]
 
     with pytest.raises(RequestError) as caught:
         asyncio.run(main())

@@ -1,19 +1,28 @@
-"""Work in another thread leaves the event loop free, and stops when its caller is cancelled."""
+"""Work in another thread leaves the loop free, tells how far it is, and stops when its caller goes."""
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
 
 import pytest
 
-from deployments.cancellation import result_of
+from deployments.calls import Call, stream
+from deployments.types import Progress
 
 
 @pytest.fixture
 def thread() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(1) as thread:
         yield thread
+
+
+async def result_of(start: Callable[[Call], Future[Any]]) -> Any:
+    """The last item."""
+    async with aclosing(stream(start)) as items:
+        return [item async for item in items][-1]
 
 
 def test_the_loop_goes_on_while_the_work_runs(thread: ThreadPoolExecutor) -> None:
@@ -27,7 +36,8 @@ def test_the_loop_goes_on_while_the_work_runs(thread: ThreadPoolExecutor) -> Non
         running = asyncio.create_task(result_of(lambda _: thread.submit(work)))
         await asyncio.sleep(0)
         release.set()  # by the loop: if the work blocked it, this line would not be reached
-        return await running
+        result: str = await running
+        return result
 
     assert asyncio.run(main()) == "done"
 
@@ -43,13 +53,13 @@ def test_a_cancelled_call_stops_the_work_and_waits_for_it(thread: ThreadPoolExec
         started = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def work(cancelled: threading.Event) -> None:
+        def work(call: Call) -> None:
             loop.call_soon_threadsafe(started.set)
-            assert cancelled.wait(60)
+            assert call.cancelled.wait(60)
             events.append("work stopped")
             raise RuntimeError
 
-        running = asyncio.create_task(result_of(lambda cancelled: thread.submit(work, cancelled)))
+        running = asyncio.create_task(result_of(lambda call: thread.submit(work, call)))
         await started.wait()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -76,3 +86,33 @@ def test_work_whose_call_is_cancelled_in_the_queue_never_runs(thread: ThreadPool
         return ran
 
     assert asyncio.run(main()) == ["third"]
+
+
+def test_what_the_work_reports_comes_before_its_result(thread: ThreadPoolExecutor) -> None:
+    reports = [Progress(done=i, total=3, seconds=0) for i in (1, 2, 3)]
+
+    def work(call: Call) -> str:
+        for report in reports:
+            call.report(report)
+        return "done"
+
+    async def main() -> list[object]:
+        return [item async for item in stream(lambda call: thread.submit(work, call))]
+
+    assert asyncio.run(main()) == [*reports, "done"]
+
+
+def test_a_caller_that_stops_listening_stops_the_work(thread: ThreadPoolExecutor) -> None:
+    stopped = threading.Event()
+
+    def work(call: Call) -> None:
+        call.report(Progress(done=1, total=2, seconds=0))
+        assert call.cancelled.wait(60)
+        stopped.set()
+
+    async def main() -> None:
+        async with aclosing(stream(lambda call: thread.submit(work, call))) as items:
+            await anext(items)
+
+    asyncio.run(main())
+    assert stopped.is_set()

@@ -1,0 +1,14 @@
+"""The scripts for a GPU run: tried on the CPU, at tiny sizes."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("script", ["prior"])
+def test_it_runs(script: str) -> None:
+    command = [sys.executable, "-m", f"tests.gpu.{script}", "--device", "cpu", "--tiny", "--runs", "1"]
+    done = subprocess.run([*command, "--side", "512"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "same tokens alone and in company: yes" in done.stdout
