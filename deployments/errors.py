@@ -13,7 +13,7 @@ class EngineFault(ModelError):  # noqa: N818 - what engineers call it
     """An engine met a fault that it cannot go on from; its replica is to be replaced."""
 
 
-class OutOfMemory(ModelError):  # noqa: N818 - what engineers call it
+class OutOfMemoryError(ModelError):
     """The device has too little memory for what was asked."""
 
 

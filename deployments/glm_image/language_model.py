@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 import torch
 
-from deployments.errors import OutOfMemory
+from deployments.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,7 @@ class LanguageModel:
             takes those that have.
 
     Raises:
-        OutOfMemory: the cache does not fit on the model's device.
+        OutOfMemoryError: the cache does not fit on the model's device.
     """
 
     fixed_shape: bool
@@ -136,5 +136,5 @@ def _plan(shape: tuple[int, ...], layers: int, model: GlmImageForConditionalGene
         f"({needed / (rows * row_tokens) / 1e3:.1f} KB a token); {free / 1e9:.2f} GB are free on {device}"
     )
     if needed > free:
-        raise OutOfMemory(f"{plan}: set fewer prior.rows or fewer prior.row_tokens")
+        raise OutOfMemoryError(f"{plan}: set fewer prior.rows or fewer prior.row_tokens")
     logger.info("%s", plan)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemory, RequestTooLong
+from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong
 from deployments.glm_image import checkpoint
 from deployments.glm_image.language_model import SLICE_TOKENS
 from deployments.glm_image.language_model_cpu import CPULanguageModel
@@ -255,7 +255,7 @@ class PriorEngine:
 
 def _in_our_words(error: Exception) -> Exception:
     if isinstance(error, torch.OutOfMemoryError):
-        return OutOfMemory(f"the prior stage has too little memory to read this request: {error}")
+        return OutOfMemoryError(f"the prior stage has too little memory to read this request: {error}")
     return error
 
 

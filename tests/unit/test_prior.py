@@ -21,7 +21,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from deployments.calls import Call
 from deployments.config import ModelConfig, PriorConfig
-from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemory, RequestTooLong
+from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong
 from deployments.glm_image import checkpoint
 from deployments.glm_image.language_model_cpu import CPULanguageModel, PackedLinear
 from deployments.glm_image.language_model_gpu import GPULanguageModel
@@ -293,7 +293,7 @@ def test_a_request_that_fails_fails_alone(
             patched.setattr(loaded.engine._language_model, "prefill", lambda *_: row)
         while not poisoned.done():
             loaded.engine.step()
-    with pytest.raises(NotANumber if when == "its token is drawn" else OutOfMemory):
+    with pytest.raises(NotANumber if when == "its token is drawn" else OutOfMemoryError):
         poisoned.result(timeout=0)
     after = loaded.submit(REQUESTS[3])
     while loaded.engine.step():
@@ -414,7 +414,9 @@ def test_all_layers_share_one_graph_for_a_slice_and_one_for_a_token(
 
 def test_a_cache_that_does_not_fit_is_refused(config: ModelConfig) -> None:
     model, _ = checkpoint.load_prior(config)
-    with pytest.raises(OutOfMemory, match=r"8 rows of 1000000000000 tokens takes .* set fewer prior\.rows"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"8 rows of 1000000000000 tokens takes .* set fewer prior\.rows"
+    ):
         CPULanguageModel(model, rows=8, row_tokens=10**12)
 
 
