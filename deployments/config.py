@@ -59,6 +59,75 @@ class PriorConfig(StageConfig):
     )
 
 
+class Acceleration(Config):
+    """What makes the decoder stage faster or smaller. Options that change pixels say so."""
+
+    compile: bool = Field(
+        default=False,
+        description="Compile the DiT's blocks: faster steps, a minute more at the start. Pixels change by "
+        "rounding.",
+    )
+    attention: Literal[
+        "native",
+        "_native_cudnn",
+        "_native_efficient",
+        "_native_flash",
+        "_native_math",
+        "flex",
+        "flash",
+        "_flash_3",
+        "sage",
+        "xformers",
+    ] = Field(
+        default="native",
+        description="diffusers' attention backend; some need a package of their own. Pixels change by "
+        "rounding, with `sage` by more.",
+    )
+    offload: Literal["auto", "none", "model", "group"] = Field(
+        default="auto",
+        description="Weights wait in the CPU's memory: `model` moves a component at a time, `group` a layer "
+        "at a time, slower and smaller. `auto`: `none` if it fits, else `model`; the log says which.",
+    )
+    quantization: Literal["none", "fp8"] = Field(
+        default="none",
+        description="`fp8` keeps the DiT's weights in 8 bits, half the memory; steps take longer. Pixels "
+        "change.",
+    )
+    step_cache: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="diffusers' first-block cache: a step whose first block changes less than this from the "
+        "last one's leaves the others out. 0.1 is careful, 0 is off. Pixels change.",
+    )
+    vae_tiling: bool = Field(
+        default=False,
+        description="Decode large images in tiles: a fraction of the VAE's memory. Pixels change near seams.",
+    )
+
+    @property
+    def lossy(self) -> list[str]:
+        """The options in use that change pixels."""
+        return sorted(self.model_dump(exclude_defaults=True, exclude={"offload"}))
+
+
+class DecoderConfig(StageConfig):
+    """The decoder stage."""
+
+    acceleration: Acceleration = Field(
+        default_factory=Acceleration, description="What makes the stage faster or smaller."
+    )
+
+    @model_validator(mode="after")
+    def _offloads_from_a_gpu(self) -> Self:
+        if self.device == "cpu" and self.acceleration.offload in ("model", "group"):
+            raise ValueError(
+                f"acceleration.offload: {self.acceleration.offload} needs device: cuda; on a CPU there is "
+                "nothing to offload"
+            )
+        return self
+
+
 class Defaults(Config):
     """What a request that leaves a parameter out gets."""
 
@@ -89,7 +158,7 @@ class ModelConfig(Config):
     )
     defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
     prior: PriorConfig = Field(description="The autoregressive stage.")
-    decoder: StageConfig = Field(description="The diffusion stage; as above.")
+    decoder: DecoderConfig = Field(description="The diffusion stage; as above.")
 
     @field_validator("family")
     @classmethod

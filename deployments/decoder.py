@@ -29,3 +29,8 @@ class DecoderStage:
         """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step."""
         async for item in stream(lambda call: self._thread.submit(self._decoder.decode, request, call)):
             yield item
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        if self._decoder.fault:
+            raise self._decoder.fault

@@ -9,6 +9,10 @@ class CheckpointError(ModelError):
     """A checkpoint, or a named component of it, is missing or does not fit."""
 
 
+class UnsupportedOption(ModelError):  # noqa: N818 - the configuration's error, not the model's
+    """This machine, or a version of something on it, cannot do what the configuration asks for."""
+
+
 class EngineFault(ModelError):  # noqa: N818 - what engineers call it
     """An engine met a fault that it cannot go on from; its replica is to be replaced."""
 

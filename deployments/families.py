@@ -47,7 +47,13 @@ class PriorEngine(Protocol):
 
 
 class Decoder(Protocol):
-    """Turns prior tokens into pixels. Used by one thread at a time."""
+    """Turns prior tokens into pixels. Used by one thread at a time.
+
+    Attributes:
+        fault: why it has stopped for good, or None while it works.
+    """
+
+    fault: Exception | None
 
     @classmethod
     def load(cls, model: ModelConfig) -> Decoder:
@@ -58,10 +64,12 @@ class Decoder(Protocol):
         """
 
     def decode(self, request: DecodeRequest, call: Call) -> Pixels:
-        """Make the pixels of one unit. Progress is reported after every denoising step.
+        """Make the pixels of one unit. Progress is reported after every denoising step, and previews.
 
         Raises:
             Cancelled: the call was cancelled; within a denoising step.
+            OutOfMemoryError: this unit takes more memory than there is.
+            NotANumber: what came out is no image.
         """
 
 

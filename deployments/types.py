@@ -72,6 +72,7 @@ class DecodeRequest:
         seed: of the initial noise, 0 to 2**63 - 1.
         steps: denoising steps, at least 1.
         guidance_scale: 0 or more; at 1 and below, guidance is off.
+        previews: how many are wanted, 0 to 3; fewer come when there are few steps.
         tokens: what the prior stage answered.
         sources: the same source images that the prior stage was given.
     """
@@ -83,8 +84,22 @@ class DecodeRequest:
     steps: int
     guidance_scale: float
     tokens: PriorTokens
+    previews: int = 0
     sources: tuple[Pixels, ...] = ()
 
 
-Event = Progress
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What a unit is going to look like, as far as can be told after one of its steps.
+
+    Attributes:
+        index: which of the unit's previews, from 0.
+        pixels: smaller than the image: the longer side 512 or less.
+    """
+
+    index: int
+    pixels: Pixels
+
+
+Event = Progress | Preview
 """What a stage tells of a unit before its result."""

@@ -7,7 +7,7 @@ class RequestError(Exception):
     """The request cannot be served, and a client can do something about it, if only try again.
 
     Attributes:
-        status: HTTP status, 400-499, or 503.
+        status: HTTP status: 400-499, 503, or 500 with advice.
         message: what is wrong and what to do, for a person to read.
         param: the parameter at fault, as the client calls it.
         code: short and stable, for a program to read.

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from deployments.errors import RequestTooLong
-from deployments.types import DecodeRequest, PriorRequest, Progress
+from deployments.errors import OutOfMemoryError, RequestTooLong
+from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
 from serve_app.errors import InvalidParameter, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import Mapping
 
     from deployments.config import ModelConfig
-    from deployments.types import Pixels, PriorTokens
+    from deployments.types import PriorTokens
     from serve_app.config import Limits
 
 MAX_SEED = 2**63 - 1
+MAX_PARTIAL_IMAGES = 3
 
 Result = TypeVar("Result")
 
@@ -36,6 +39,7 @@ class Generation:
         steps: denoising steps.
         guidance_scale: classifier-free guidance; off at 1 and below.
         seed: of the first image, 0 to 2**63 - 1; None draws one.
+        partial_images: previews of each image, 0 to 3.
         sources: images to edit, already legal (see `serve_app.images.decode_source`).
     """
 
@@ -46,6 +50,7 @@ class Generation:
     steps: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
+    partial_images: int = 0
     sources: tuple[Pixels, ...] = ()
 
 
@@ -73,12 +78,30 @@ class StageProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartialImage:
+    """What one image of a generation is going to look like.
+
+    Attributes:
+        image: which, from 0.
+        index: which of its previews, from 0.
+        pixels: smaller than the image.
+    """
+
+    image: int
+    index: int
+    pixels: Pixels
+
+
+Report = Callable[[StageProgress | PartialImage], None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """A served model and its two stages, each of which tells of its progress before its result."""
+    """A served model and its two stages, each of which tells how it gets on before its result."""
 
     config: ModelConfig
-    prior: Callable[[PriorRequest], AsyncGenerator[Progress | PriorTokens, None]]
-    decode: Callable[[DecodeRequest], AsyncGenerator[Progress | Pixels, None]]
+    prior: Callable[[PriorRequest], AsyncGenerator[Event | PriorTokens, None]]
+    decode: Callable[[DecodeRequest], AsyncGenerator[Event | Pixels, None]]
 
 
 class Generator:
@@ -114,14 +137,12 @@ class Generator:
             )
         return self._models[name].config
 
-    async def run(
-        self, generation: Generation, report: Callable[[StageProgress], None] = lambda _: None
-    ) -> list[GeneratedImage]:
+    async def run(self, generation: Generation, report: Report = lambda _: None) -> list[GeneratedImage]:
         """Make the images of a request, side by side. Cancelling stops all of them.
 
         Args:
             generation: the request.
-            report: is told of every image's progress, a few times a second at most for each.
+            report: is told of every image's progress, and given previews.
 
         Raises:
             RequestError: 404, there is no such model.
@@ -153,23 +174,38 @@ class Generator:
         *,
         seed: int,
         image: int,
-        report: Callable[[StageProgress], None],
+        report: Report,
     ) -> GeneratedImage:
         defaults = model.config.defaults
         width, height = generation.size or (defaults.width, defaults.height)
+
+        def tell(stage: Literal["prior", "decoder"], event: Event) -> None:
+            if isinstance(event, Preview):
+                report(PartialImage(image=image, index=event.index, pixels=event.pixels))
+            else:
+                report(StageProgress(image=image, stage=stage, progress=event))
+
+        prior_request = PriorRequest(
+            prompt=generation.prompt, width=width, height=height, seed=seed, sources=generation.sources
+        )
         try:
-            tokens = await _result(
-                model.prior(
-                    PriorRequest(
-                        prompt=generation.prompt,
-                        width=width,
-                        height=height,
-                        seed=seed,
-                        sources=generation.sources,
-                    )
+            tokens = await _result(model.prior(prior_request), partial(tell, "prior"))
+            decode_request = DecodeRequest(
+                prompt=generation.prompt,
+                width=width,
+                height=height,
+                seed=seed,
+                steps=defaults.steps if generation.steps is None else generation.steps,
+                guidance_scale=(
+                    defaults.guidance_scale
+                    if generation.guidance_scale is None
+                    else generation.guidance_scale
                 ),
-                lambda progress: report(StageProgress(image=image, stage="prior", progress=progress)),
+                previews=generation.partial_images,
+                tokens=tokens,
+                sources=generation.sources,
             )
+            pixels = await _result(model.decode(decode_request), partial(tell, "decoder"))
         except RequestTooLong as error:
             raise InvalidParameter(
                 "prompt",
@@ -178,25 +214,13 @@ class Generator:
                 "fewer source images",
                 code="context_length_exceeded",
             ) from error
-        pixels = await _result(
-            model.decode(
-                DecodeRequest(
-                    prompt=generation.prompt,
-                    width=width,
-                    height=height,
-                    seed=seed,
-                    steps=defaults.steps if generation.steps is None else generation.steps,
-                    guidance_scale=(
-                        defaults.guidance_scale
-                        if generation.guidance_scale is None
-                        else generation.guidance_scale
-                    ),
-                    tokens=tokens,
-                    sources=generation.sources,
-                )
-            ),
-            lambda progress: report(StageProgress(image=image, stage="decoder", progress=progress)),
-        )
+        except OutOfMemoryError as error:
+            raise RequestError(
+                f"The device has too little memory for {width}x{height} with {len(generation.sources)} "
+                "source images. Choose a smaller size or fewer source images.",
+                code="out_of_memory",
+                status=500,
+            ) from error
         return GeneratedImage(pixels=pixels, seed=seed)
 
     def check(self, generation: Generation, *, sources: int) -> None:
@@ -226,6 +250,7 @@ class Generator:
             ("steps", generation.steps, 1, limits.max_steps),
             ("guidance_scale", generation.guidance_scale, 0, limits.max_guidance_scale),
             ("seed", generation.seed, 0, MAX_SEED - generation.n + 1),
+            ("partial_images", generation.partial_images, 0, MAX_PARTIAL_IMAGES),
         ):
             if value is not None and not least <= value <= most:
                 raise InvalidParameter(param, f"must be {least} to {most}, not {value}")
@@ -233,13 +258,11 @@ class Generator:
             raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {sources}")
 
 
-async def _result(
-    events: AsyncGenerator[Progress | Result, None], report: Callable[[Progress], None]
-) -> Result:
-    """The last of what a stage tells; the others are reported."""
+async def _result(events: AsyncGenerator[Event | Result, None], tell: Callable[[Event], None]) -> Result:
+    """The last of what a stage yields; the others are told."""
     async with aclosing(events):
         async for event in events:
-            if not isinstance(event, Progress):
+            if not isinstance(event, Progress | Preview):
                 return event
-            report(event)
+            tell(event)
     raise RuntimeError("the stage ended without a result")

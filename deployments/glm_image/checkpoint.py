@@ -13,7 +13,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
-    GlmImagePipeline,
     GlmImageTransformer2DModel,
 )
 from huggingface_hub import snapshot_download
@@ -22,6 +21,7 @@ from transformers import ByT5Tokenizer, GlmImageForConditionalGeneration, GlmIma
 
 from deployments.errors import CheckpointError
 from deployments.glm_image import tiny
+from deployments.glm_image.pipeline import DecoderPipeline
 
 if TYPE_CHECKING:
     from deployments.config import ModelConfig
@@ -53,14 +53,14 @@ def load_prior(model: ModelConfig) -> tuple[GlmImageForConditionalGeneration, Gl
     return parts["vision_language_encoder"], parts["processor"]
 
 
-def load_decoder(model: ModelConfig) -> GlmImagePipeline:
-    """Load upstream's pipeline, on its device, without the autoregressive model.
+def load_decoder(model: ModelConfig) -> DecoderPipeline:
+    """Load the pipeline, on the CPU, without the autoregressive model.
 
     Raises:
         CheckpointError: the checkpoint or one of the components is missing or does not fit.
     """
-    parts = _load(model, DECODER_COMPONENTS, device=model.decoder.device, dtype=model.decoder.dtype)
-    return GlmImagePipeline(**parts, vision_language_encoder=None, processor=None)
+    parts = _load(model, DECODER_COMPONENTS, device="cpu", dtype=model.decoder.dtype)
+    return DecoderPipeline(**parts, vision_language_encoder=None, processor=None)
 
 
 def _load(model: ModelConfig, components: dict[str, Any], *, device: str, dtype: str) -> dict[str, Any]:

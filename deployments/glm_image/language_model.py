@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-import psutil
 import torch
 
 from deployments.errors import OutOfMemoryError
+from deployments.memory import free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +130,7 @@ def _plan(shape: tuple[int, ...], layers: int, model: GlmImageForConditionalGene
     _, rows, _, row_tokens, _ = shape
     device: torch.device = model.device
     needed = torch.Size(shape).numel() * layers * model.dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_bytes(device)
     plan = (
         f"the key/value cache of {rows} rows of {row_tokens} tokens takes {needed / 1e9:.2f} GB "
         f"({needed / (rows * row_tokens) / 1e3:.1f} KB a token); {free / 1e9:.2f} GB are free on {device}"

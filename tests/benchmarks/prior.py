@@ -18,7 +18,7 @@ from diffusers import GlmImagePipeline
 from PIL import Image
 
 from deployments.calls import Call
-from deployments.config import ModelConfig, PriorConfig
+from deployments.config import DecoderConfig, ModelConfig, PriorConfig
 from deployments.glm_image import checkpoint, tiny
 from deployments.glm_image.prior import PriorEngine
 from deployments.types import PriorRequest
@@ -107,7 +107,11 @@ def main() -> None:
     stage = PriorConfig(device="cpu", dtype="float32", rows=ROWS, row_tokens=4096)
     checkpoint_folder = str(tiny.cached(tiny.BENCHMARK))
     model = ModelConfig(
-        name="benchmark", family="glm_image", checkpoint=checkpoint_folder, prior=stage, decoder=stage
+        name="benchmark",
+        family="glm_image",
+        checkpoint=checkpoint_folder,
+        prior=stage,
+        decoder=DecoderConfig(device="cpu", dtype="float32"),
     )
     upstream, ours = Upstream(model), Ours(model)
     upstream(request(0))

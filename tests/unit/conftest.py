@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deployments.config import ModelConfig, PriorConfig, StageConfig
+from deployments.config import DecoderConfig, ModelConfig, PriorConfig
 from deployments.glm_image import tiny
 
-ON_CPU = StageConfig(device="cpu", dtype="float32")
+ON_CPU = DecoderConfig(device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,13 +9,14 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from deployments.config import ModelConfig
-from deployments.errors import RequestTooLong
-from deployments.types import DecodeRequest, Event, Pixels, PriorRequest, PriorTokens, Progress
+from deployments.errors import OutOfMemoryError, RequestTooLong
+from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
 from serve_app.app import _caller
 from serve_app.config import Limits
 from serve_app.errors import InvalidParameter, RequestError
-from serve_app.generation import MAX_SEED, Generation, Generator, Model, StageProgress
+from serve_app.generation import MAX_SEED, Generation, Generator, Model, PartialImage, StageProgress
 
+PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
 Prior = Callable[[PriorRequest], AsyncGenerator[Event | PriorTokens, None]]
 
@@ -38,6 +39,8 @@ def generator(
     async def decode(request: DecodeRequest) -> AsyncGenerator[Event | Pixels, None]:
         decoded.append(request)
         yield Progress(done=1, total=request.steps, seconds=0.1)
+        if request.previews:
+            yield Preview(index=0, pixels=PREVIEW)
         yield np.zeros((request.height, request.width, 3), dtype=np.uint8)
 
     def make(prior: Prior = prior) -> Generator:
@@ -89,13 +92,17 @@ def test_one_failing_image_stops_the_others(generator: Callable[..., Generator])
 
 
 def test_the_progress_of_every_image_is_told(generator: Callable[..., Generator]) -> None:
-    told: list[StageProgress] = []
-    asyncio.run(generator().run(Generation(prompt="a boat", n=2, steps=3), told.append))
+    told: list[StageProgress | PartialImage] = []
+    asyncio.run(generator().run(Generation(prompt="a boat", n=2, steps=3, partial_images=1), told.append))
     for image in (0, 1):
-        assert [(one.stage, one.progress) for one in told if one.image == image] == [
-            ("prior", Progress(done=256, total=1280, seconds=0.5)),
-            ("decoder", Progress(done=1, total=3, seconds=0.1)),
+        of_image = [one for one in told if one.image == image]
+        assert of_image[:2] == [
+            StageProgress(image=image, stage="prior", progress=Progress(done=256, total=1280, seconds=0.5)),
+            StageProgress(image=image, stage="decoder", progress=Progress(done=1, total=3, seconds=0.1)),
         ]
+        (preview,) = of_image[2:]
+        assert isinstance(preview, PartialImage)
+        assert preview.pixels is PREVIEW
 
 
 def test_a_request_longer_than_a_row_is_the_clients_to_shorten(generator: Callable[..., Generator]) -> None:
@@ -106,6 +113,28 @@ def test_a_request_longer_than_a_row_is_the_clients_to_shorten(generator: Callab
     with pytest.raises(InvalidParameter, match=r"makes 5000 tokens .* at most 4096") as caught:
         asyncio.run(generator(too_long).run(Generation(prompt="a boat")))
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_too_little_memory_is_an_error_with_advice(
+    model_config: Callable[..., ModelConfig], stage: str
+) -> None:
+    async def fails(_: object) -> AsyncGenerator[Any, None]:
+        raise OutOfMemoryError("2 GB more")
+        yield
+
+    stages = {"prior": prior, "decode": fails} if stage == "decoder" else {"prior": fails, "decode": fails}
+    generator = Generator({"m": Model(config=model_config(), **stages)}, Limits())
+    with pytest.raises(
+        RequestError, match=r"too little memory for 1024x1024 .* Choose a smaller size"
+    ) as caught:
+        asyncio.run(generator.run(Generation(prompt="a boat")))
+    assert caught.value.status == 500
+
+
+def test_previews_are_bounded(generator: Callable[..., Generator]) -> None:
+    with pytest.raises(InvalidParameter, match="partial_images must be 0 to 3"):
+        asyncio.run(generator().run(Generation(prompt="a boat", partial_images=4)))
 
 
 class Items:

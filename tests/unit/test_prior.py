@@ -20,13 +20,13 @@ from PIL import Image
 from torch._dynamo.backends.debugging import aot_eager
 
 from deployments.calls import Call
-from deployments.config import ModelConfig, PriorConfig
+from deployments.config import DecoderConfig, ModelConfig, PriorConfig
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong
 from deployments.glm_image import checkpoint
 from deployments.glm_image.language_model_cpu import CPULanguageModel, PackedLinear
 from deployments.glm_image.language_model_gpu import GPULanguageModel
 from deployments.glm_image.prior import PROGRESS_S, PriorEngine
-from deployments.types import Pixels, PriorRequest, PriorTokens, Progress, TokenGrid
+from deployments.types import Pixels, PriorRequest, PriorTokens, TokenGrid
 
 CODEBOOK_SIZE = 256
 ROWS = 3
@@ -99,7 +99,13 @@ class Loaded:
 @pytest.fixture(scope="module")
 def config(tiny_folder: Path) -> ModelConfig:
     stage = PriorConfig(device="cpu", dtype="float32")
-    return ModelConfig(name="m", family="glm_image", checkpoint=str(tiny_folder), prior=stage, decoder=stage)
+    return ModelConfig(
+        name="m",
+        family="glm_image",
+        checkpoint=str(tiny_folder),
+        prior=stage,
+        decoder=DecoderConfig(device="cpu", dtype="float32"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +353,7 @@ def test_progress_is_told_now_and_then_and_at_the_end(
         return now
 
     monkeypatch.setattr(time, "monotonic", clock)
-    reported: list[Progress] = []
+    reported: list[Any] = []
     future = loaded.submit(REQUESTS[0], Call(report=reported.append))
     while loaded.engine.step():
         pass

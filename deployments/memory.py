@@ -1,0 +1,62 @@
+"""How much memory a device has, and how much a computation would take."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nobody has taken."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available: int = psutil.virtual_memory().available
+    return available
+
+
+def working_bytes(computation: Callable[[], object]) -> int:
+    """The most memory that a computation takes at once beside the weights it reads.
+
+    The computation is gone through with tensors that have shapes and no contents: it takes neither the
+    memory nor the time. What libraries take for themselves inside an operator is not counted.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.inference_mode(), _Tracker() as tracker:
+        computation()
+        left: int = tracker.live  # what is still alive are the weights' stand-ins
+        peak: int = tracker.peak
+        return peak - left
+
+
+class _Tracker(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called for every operator."""
+        outputs = func(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if isinstance(output, torch.Tensor) and output.untyped_storage() not in self._storages:
+                storage = output.untyped_storage()
+                self._storages.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+        return outputs
+
+    def _count(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
