@@ -205,6 +205,7 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
             "num_inference_steps": defaults.steps,
             "guidance_scale": defaults.guidance_scale,
         },
+        "lossy_options": model.decoder.acceleration.lossy,
     }
 
 

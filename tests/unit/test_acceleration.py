@@ -1,0 +1,194 @@
+"""Each acceleration option against the plain path, and what is said when one cannot be had."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from pydantic import ValidationError
+
+from deployments.calls import Call
+from deployments.config import Acceleration, DecoderConfig, ModelConfig
+from deployments.errors import Cancelled, OutOfMemoryError, UnsupportedOption
+from deployments.glm_image import acceleration, checkpoint
+from deployments.glm_image.decoder import Decoder
+from deployments.types import Pixels
+from tests.unit.test_decoder import EDIT, REQUEST
+
+LONG = replace(REQUEST, steps=8)
+
+
+@pytest.fixture
+def load(model_config: Callable[..., ModelConfig]) -> Callable[..., Decoder]:
+    def load(**options: Any) -> Decoder:
+        config = model_config()
+        stage = DecoderConfig(device="cpu", dtype="float32", acceleration=Acceleration(**options))
+        return Decoder.load(config.model_copy(update={"decoder": stage}))
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def attention_is_native_again() -> Iterator[None]:
+    yield
+    _AttentionBackendRegistry.set_active_backend(_AttentionBackendRegistry.get_active_backend()[0].NATIVE)
+
+
+@pytest.fixture
+def plain(load: Callable[..., Decoder]) -> Pixels:
+    return load().decode(LONG, Call())
+
+
+def difference(one: Pixels, other: Pixels) -> tuple[float, int]:
+    """Mean and largest, in steps of 8 bits."""
+    apart = np.abs(one.astype(int) - other.astype(int))
+    return float(apart.mean()), int(apart.max())
+
+
+@pytest.mark.parametrize(
+    ("options", "mean"),
+    [
+        ({"attention": "_native_math"}, 0.01),
+        ({"quantization": "fp8"}, 3.0),
+        ({"step_cache": 0.2}, 8.0),
+        ({"offload": "none"}, 0.0),
+    ],
+)
+def test_an_option_stays_close_to_the_plain_path(
+    load: Callable[..., Decoder], plain: Pixels, options: dict[str, Any], mean: float
+) -> None:
+    decoder = load(**options)
+    accelerated = decoder.decode(LONG, Call())
+    assert difference(accelerated, plain)[0] <= mean
+    assert np.array_equal(decoder.decode(LONG, Call()), accelerated)  # the same seed, the same pixels
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # inductor's own
+def test_compiled_blocks_change_pixels_by_rounding(load: Callable[..., Decoder], plain: Pixels) -> None:
+    assert difference(load(compile=True).decode(LONG, Call()), plain)[1] <= 2
+
+
+def test_eight_bits_halve_the_memory_of_the_weights(load: Callable[..., Decoder]) -> None:
+    def size(decoder: Decoder) -> int:
+        blocks = decoder._pipeline.transformer.transformer_blocks
+        return sum(weight.nbytes for block in blocks for weight in block.ff.parameters())
+
+    assert size(load(quantization="fp8")) == size(load()) / 4  # of 32 bits
+
+
+def test_tiles_of_the_vae_take_less_memory(
+    model_config: Callable[..., ModelConfig], load: Callable[..., Decoder], plain: Pixels
+) -> None:
+    pipeline = checkpoint.load_decoder(model_config())
+    whole = acceleration._working_bytes(pipeline, 2048)["vae"]
+    acceleration.tile_vae(pipeline)
+    assert acceleration._working_bytes(pipeline, 2048)["vae"] < whole / 2
+    # Tiles have 1024 pixels a side here, so that smaller images are decoded whole.
+    assert np.array_equal(load(vae_tiling=True).decode(LONG, Call()), plain)
+
+
+def test_a_step_cache_leaves_blocks_out_but_never_for_a_source_image(load: Callable[..., Decoder]) -> None:
+    decoder = load(step_cache=0.9)
+    marks: list[object] = []
+    last = decoder._pipeline.transformer.transformer_blocks[-1]
+    last.attn1.register_forward_hook(lambda *_: marks.append(0))
+    decoder.decode(LONG, Call())
+    assert 2 <= len(marks) < 2 * LONG.steps
+    marks.clear()
+    decoder.decode(replace(EDIT, steps=1), Call())
+    assert len(marks) == len(EDIT.sources) + 2
+
+
+def test_a_step_cache_forgets_a_cancelled_unit(load: Callable[..., Decoder]) -> None:
+    decoder = load(step_cache=0.9)
+    expected = decoder.decode(LONG, Call())
+    call = Call(report=lambda _: call.cancelled.set())
+    with pytest.raises(Cancelled):
+        decoder.decode(replace(LONG, seed=5), call)
+    assert np.array_equal(decoder.decode(LONG, Call()), expected)
+
+
+@pytest.mark.parametrize("backend", ["sage", "xformers", "flash"])
+def test_an_option_that_this_machine_lacks_is_refused_at_the_start(
+    load: Callable[..., Decoder], backend: str
+) -> None:
+    with pytest.raises(UnsupportedOption, match=r"decoder\.acceleration\.attention cannot be had here: .+"):
+        load(attention=backend)
+
+
+def test_an_option_that_fails_only_when_used_is_refused_at_the_start_too(
+    load: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(pipeline: Any) -> None:
+        pipeline.transformer.register_forward_pre_hook(lambda *_: 1 / 0)
+
+    monkeypatch.setattr(acceleration, "compile_blocks", breaks)
+    with pytest.raises(UnsupportedOption, match=r"no image could be made with .*'compile': True.*division"):
+        load(compile=True)
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_on_a_cpu_there_is_nothing_to_offload(offload: Any) -> None:
+    with pytest.raises(ValidationError, match=f"offload: {offload} needs device: cuda"):
+        DecoderConfig(device="cpu", acceleration=Acceleration(offload=offload))
+
+
+def test_what_changes_pixels_is_listed() -> None:
+    assert Acceleration(offload="none").lossy == []
+    assert Acceleration(vae_tiling=True, step_cache=0.1).lossy == ["step_cache", "vae_tiling"]
+
+
+class Placed:
+    """Stands in for a pipeline of 6 GB of weights, on a GPU that is not there."""
+
+    def __init__(self) -> None:
+        self.components = {name: self._part(size) for name, size in (("transformer", 5), ("vae", 1))}
+        self.placed = ""
+
+    def _part(self, gigabytes: int) -> torch.nn.Module:
+        part = torch.nn.Module()
+        part.weight = torch.nn.Parameter(torch.empty(gigabytes * 10**9 // 4, device="meta"))
+        return part
+
+    def to(self, device: torch.device) -> None:
+        self.placed = "whole"
+
+    def enable_model_cpu_offload(self, device: torch.device) -> None:
+        self.placed = "a component at a time"
+
+    def enable_group_offload(self, device: torch.device, **_: Any) -> None:
+        self.placed = "a layer at a time"
+
+
+@pytest.mark.parametrize(
+    ("offload", "free", "placed"),
+    [
+        ("auto", 10, "whole"),  # 6 of weights, 3 for the VAE's work
+        ("auto", 8, "a component at a time"),  # 5 for the DiT and 1 for its work
+        ("none", 10, "whole"),
+        ("model", 10, "a component at a time"),
+        ("group", 4, "a layer at a time"),
+    ],
+)
+def test_weights_go_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, offload: str, free: int, placed: str
+) -> None:
+    monkeypatch.setattr(acceleration, "free_bytes", lambda _: free * 10**9)
+    pipeline: Any = Placed()
+    acceleration.place(pipeline, torch.device("cuda"), offload, {"transformer": 10**9, "vae": 3 * 10**9})
+    assert pipeline.placed == placed
+
+
+@pytest.mark.parametrize(("offload", "free"), [("auto", 5), ("none", 8), ("model", 5), ("group", 2)])
+def test_what_does_not_fit_is_refused_with_advice(
+    monkeypatch: pytest.MonkeyPatch, offload: str, free: int
+) -> None:
+    monkeypatch.setattr(acceleration, "free_bytes", lambda _: free * 10**9)
+    pipeline: Any = Placed()
+    with pytest.raises(
+        OutOfMemoryError, match=rf"takes .* GB with offload .*; {free}\.0 GB are free.*vae_tiling"
+    ):
+        acceleration.place(pipeline, torch.device("cuda"), offload, {"transformer": 10**9, "vae": 3 * 10**9})
