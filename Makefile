@@ -29,6 +29,8 @@ format: .venv/dev.stamp ## Format the code and mend what can be mended
 
 benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.prior
+	$(BIN)/python -m tests.benchmarks.decoder
+	$(BIN)/python -m tests.benchmarks.server
 	$(BIN)/python -m tests.benchmarks.overhead
 
 # The local part of a version ("+cpu") says which build of torch this machine has, not which one to have.

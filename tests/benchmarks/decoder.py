@@ -160,9 +160,8 @@ def main() -> None:
     print(f"  three previews add {100 * share:.1f} %, {1000 * (previews - ours) / 3:.0f} ms each")
     busy = Busy(decoder)
     whole, idle = idle_between(busy, decoder, requests[:UNITS])
-    print(
-        f"{UNITS} units in a row: the device is idle between two of them for {100 * idle / whole:.2f} % of the time"
-    )
+    share = 100 * idle / whole
+    print(f"{UNITS} units in a row: the device is idle between two of them {share:.2f} % of the time")
     until_idle, step = (
         statistics.median(x) for x in zip(*[cancel(busy, decoder) for _ in range(5)], strict=True)
     )

@@ -8,46 +8,25 @@ Nothing is downloaded; it takes about 30 GB of GPU memory. `--device cpu --tiny`
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from diffusers import GlmImagePipeline
-from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
 from deployments.calls import Call
-from deployments.glm_image import tiny
 from deployments.glm_image.language_model_gpu import GPULanguageModel
 from deployments.glm_image.prior import PriorEngine, on_its_device
 from deployments.types import PriorRequest
+from tests.gpu import models
 
 if TYPE_CHECKING:
     from deployments.types import TokenGrid
 
 ROWS = 8
 ROW_TOKENS = 24_576  # the default
-
-
-def full_size(device: torch.device) -> tuple[GlmImageForConditionalGeneration, Any]:
-    """The released sizes, which are the defaults of transformers' configuration, in bfloat16."""
-    processor = tiny._processor(dataclasses.replace(tiny.TINY, codebook=16_384))
-    config = GlmImageConfig(image_token_id=processor.image_token_id)
-    config.text_config.pad_token_id = processor.tokenizer.pad_token_id
-    with device:
-        model = GlmImageForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-    model.generation_config.update(
-        do_sample=True, temperature=0.9, top_p=0.75, suppress_tokens=list(range(16_384, 16_512))
-    )
-    return model.eval(), processor
-
-
-def tiny_size(device: torch.device) -> tuple[GlmImageForConditionalGeneration, Any]:
-    processor = tiny._processor(tiny.TINY)
-    torch.manual_seed(0)
-    return tiny._prior(tiny.TINY, processor).to(device).eval(), processor
 
 
 def run(engine: PriorEngine, requests: list[PriorRequest]) -> tuple[list[TokenGrid], float]:
@@ -68,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
-    model, processor = (tiny_size if options.tiny else full_size)(device)
+    model, processor = models.prior(device, tiny_size=options.tiny)
     requests = [
         PriorRequest(prompt="A red boat at dawn", width=options.side, height=options.side, seed=seed)
         for seed in range(ROWS)

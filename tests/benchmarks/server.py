@@ -1,0 +1,167 @@
+"""This server against what people write today, over HTTP, on the same checkpoint, one after the other.
+
+    python -m tests.benchmarks.server [--requests 48]
+
+Run by `make benchmark`. The baselines are in `tests/benchmarks/baselines.py`: a plain FastAPI process around
+`GlmImagePipeline` with a lock, and LitServe around it with dynamic batching. 512x512, 4 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import yaml
+
+from deployments.glm_image import tiny
+from tests.serve.conftest import served
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Path(__file__).parents[2]
+AT_ONCE = 8
+PROMPT = "A red boat at dawn"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one server: seconds for one request, images a minute, seconds to the first of eight images."""
+
+    one: float
+    images_per_min: float
+    first_of_eight: float
+    seeds_kept: bool
+
+
+@contextmanager
+def baseline(kind: str, folder: Path) -> Iterator[Callable[[int], str]]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.benchmarks.baselines", kind, str(folder), str(port)]
+    url = f"http://127.0.0.1:{port}/generate"
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True) as process,
+        httpx.Client(timeout=None) as client,  # noqa: S113 - a benchmark waits as long as it takes
+    ):
+
+        def ask(seed: int) -> str:
+            answer = client.post(url, json={"prompt": PROMPT, "seed": seed})
+            answer.raise_for_status()
+            image: str = answer.json()["image"]
+            return image
+
+        try:
+            for _ in range(600):
+                try:
+                    ask(0)
+                    break
+                except httpx.TransportError:
+                    assert process.poll() is None, "it has ended"
+                    time.sleep(0.2)
+            yield ask
+        finally:
+            os.killpg(process.pid, 9)
+
+
+@contextmanager
+def ours(folder: Path, decoders: int) -> Iterator[Callable[[int], str]]:
+    """One prior and several decoders, of one thread each: no thread ever waits for another one."""
+    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    (model,) = config["applications"][0]["args"]["models"]
+    model["checkpoint"] = str(folder)
+    model["prior"] = model["prior"] | {"row_tokens": 4096}
+    model["decoder"] = model["decoder"] | {
+        "deployment": {"num_replicas": decoders, "ray_actor_options": {"num_cpus": 0}}
+    }
+    with tempfile.TemporaryDirectory() as scratch, httpx.Client(timeout=None) as client:  # noqa: S113
+        file = Path(scratch) / "config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        with served(file) as printed:
+            match = re.search(r"Serving on (http://\S+)\. ", printed)
+            assert match
+
+            def ask(seed: int) -> str:
+                body = {"prompt": PROMPT, "seed": seed, "size": "512x512", "num_inference_steps": 4}
+                answer = client.post(
+                    f"{match[1]}/v1/images/generations", json=body | {"response_format": "b64_json"}
+                )
+                answer.raise_for_status()
+                image: str = answer.json()["data"][0]["b64_json"]
+                return image
+
+            yield ask
+
+
+def measure(ask: Callable[[int], str], requests: int) -> Result:
+    ask(0)
+    times, alone = [], {}
+    for seed in range(3):
+        began = time.perf_counter()
+        alone[seed] = ask(seed)
+        times.append(time.perf_counter() - began)
+    with ThreadPoolExecutor(AT_ONCE) as clients:
+        began = time.perf_counter()
+        ends: list[float] = []
+
+        def timed(seed: int) -> str:
+            image = ask(seed)
+            ends.append(time.perf_counter() - began)
+            return image
+
+        together = list(clients.map(timed, range(AT_ONCE)))
+        first = min(ends)
+        began = time.perf_counter()
+        list(clients.map(ask, range(requests)))
+        rate = 60 * requests / (time.perf_counter() - began)
+    return Result(
+        one=statistics.median(times),
+        images_per_min=rate,
+        first_of_eight=first,
+        seeds_kept=all(together[seed] == image for seed, image in alone.items()),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--decoders", type=int, default=2)
+    options = parser.parse_args()
+    folder = tiny.cached(tiny.BENCHMARK)
+    with ours(folder, options.decoders) as ask:
+        here = measure(ask, options.requests)
+    with baseline("batched", folder) as ask:
+        batched = measure(ask, options.requests)
+    with baseline("plain", folder) as ask:
+        plain = measure(ask, min(options.requests, 8))  # one after the other: more would tell no more
+    print(f"512x512, 4 steps, {options.requests} requests, {AT_ONCE} at a time")
+    print(f"{'':26} {'one, s':>8} {'images/min':>11} {'first of 8, s':>14}  same bytes together")
+    for name, result in (("plain FastAPI", plain), ("LitServe, batched", batched), ("here", here)):
+        kept = "yes" if result.seeds_kept else "no"
+        print(
+            f"{name:26} {result.one:8.2f} {result.images_per_min:11.1f} {result.first_of_eight:14.2f}  {kept}"
+        )
+    for name, other in (("plain FastAPI", plain), ("LitServe", batched)):
+        print(
+            f"here over {name}: one request {here.one / other.one:.2f}, images/min "
+            f"{here.images_per_min / other.images_per_min:.2f}, "
+            f"first of 8 {here.first_of_eight / other.first_of_eight:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
