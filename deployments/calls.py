@@ -37,7 +37,7 @@ async def stream(start: Callable[[Call], Future[Result]]) -> AsyncGenerator[Even
     """Do work in another thread; yields what it reports and, at last, its result.
 
     When the caller goes, the work is cancelled: at once if it has not begun, else it is told to stop and
-    its end is waited for, so that a replica never counts as free while its device is not.
+    its end is waited for.
 
     Args:
         start: hands the work over and returns its future.

@@ -72,8 +72,6 @@ class Acceleration(Config):
         "_native_cudnn",
         "_native_efficient",
         "_native_flash",
-        "_native_math",
-        "flex",
         "flash",
         "_flash_3",
         "sage",
@@ -104,6 +102,15 @@ class Acceleration(Config):
         default=False,
         description="Decode large images in tiles: a fraction of the VAE's memory. Pixels change near seams.",
     )
+
+    @model_validator(mode="after")
+    def _can_be_compiled(self) -> Self:
+        if self.compile and (self.step_cache or self.quantization != "none" or self.offload == "group"):
+            raise ValueError(
+                "acceleration.compile goes with none of step_cache, quantization and offload: group, which "
+                "work inside of what would be compiled"
+            )
+        return self
 
     @property
     def lossy(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deployments.calls import stream
@@ -27,8 +28,10 @@ class DecoderStage:
 
     async def decode(self, request: DecodeRequest) -> AsyncIterator[Event | Pixels]:
         """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step."""
-        async for item in stream(lambda call: self._thread.submit(self._decoder.decode, request, call)):
-            yield item
+        items = stream(lambda call: self._thread.submit(self._decoder.decode, request, call))
+        async with aclosing(items):
+            async for item in items:
+                yield item
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises."""

@@ -1,5 +1,25 @@
 """What can go wrong in the model plane, in its own words. Status codes are the API plane's business."""
 
+from __future__ import annotations
+
+import logging
+import traceback
+
+logger = logging.getLogger("ray.serve")
+
+
+def release(error: BaseException | None) -> None:
+    """Log an error of a unit and let go of its frames, whose variables may hold gigabytes of the device.
+
+    Whoever waits for the unit keeps the error, and in a cycle, so that only the garbage collector would
+    find it.
+    """
+    if not isinstance(error, Cancelled):
+        logger.error("a unit failed: %s", "".join(traceback.format_exception(error)))
+    while error:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
 
 class ModelError(Exception):
     """Base of the errors that the model plane raises on purpose."""

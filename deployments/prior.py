@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deployments.calls import stream
@@ -29,8 +29,10 @@ class PriorStage:
 
     async def generate(self, request: PriorRequest) -> AsyncIterator[Event | PriorTokens]:
         """Make the prior tokens of one unit, the last item; a cancelled call stops within a token."""
-        async for item in stream(partial(self._engine.submit, request)):
-            yield item
+        items = stream(lambda call: self._engine.submit(request, call))
+        async with aclosing(items):
+            async for item in items:
+                yield item
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises."""

@@ -1,5 +1,6 @@
 """The only wiring: from a configuration to a Ray Serve application."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -92,12 +93,13 @@ def _caller(method: DeploymentHandle[Any]) -> Callable[[Any], AsyncGenerator[Any
         try:
             async for item in items:
                 yield item
+        except (asyncio.CancelledError, GeneratorExit):
+            items.cancel()  # Serve does so by itself only when the whole HTTP request is cancelled
+            raise
         # Serve would answer these two in plain text, whatever handlers the application has.
         except BackPressureError as error:
             raise RequestError("The server is busy; try again later.", code="busy", status=429) from error
         except DeploymentUnavailableError as error:
             raise RequestError("The model is not available.", code="unavailable", status=503) from error
-        finally:
-            items.cancel()  # Serve does so by itself only when the whole HTTP request is cancelled
 
     return call

@@ -262,7 +262,8 @@ async def _result(events: AsyncGenerator[Event | Result, None], tell: Callable[[
     """The last of what a stage yields; the others are told."""
     async with aclosing(events):
         async for event in events:
-            if not isinstance(event, Progress | Preview):
-                return event
-            tell(event)
-    raise RuntimeError("the stage ended without a result")
+            if isinstance(event, Progress | Preview):
+                tell(event)
+            else:
+                result = event
+    return result

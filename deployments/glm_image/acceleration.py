@@ -101,8 +101,11 @@ def choose_attention(pipeline: DecoderPipeline, backend: str) -> None:
 
 
 def compile_blocks(pipeline: DecoderPipeline) -> None:
-    """Compile the DiT's block, once for all of them."""
-    pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+    """Compile the DiT's block, for all of them together.
+
+    It is compiled anew for each kind of call: with or without text, sizes, reading or writing a source.
+    """
+    pipeline.transformer.compile_repeated_blocks(fullgraph=True, recompile_limit=64)
 
 
 def cache_steps(pipeline: DecoderPipeline, threshold: float) -> None:
@@ -137,8 +140,9 @@ def place(pipeline: DecoderPipeline, device: torch.device, offload: str, working
     on_cpu = device.type == "cpu"
     needs = {
         "none": (0 if on_cpu else sum(weights.values())) + max(working.values()),
-        "model": max(size + working.get(name, 0) for name, size in weights.items()),
-        "group": max(working.values()),
+        # The VAE stays where it is while the DiT follows it: after a preview or a source image.
+        "model": weights["vae"] + max(weights["transformer"] + working["transformer"], working["vae"]),
+        "group": weights["vae"] + max(working.values()),
     }
     free = free_bytes(device)
     if offload == "auto":
@@ -156,7 +160,11 @@ def place(pipeline: DecoderPipeline, device: torch.device, offload: str, working
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=True)
+        # diffusers would look for the end of the VAE's run in its `forward`, which is never called.
+        pipeline.enable_group_offload(
+            device, offload_type="leaf_level", use_stream=True, exclude_modules="vae"
+        )
+        pipeline.vae.to(device)
     else:
         pipeline.to(device)
 

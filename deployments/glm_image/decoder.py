@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from deployments.calls import Call
-from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError
+from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, release
 from deployments.glm_image import acceleration, checkpoint
 from deployments.types import Preview, Progress
 
@@ -56,13 +56,13 @@ class Decoder:
         try:
             return self._paint(request)
         except torch.OutOfMemoryError as error:
-            self._clean_up()
+            self._clean_up(error)
             raise OutOfMemoryError(
                 f"the decoder stage has too little memory for {request.width}x{request.height} with "
                 f"{len(request.sources)} source images; ask for a smaller size or fewer source images"
             ) from error
-        except Exception:
-            self._clean_up()
+        except Exception as error:
+            self._clean_up(error)
             raise
 
     def _paint(self, request: DecodeRequest) -> Pixels:
@@ -99,8 +99,9 @@ class Decoder:
         if self._call.cancelled.is_set():
             raise Cancelled
 
-    def _clean_up(self) -> None:
-        """After an error: make ready for the next unit, if the device still works."""
+    def _clean_up(self, error: Exception) -> None:
+        """Make ready for the next unit, if the device still works."""
+        release(error)
         device = self._pipeline._execution_device
         if device.type == "cuda":
             try:

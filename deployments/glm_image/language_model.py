@@ -101,7 +101,7 @@ class LanguageModel:
         """Make the device ready for more after a failure; raises when the device is lost."""
 
     def clear(self, row: int) -> None:
-        """Forget a row whose request has failed: it may hold what is no number."""
+        """Forget what a row holds."""
         for cache in self._caches:
             cache[:, row].zero_()
 

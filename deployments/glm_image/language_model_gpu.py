@@ -169,6 +169,7 @@ class GPULanguageModel(LanguageModel):
             ),
         )
 
+    @torch.inference_mode()
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record the decoding pass, after runs beside it in which the libraries set themselves up."""
         beside = torch.cuda.Stream(self._device)

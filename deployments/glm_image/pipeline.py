@@ -41,7 +41,6 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         super().__init__(
             tokenizer, processor, text_encoder, vision_language_encoder, vae, transformer, scheduler
         )
-        self._sources = 0
         self._last_step: torch.Tensor | None = None
         self._glyphs: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
         self.transformer.rope = _KeptRotaryTables(self.transformer.rope)
@@ -80,8 +79,8 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         """Upstream's order: a pass for each source image, then in every step two, or one without guidance."""
         step = self._current_timestep
         if step is None:
-            self._sources += 1
-            return f"source {self._sources}"  # never met before: nothing is left out
+            self.transformer._reset_stateful_cache()  # no source image is like another one
+            return "source"
         name = "unconditional" if step is self._last_step else "conditional"
         self._last_step = step
         return name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong
+from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong, release
 from deployments.glm_image import checkpoint
 from deployments.glm_image.language_model import SLICE_TOKENS
 from deployments.glm_image.language_model_cpu import CPULanguageModel
@@ -80,10 +80,10 @@ def on_its_device(model: GlmImageForConditionalGeneration, rows: int, row_tokens
 class PriorEngine:
     """Samples prior tokens for several requests at once, which come and go at any token.
 
-    For one seed the tokens are those of `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42) for the
-    request alone, whatever company it has here; and where upstream would fail, having drawn a special token
-    inside the target grid or an end token before it, an image token is drawn in its place. The end token
-    after the grid is nobody's need: not drawn.
+    For one seed the tokens are the same whatever company a request has. On a CPU they are those of
+    `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42); on a GPU, sums are rounded otherwise. Where
+    upstream would fail, having drawn a special token inside the target grid or an end token before it, an
+    image token is drawn in its place. The end token after the grid is nobody's need: not drawn.
 
     `submit` may be called from any thread; `step` from one.
     """
@@ -163,6 +163,7 @@ class PriorEngine:
             try:
                 self._read_slice(reading)
             except Exception as error:  # noqa: BLE001 - it is this request's alone
+                release(error)
                 self._language_model.recover()  # unless the device is lost, which raises here
                 self._leave(reading, _in_our_words(error))
         if any(job.drawn for job in self._active):
@@ -187,8 +188,7 @@ class PriorEngine:
         self._active.remove(job)
         self._free.append(job.row)
         if isinstance(outcome, Exception):
-            if not isinstance(outcome, Cancelled):
-                self._language_model.clear(job.row)
+            self._language_model.clear(job.row)  # it may hold what is no number
             job.future.set_exception(outcome)
         else:
             job.future.set_result(outcome)

@@ -8,6 +8,7 @@ Nothing is downloaded; it takes about 30 GB of GPU memory. `--device cpu --tiny`
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import time
@@ -22,6 +23,7 @@ from deployments.config import Acceleration, DecoderConfig
 from deployments.errors import OutOfMemoryError
 from deployments.glm_image import acceleration
 from deployments.glm_image.decoder import Decoder
+from deployments.glm_image.pipeline import DecoderPipeline
 from deployments.types import DecodeRequest, PriorTokens
 from tests.gpu import models
 
@@ -35,7 +37,7 @@ def load(options: argparse.Namespace, side: int, **chosen: Any) -> Decoder:
         deployment={"ray_actor_options": {"num_gpus": 1}},
         acceleration=Acceleration(**chosen),
     )
-    pipeline = models.decoder(tiny_size=options.tiny)
+    pipeline = DecoderPipeline(**copy.deepcopy(options.components))
     acceleration.apply(pipeline, config, max_side=side)
     return Decoder(pipeline)
 
@@ -76,6 +78,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if on_gpu else "the CPU"
     print(f"on {name}, {options.side}x{options.side}, {options.steps} steps, medians of {options.runs} runs")
 
+    options.components = models.decoder(tiny_size=options.tiny)
     request = unit(options, options.side)
     images: dict[str, Pixels] = {}
     for title, chosen in (

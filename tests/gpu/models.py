@@ -16,7 +16,6 @@ from transformers import (
 )
 
 from deployments.glm_image import tiny
-from deployments.glm_image.pipeline import DecoderPipeline
 
 CODEBOOK = 16_384
 
@@ -38,14 +37,14 @@ def prior(device: torch.device, *, tiny_size: bool) -> tuple[GlmImageForConditio
     return model.eval(), processor
 
 
-def decoder(*, tiny_size: bool) -> DecoderPipeline:
-    """The decoder's pipeline, on the CPU as it is loaded.
+def decoder(*, tiny_size: bool) -> dict[str, Any]:
+    """The components of the decoder's pipeline, on the CPU as they are loaded.
 
     Sizes: the released DiT's `config.json` (30 layers of 32 heads of 128 channels), ByT5-small's encoder, and
     a VAE of CogView4's sizes.
     """
     if tiny_size:
-        parts = tiny._pipeline(tiny.TINY).components
+        parts = dict(tiny._pipeline(tiny.TINY).components)
     else:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
@@ -82,4 +81,4 @@ def decoder(*, tiny_size: bool) -> DecoderPipeline:
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(requires_grad=False)
-    return DecoderPipeline(**parts | {"processor": None, "vision_language_encoder": None})
+    return parts | {"processor": None, "vision_language_encoder": None}

@@ -235,6 +235,24 @@ def test_control_strings_in_quotes_are_letters(pipeline: DecoderPipeline, decode
     assert seen[0][-len(letters) - 1 :] == [*letters, 1]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GB more"), ValueError("broken")])
+def test_an_error_keeps_nothing_of_its_unit_on_the_device(
+    pipeline: DecoderPipeline, decoder: Decoder, error: Exception
+) -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(_: object, __: object, output: tuple[torch.Tensor]) -> None:
+        kept.append(weakref.ref(output[0]))
+        if len(kept) == 3:
+            raise error
+
+    pipeline.transformer.register_forward_hook(fail)
+    with pytest.raises((OutOfMemoryError, ValueError)) as raised:
+        decoder.decode(REQUEST, Call())
+    assert raised.value.__traceback__  # which is still there, as in a future
+    assert [ref() for ref in kept[:2]] == [None, None]
+
+
 def test_too_little_memory_is_the_units_error_and_the_next_one_is_made(
     pipeline: DecoderPipeline, decoder: Decoder
 ) -> None:

@@ -153,6 +153,8 @@ class Items:
         return await asyncio.Future[Any]()
 
     def cancel(self) -> None:
+        if self._error:
+            raise self._error  # as Serve's does
         self.cancelled = True
 
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from huggingface_hub import close_session, constants, try_to_load_from_cache
 
-from deployments.config import ModelConfig, PriorConfig
+from deployments.config import DecoderConfig, ModelConfig, PriorConfig
 from deployments.errors import CheckpointError
 from deployments.glm_image import tiny
 from deployments.glm_image.checkpoint import _LoggedProgress, load_decoder, load_prior
@@ -127,9 +127,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def model(checkpoint: str = REPO, revision: str = COMMIT) -> ModelConfig:
-    cpu = PriorConfig(device="cpu", dtype="float32")
+    prior = PriorConfig(device="cpu", dtype="float32")
+    decoder = DecoderConfig(device="cpu", dtype="float32")
     return ModelConfig(
-        name="m", family="glm_image", checkpoint=checkpoint, revision=revision, prior=cpu, decoder=cpu
+        name="m", family="glm_image", checkpoint=checkpoint, revision=revision, prior=prior, decoder=decoder
     )
 
 
