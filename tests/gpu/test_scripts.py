@@ -5,8 +5,12 @@ import sys
 
 import pytest
 
+from tests.conftest import needs_compiler
 
-@pytest.mark.parametrize(("script", "options"), [("prior", []), ("decoder", ["--steps", "2"])])
+
+@pytest.mark.parametrize(
+    ("script", "options"), [("prior", []), pytest.param("decoder", ["--steps", "2"], marks=needs_compiler)]
+)
 def test_it_runs(script: str, options: list[str]) -> None:
     command = [sys.executable, "-m", f"tests.gpu.{script}", "--device", "cpu", "--tiny", "--runs", "1"]
     done = subprocess.run([*command, "--side", "512", *options], capture_output=True, text=True, check=False)

@@ -16,6 +16,7 @@ from deployments.errors import Cancelled, OutOfMemoryError, UnsupportedOption
 from deployments.glm_image import acceleration, checkpoint
 from deployments.glm_image.decoder import Decoder
 from deployments.types import Pixels
+from tests.conftest import needs_compiler
 from tests.unit.test_decoder import EDIT, REQUEST
 
 LONG = replace(REQUEST, steps=8)
@@ -66,6 +67,7 @@ def test_an_option_stays_close_to_the_plain_path(
     assert np.array_equal(decoder.decode(LONG, Call()), accelerated)  # the same seed, the same pixels
 
 
+@needs_compiler
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # inductor's own
 def test_compiled_blocks_change_pixels_by_rounding(load: Callable[..., Decoder], plain: Pixels) -> None:
     assert difference(load(compile=True).decode(LONG, Call()), plain)[1] <= 2
