@@ -6,15 +6,17 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import ModelConfig
 from deployments.decoder import DecoderStage
+from deployments.errors import EngineFault
 from deployments.prior import PriorStage
 from serve_app.config import AppConfig
-from serve_app.errors import RequestError
+from serve_app.errors import ReplicaDied, RequestError
 from serve_app.generation import Generator, Model
 from serve_app.ingress import create_app
 from serve_app.status import StatusReader
@@ -47,6 +49,7 @@ def _bind_stages(model: ModelConfig) -> dict[str, Application]:
             "name": f"{model.name}-{name}",
             "max_ongoing_requests": at_once + 1,
             "graceful_shutdown_timeout_s": DRAIN_S,
+            "health_check_period_s": 2,  # a dead replica is noticed, and replaced, no later
         }
         stages[name] = serve.deployment(**(options | stage.deployment))(cls).bind(model)
     return stages
@@ -101,5 +104,7 @@ def _caller(method: DeploymentHandle[Any]) -> Callable[[Any], AsyncGenerator[Any
             raise RequestError("The server is busy; try again later.", code="busy", status=429) from error
         except DeploymentUnavailableError as error:
             raise RequestError("The model is not available.", code="unavailable", status=503) from error
+        except (RayActorError, EngineFault) as error:
+            raise ReplicaDied from error
 
     return call

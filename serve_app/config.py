@@ -19,6 +19,19 @@ class Limits(Config):
     max_guidance_scale: float = Field(
         default=20, ge=0, allow_inf_nan=False, description="Largest guidance scale."
     )
+    max_pending: int = Field(
+        default=64,
+        ge=1,
+        description="Most images that wait or are being made at a time, in one ingress replica; beyond it "
+        "requests get a 429 with `Retry-After`.",
+    )
+    deadline_s: float = Field(
+        default=580,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a request may take, loading included; then it gets a 504 and its work is "
+        "stopped. OpenAI's clients give up after 600.",
+    )
     max_body_bytes: int = Field(
         default=64 * 2**20, ge=1024, description="Largest request body; more is refused while it comes in."
     )
@@ -48,6 +61,8 @@ class AppConfig(Config):
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"there must be a model, and model names must differ, not {names}")
+        if self.limits.max_images > self.limits.max_pending:
+            raise ValueError("limits.max_images is above limits.max_pending: such a request could never run")
         for model in self.models:
             if model.defaults.steps > self.limits.max_steps:
                 raise ValueError(f"the default steps of {model.name} are above limits.max_steps")

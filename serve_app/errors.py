@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NO_RETRY = {"x-should-retry": "false"}
+"""Tells the OpenAI clients that the same request would fail again: they retry a 5xx by themselves."""
+
 
 class RequestError(Exception):
     """The request cannot be served, and a client can do something about it, if only try again.
 
     Attributes:
-        status: HTTP status: 400-499, 503, or 500 with advice.
+        status: HTTP status: 400-499, or 500-504 with advice.
         message: what is wrong and what to do, for a person to read.
         param: the parameter at fault, as the client calls it.
         code: short and stable, for a program to read.
+        headers: of the answer.
     """
 
     def __init__(
-        self, message: str, *, param: str | None = None, code: str = "invalid_value", status: int = 400
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str = "invalid_value",
+        status: int = 400,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code
         self.status = status
+        self.headers = headers or {}
+
+
+class ReplicaDied(Exception):  # noqa: N818 - a fault of the server, which the client need not know
+    """A stage's replica has died with a unit; the unit can be made again, to the same bytes."""
 
 
 class InvalidParameter(Exception):  # noqa: N818 - the client's error, not ours

@@ -1,18 +1,20 @@
-"""The one path of a request: checked, then for each of its images the prior stage and the decoder stage."""
+"""The one path of a request: admitted, then for each of its images the prior stage and the decoder stage."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from deployments.errors import OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
-from serve_app.errors import InvalidParameter, RequestError
+from serve_app.admission import Admission
+from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +27,7 @@ MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
 
 Result = TypeVar("Result")
+Stage = Literal["prior", "decoder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class StageProgress:
     """
 
     image: int
-    stage: Literal["prior", "decoder"]
+    stage: Stage
     progress: Progress
 
 
@@ -90,6 +93,21 @@ class PartialImage:
     image: int
     index: int
     pixels: Pixels
+
+
+@dataclass(eq=False, kw_only=True)
+class RunningUnit:
+    """One image that is being made.
+
+    Attributes:
+        model: by its name.
+        began: on the clock of `time.monotonic`.
+        progress: None while it waits for a stage.
+    """
+
+    model: str
+    began: float
+    progress: StageProgress | None = None
 
 
 Report = Callable[[StageProgress | PartialImage], None]
@@ -115,6 +133,8 @@ class Generator:
     def __init__(self, models: Mapping[str, Model], limits: Limits) -> None:
         self._models = models
         self._limits = limits
+        self._admission = Admission(limits.max_pending)
+        self._units: list[RunningUnit] = []
 
     def models(self) -> list[ModelConfig]:
         """The configurations of all models, the default one first."""
@@ -137,18 +157,51 @@ class Generator:
             )
         return self._models[name].config
 
+    @property
+    def units(self) -> list[RunningUnit]:
+        """What is being made, the oldest first."""
+        return list(self._units)
+
+    @asynccontextmanager
+    async def admitted(self, generation: Generation, *, sources: int) -> AsyncIterator[None]:
+        """Check a request and hold a place for it; within the block it is prepared, run and delivered.
+
+        Args:
+            generation: its source images may be missing still.
+            sources: how many there will be.
+
+        Raises:
+            RequestError: 404, there is no such model; 429, there is no place; 504, its time is over.
+            InvalidParameter: a parameter is out of its range.
+        """
+        self._check(generation, sources=sources)
+        with self._admission.permit(generation.n):
+            timeout = asyncio.timeout(self._limits.deadline_s)
+            try:
+                async with timeout:
+                    yield
+            except TimeoutError:
+                if not timeout.expired():
+                    raise
+                raise RequestError(
+                    f"The request took longer than the {self._limits.deadline_s:g} s allowed and was "
+                    "stopped. Ask for fewer images or steps, or for a smaller size.",
+                    code="deadline_exceeded",
+                    status=504,
+                    headers=NO_RETRY,
+                ) from None
+
     async def run(self, generation: Generation, report: Report = lambda _: None) -> list[GeneratedImage]:
-        """Make the images of a request, side by side. Cancelling stops all of them.
+        """Make the images of an admitted request, side by side. Cancelling stops all of them.
 
         Args:
             generation: the request.
             report: is told of every image's progress, and given previews.
 
         Raises:
-            RequestError: 404, there is no such model.
-            InvalidParameter: a parameter is out of its range.
+            RequestError: what was asked for takes too much memory, or the stages keep dying over it.
+            InvalidParameter: the request is too long for the model.
         """
-        self.check(generation, sources=len(generation.sources))
         config = self.model(generation.model)
         seed = generation.seed
         if seed is None:
@@ -179,17 +232,30 @@ class Generator:
         defaults = model.config.defaults
         width, height = generation.size or (defaults.width, defaults.height)
 
-        def tell(stage: Literal["prior", "decoder"], event: Event) -> None:
+        unit = RunningUnit(model=model.config.name, began=time.monotonic())
+
+        def tell(stage: Stage, event: Event) -> None:
             if isinstance(event, Preview):
                 report(PartialImage(image=image, index=event.index, pixels=event.pixels))
             else:
-                report(StageProgress(image=image, stage=stage, progress=event))
+                unit.progress = StageProgress(image=image, stage=stage, progress=event)
+                report(unit.progress)
+
+        async def made_by(stage: Stage, start: Callable[[], AsyncGenerator[Event | Result, None]]) -> Result:
+            """A stage's result; it is asked once more if its replica dies, and makes the same."""
+            unit.progress = None
+            try:
+                return await _result(start(), partial(tell, stage))
+            except ReplicaDied:
+                unit.progress = None
+                return await _result(start(), partial(tell, stage))
 
         prior_request = PriorRequest(
             prompt=generation.prompt, width=width, height=height, seed=seed, sources=generation.sources
         )
+        self._units.append(unit)
         try:
-            tokens = await _result(model.prior(prior_request), partial(tell, "prior"))
+            tokens = await made_by("prior", partial(model.prior, prior_request))
             decode_request = DecodeRequest(
                 prompt=generation.prompt,
                 width=width,
@@ -205,7 +271,7 @@ class Generator:
                 tokens=tokens,
                 sources=generation.sources,
             )
-            pixels = await _result(model.decode(decode_request), partial(tell, "decoder"))
+            pixels = await made_by("decoder", partial(model.decode, decode_request))
         except RequestTooLong as error:
             raise InvalidParameter(
                 "prompt",
@@ -220,16 +286,20 @@ class Generator:
                 "source images. Choose a smaller size or fewer source images.",
                 code="out_of_memory",
                 status=500,
+                headers=NO_RETRY,
             ) from error
+        except ReplicaDied as error:
+            raise RequestError(
+                "The model's process died twice over this request; the server's log says why.",
+                code="replica_died",
+                status=500,
+                headers=NO_RETRY,
+            ) from error
+        finally:
+            self._units.remove(unit)
         return GeneratedImage(pixels=pixels, seed=seed)
 
-    def check(self, generation: Generation, *, sources: int) -> None:
-        """Check all parameters but the source images themselves, of which there are to be so many.
-
-        Raises:
-            RequestError: 404, there is no such model.
-            InvalidParameter: a parameter is out of its range.
-        """
+    def _check(self, generation: Generation, *, sources: int) -> None:
         model = self.model(generation.model)
         limits, family = self._limits, model.traits
         if not generation.prompt.strip():

@@ -37,7 +37,7 @@ def create_app(
 
     app = FastAPI(title="GLM-Image server", docs_url=None, redoc_url=None)
     app.include_router(openai.router(generator, files, link))
-    app.include_router(native.router(files, states))
+    app.include_router(native.router(generator, files, states))
     app.add_middleware(BodyLimit, max_bytes=config.limits.max_body_bytes)
 
     @app.exception_handler(RequestError)

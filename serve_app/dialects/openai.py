@@ -85,7 +85,9 @@ def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
     if isinstance(error, InvalidParameter):
         param = OUR_NAMES_FOR.get(error.param, error.param)
         return _envelope(400, f"{param} {error.problem}.", param, error.code)
-    return _envelope(error.status, error.message, error.param, error.code)
+    response = _envelope(error.status, error.message, error.param, error.code)
+    response.headers.update(error.headers)
+    return response
 
 
 def server_error_response() -> JSONResponse:
@@ -148,19 +150,6 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
             guidance_scale=fields.guidance_scale,
             seed=fields.seed,
         )
-        generator.check(generation, sources=len(uploads))  # before the images, which may be large
-        if uploads:
-            family = generator.model(fields.model).traits
-            sources = tuple(
-                [
-                    await asyncio.get_running_loop().run_in_executor(
-                        decoding, images.decode_source, data, family
-                    )
-                    for data in uploads
-                ]
-            )
-            height, width, _ = sources[0].shape
-            generation = replace(generation, sources=sources, size=generation.size or (width, height))
 
         async def deliver(image: GeneratedImage) -> Image:
             data = await asyncio.to_thread(images.encode, image.pixels, output_format, quality)
@@ -168,14 +157,25 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
                 return Image(b64_json=base64.b64encode(data).decode(), seed=image.seed)
             return Image(url=link(request, await files.save(data, output_format)), seed=image.seed)
 
-        made = await generator.run(generation)
-        height, width, _ = made[0].pixels.shape
-        return ImagesResponse(
-            created=int(time.time()),
-            data=await asyncio.gather(*(deliver(image) for image in made)),
-            size=f"{width}x{height}",
-            output_format=output_format,
+        async with generator.admitted(generation, sources=len(uploads)):
+            if uploads:
+                generation = await with_sources(generation, uploads)
+            made = await generator.run(generation)
+            height, width, _ = made[0].pixels.shape
+            return ImagesResponse(
+                created=int(time.time()),
+                data=await asyncio.gather(*(deliver(image) for image in made)),
+                size=f"{width}x{height}",
+                output_format=output_format,
+            )
+
+    async def with_sources(generation: Generation, uploads: list[bytes]) -> Generation:
+        loop, family = asyncio.get_running_loop(), generator.model(generation.model).traits
+        sources = tuple(
+            [await loop.run_in_executor(decoding, images.decode_source, data, family) for data in uploads]
         )
+        height, width, _ = sources[0].shape
+        return replace(generation, sources=sources, size=generation.size or (width, height))
 
     @routes.api_route("/models", methods=["GET", "HEAD"])
     async def list_models() -> dict[str, Any]:

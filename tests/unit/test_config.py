@@ -57,6 +57,11 @@ def test_a_default_may_not_be_above_the_limits() -> None:
         AppConfig.model_validate({"models": [MODEL], "limits": {"max_steps": 49}})
 
 
+def test_a_request_that_is_allowed_must_have_a_place() -> None:
+    with pytest.raises(ValidationError, match=r"limits\.max_images is above limits\.max_pending"):
+        AppConfig.model_validate({"models": [MODEL], "limits": {"max_pending": 9}})
+
+
 def test_an_unknown_deployment_option_is_named() -> None:
     model = MODEL | {"decoder": CPU | {"deployment": {"num_replica": 2}}}
     with pytest.raises(TypeError, match="num_replica"):

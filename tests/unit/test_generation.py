@@ -1,6 +1,7 @@
 """The path of a request over stages that stand in for Ray's: seeds, defaults, and failures among several."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ from ray.serve.exceptions import BackPressureError
 from deployments.config import ModelConfig
 from deployments.errors import OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
+from serve_app.admission import Admission
 from serve_app.app import _caller
 from serve_app.config import Limits
-from serve_app.errors import InvalidParameter, RequestError
+from serve_app.errors import InvalidParameter, ReplicaDied, RequestError
 from serve_app.generation import MAX_SEED, Generation, Generator, Model, PartialImage, StageProgress
 
 PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
@@ -70,8 +72,7 @@ def test_zero_is_a_value_and_not_left_out(
 def test_the_last_seed_is_the_largest(generator: Callable[..., Generator]) -> None:
     images = asyncio.run(generator().run(Generation(prompt="a boat", n=3, seed=MAX_SEED - 2)))
     assert [image.seed for image in images] == [MAX_SEED - 2, MAX_SEED - 1, MAX_SEED]
-    with pytest.raises(InvalidParameter, match="seed must be"):
-        asyncio.run(generator().run(Generation(prompt="a boat", n=3, seed=MAX_SEED - 1)))
+    assert refused(generator(), Generation(prompt="a boat", n=3, seed=MAX_SEED - 1)).param == "seed"
 
 
 def test_one_failing_image_stops_the_others(generator: Callable[..., Generator]) -> None:
@@ -115,6 +116,92 @@ def test_a_request_longer_than_a_row_is_the_clients_to_shorten(generator: Callab
     assert caught.value.param == "prompt"
 
 
+def test_a_unit_whose_replica_dies_is_made_once_more(
+    decoded: list[DecodeRequest],
+    generator: Callable[..., Generator],
+) -> None:
+    asked: list[PriorRequest] = []
+
+    async def dies_once(request: PriorRequest) -> AsyncGenerator[Event | PriorTokens, None]:
+        asked.append(request)
+        yield Progress(done=1, total=1280, seconds=0.1)
+        if len(asked) == 1:
+            raise ReplicaDied
+        yield TOKENS
+
+    (image,) = asyncio.run(generator(dies_once).run(Generation(prompt="a boat")))
+    assert asked[0] == asked[1]
+    assert [request.seed for request in decoded] == [image.seed]
+
+
+def test_a_unit_whose_replicas_keep_dying_is_given_up(generator: Callable[..., Generator]) -> None:
+    async def dies(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+        raise ReplicaDied
+        yield
+
+    with pytest.raises(RequestError, match="died twice") as caught:
+        asyncio.run(generator(dies).run(Generation(prompt="a boat")))
+    assert (caught.value.status, caught.value.headers) == (500, {"x-should-retry": "false"})
+
+
+async def never(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+    yield await asyncio.Future[PriorTokens]()
+
+
+def test_a_request_that_takes_too_long_is_stopped(
+    model_config: Callable[..., ModelConfig], generator: Callable[..., Generator]
+) -> None:
+    models = {"m": Model(config=model_config(), prior=never, decode=never)}  # type: ignore[arg-type]
+    slow = Generator(models, Limits(deadline_s=0.01))
+
+    async def main() -> None:
+        request = Generation(prompt="a boat")
+        async with slow.admitted(request, sources=0):
+            await slow.run(request)
+
+    with pytest.raises(RequestError, match=r"longer than the 0\.01 s allowed") as caught:
+        asyncio.run(main())
+    assert (caught.value.status, caught.value.headers) == (504, {"x-should-retry": "false"})
+    assert slow.units == []
+
+
+def test_a_timeout_of_something_else_is_not_the_deadline(generator: Callable[..., Generator]) -> None:
+    async def main() -> None:
+        async with generator().admitted(Generation(prompt="a boat"), sources=0):
+            raise TimeoutError("a disk's")
+
+    with pytest.raises(TimeoutError, match="a disk's"):
+        asyncio.run(main())
+
+
+def test_places_are_bounded_and_given_back_however_a_request_ends() -> None:
+    admission = Admission(max_pending=4)
+    with admission.permit(3):
+        with admission.permit(1):
+            assert admission.pending == 4
+            with pytest.raises(RequestError) as caught, admission.permit(1):
+                pytest.fail("it was let in")
+        with pytest.raises(ValueError, match="broken"), admission.permit(1):
+            raise ValueError("broken")
+        with admission.permit(1):
+            pass
+    assert admission.pending == 0
+    assert caught.value.status == 429
+    assert int(caught.value.headers["Retry-After"]) >= 1
+
+
+def test_when_to_come_back_follows_from_what_recent_images_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    admission = Admission(max_pending=4)
+    for _ in range(50):
+        with admission.permit(1):
+            now += 80
+    with admission.permit(4), pytest.raises(RequestError) as caught, admission.permit(2):
+        pytest.fail("it was let in")
+    assert caught.value.headers["Retry-After"] == "40"  # four at a time, 80 s each: one every 20 s
+
+
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_too_little_memory_is_an_error_with_advice(
     model_config: Callable[..., ModelConfig], stage: str
@@ -132,9 +219,19 @@ def test_too_little_memory_is_an_error_with_advice(
     assert caught.value.status == 500
 
 
+def refused(generator: Generator, generation: Generation, *, sources: int = 0) -> InvalidParameter:
+    async def main() -> None:
+        async with generator.admitted(generation, sources=sources):
+            pytest.fail("it was admitted")
+
+    with pytest.raises(InvalidParameter) as caught:
+        asyncio.run(main())
+    return caught.value
+
+
 def test_previews_are_bounded(generator: Callable[..., Generator]) -> None:
-    with pytest.raises(InvalidParameter, match="partial_images must be 0 to 3"):
-        asyncio.run(generator().run(Generation(prompt="a boat", partial_images=4)))
+    error = refused(generator(), Generation(prompt="a boat", partial_images=4))
+    assert str(error) == "partial_images must be 0 to 3, not 4"
 
 
 class Items:
