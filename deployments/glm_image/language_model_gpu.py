@@ -87,6 +87,11 @@ def rows_attention(
 AttentionInterface.register(ATTENTION, rows_attention)
 
 
+def blocks_until(ends: torch.Tensor) -> torch.Tensor:
+    """How many blocks hold the positions before `ends`: int32, of the same shape."""
+    return ((ends + BLOCK - 1) // BLOCK).to(torch.int32)
+
+
 class GPULanguageModel(LanguageModel):
     """See `LanguageModel`.
 
@@ -156,7 +161,7 @@ class GPULanguageModel(LanguageModel):
     def _pass(
         self, tokens: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor, rows: slice
     ) -> torch.Tensor:
-        blocks = ((starts + tokens.shape[1] - 1) // BLOCK + 1).to(torch.int32).view(-1, 1, 1)
+        blocks = blocks_until(starts + tokens.shape[1]).view(-1, 1, 1)
         return self._forward(
             tokens,
             positions,

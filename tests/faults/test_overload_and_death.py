@@ -112,6 +112,27 @@ def test_the_status_tells_how_far_each_image_is(url: str) -> None:
     assert (painting["model"], painting["total"]) == (MODEL, 6)
 
 
+def hang_up(url: str, after_s: float) -> None:
+    """Ask for something long, and leave: in the queue, in the prior, or at one of the decoder's steps."""
+    fields = SMALL | {"size": "1024x1024", "num_inference_steps": 100}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/images/generations", json=fields, timeout=httpx.Timeout(30, read=after_s))
+
+
+def test_clients_that_hang_up_stop_their_own_work_and_no_other(url: str, reference: Upstream) -> None:
+    seeds = range(200, 203)
+    moments = np.random.default_rng(0).uniform(0.05, 5, MAX_PENDING - len(seeds))
+    with ThreadPoolExecutor(MAX_PENDING) as pool:
+        leaving = [pool.submit(hang_up, url, after_s) for after_s in moments]
+        staying = [pool.submit(ask, url, seed=seed, num_inference_steps=4) for seed in seeds]
+        for client in leaving:
+            client.result()
+        for seed, answer in zip(seeds, staying, strict=True):
+            assert np.array_equal(pixels(answer.result()), reference("a boat", 512, 512, seed=seed, steps=4))
+    wait_until(lambda: not stages(url))
+    assert ask(url, seed=1).status_code == 200  # the stages are free: what was left would take minutes
+
+
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_a_replica_that_dies_costs_time_and_nothing_else(url: str, reference: Upstream, stage: str) -> None:
     seeds = range(100, 106)

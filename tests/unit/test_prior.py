@@ -24,7 +24,7 @@ from deployments.config import DecoderConfig, ModelConfig, PriorConfig
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong
 from deployments.glm_image import checkpoint
 from deployments.glm_image.language_model_cpu import CPULanguageModel, PackedLinear
-from deployments.glm_image.language_model_gpu import GPULanguageModel
+from deployments.glm_image.language_model_gpu import GPULanguageModel, blocks_until
 from deployments.glm_image.prior import PROGRESS_S, PriorEngine
 from deployments.types import Pixels, PriorRequest, PriorTokens, TokenGrid
 
@@ -396,6 +396,32 @@ def test_on_fixed_shapes_company_changes_nothing(on_fixed_shapes: Loaded, expect
         assert np.array_equal(future.result(timeout=0).target, expected[i])
     with pytest.raises(Cancelled):
         doomed.result(timeout=0)
+
+
+@pytest.mark.parametrize("end", [NotANumber, Cancelled])
+def test_on_fixed_shapes_a_row_is_clean_after_values_that_are_no_numbers(
+    on_fixed_shapes: Loaded, expected: list[TokenGrid], end: type[Exception]
+) -> None:
+    engine, call = on_fixed_shapes.engine, Call()
+    poisoned = on_fixed_shapes.submit(REQUESTS[1], call)
+    for _ in range(10):
+        engine.step()
+    (job,) = engine._active
+    for cache in engine._language_model._caches:
+        cache[:, job.row] = torch.nan
+    engine.step()
+    if end is Cancelled:
+        call.cancelled.set()
+    while engine.step():
+        pass
+    with pytest.raises(end):
+        poisoned.result(timeout=0)
+    assert np.array_equal(on_fixed_shapes.ours(REQUESTS[0]).target, expected[0])
+
+
+def test_a_row_is_read_up_to_the_block_of_its_last_token() -> None:
+    # Without its compiler, the attention looks at the mask alone and not at the blocks to be skipped.
+    assert blocks_until(torch.tensor([1, 127, 128, 129, 256, 257])).tolist() == [1, 1, 1, 2, 2, 3]
 
 
 def test_all_layers_share_one_graph_for_a_slice_and_one_for_a_token(
