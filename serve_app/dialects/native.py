@@ -26,10 +26,17 @@ def router(generator: Generator, files: FileStore, states: Callable[[], Awaitabl
     async def health() -> dict[str, Any]:
         """Whether the server answers, and which models are loaded. Never loads one."""
         models = await states()
+        busy = {(unit.model, unit.progress.stage) for unit in generator.units if unit.progress}
         return {
             "status": "ok",
             "model_loaded": any(set(stages.values()) == {"ready"} for stages in models.values()),
-            "models": models,
+            "models": {
+                model: {
+                    stage: "generating" if state == "ready" and (model, stage) in busy else state
+                    for stage, state in stages.items()
+                }
+                for model, stages in models.items()
+            },
         }
 
     @routes.api_route("/livez", methods=["GET", "HEAD"])
