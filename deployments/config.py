@@ -64,8 +64,7 @@ class Acceleration(Config):
 
     compile: bool = Field(
         default=False,
-        description="Compile the DiT's blocks: faster steps, a minute more at the start. Pixels change by "
-        "rounding.",
+        description="Compile the DiT's blocks: faster steps, a longer start. Pixels change by rounding.",
     )
     attention: Literal[
         "native",

@@ -86,6 +86,8 @@ def main() -> None:
         ("compiled", {"compile": True}),
         ("fp8 weights", {"quantization": "fp8"}),
         ("step cache 0.1", {"step_cache": 0.1}),
+        ("flash attention", {"attention": "_native_flash"}),
+        ("VAE in tiles", {"vae_tiling": True}),
     ):
         decoder = load(options, options.side, **chosen)
         took = seconds(decoder, request, options.runs)
