@@ -20,8 +20,28 @@ class StageConfig(Config):
 
     deployment: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the stage's Ray Serve deployment, passed through: `num_replicas`, "
-        "`autoscaling_config`, `ray_actor_options` (`num_gpus`, `num_cpus`, …), `max_ongoing_requests`, …",
+        description="Options of the stage's Ray Serve deployment, passed through: `ray_actor_options` "
+        "(`num_gpus`, `num_cpus`, …), `max_ongoing_requests`, …",
+    )
+    min_replicas: int = Field(
+        default=0,
+        ge=0,
+        description="Replicas that are always kept, but after an unload by hand; with 0 nothing is loaded "
+        "before the first request.",
+    )
+    max_replicas: int = Field(default=1, ge=1, description="Most replicas under load.")
+    target_load: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Requests, running and waiting, that one replica is to have: with more there is another "
+        "one. Unset, as many as it runs side by side.",
+    )
+    idle_timeout_s: float = Field(
+        default=300,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which a replica that is not needed goes and its memory is free again.",
     )
     device: Literal["cuda", "cpu"] = Field(
         default="cuda", description="`cuda` or `cpu`; Ray picks which GPU."
@@ -36,10 +56,28 @@ class StageConfig(Config):
         "On a CPU the same seed gives the same bytes only with the same number.",
     )
 
+    @property
+    def num_gpus(self) -> float:
+        """GPUs of one replica, as Ray counts them."""
+        bundles = self.deployment.get("placement_group_bundles") or [
+            {"GPU": self.deployment.get("ray_actor_options", {}).get("num_gpus") or 0}
+        ]
+        return sum(float(bundle.get("GPU", 0)) for bundle in bundles)
+
+    @model_validator(mode="after")
+    def _scales_itself(self) -> Self:
+        if ours := {"num_replicas", "autoscaling_config"} & self.deployment.keys():
+            raise ValueError(
+                f"deployment.{ours.pop()} cannot be set: the stage's min_replicas, max_replicas, target_load "
+                "and idle_timeout_s say how it scales"
+            )
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas is above max_replicas")
+        return self
+
     @model_validator(mode="after")
     def _reserves_its_gpu(self) -> Self:
-        gpus = self.deployment.get("ray_actor_options", {}).get("num_gpus")
-        if self.device == "cuda" and not gpus and "placement_group_bundles" not in self.deployment:
+        if self.device == "cuda" and not self.num_gpus:
             raise ValueError(
                 "a stage on cuda needs deployment.ray_actor_options.num_gpus, 1 say; without, every replica "
                 "would share the first GPU"

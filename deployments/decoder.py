@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deployments.calls import stream
+from deployments.loading import Loader, Replica
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from deployments.config import ModelConfig
+    from deployments.families import Decoder
     from deployments.types import DecodeRequest, Event, Pixels
 
 
 class DecoderStage:
-    """Serves one replica of a model's decoder, loaded and run by a thread of its own, a unit at a time."""
+    """Serves one replica of a model's decoder, a unit at a time."""
 
     def __init__(self, model: ModelConfig) -> None:
-        if model.decoder.cpu_threads is not None:
-            import torch  # here, so that importing the stages to wire them loads none of it
+        self._model = model
+        self._replica = Replica()
+        self._loader = Loader(self._load, cpu_threads=model.decoder.cpu_threads, tell=self._replica.tell)
 
-            torch.set_num_threads(model.decoder.cpu_threads)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
-        self._decoder = self._thread.submit(model.traits.decoder().load, model).result()
+    def _load(self, report: Callable[[float], None]) -> Decoder:
+        return self._model.traits.decoder().load(self._model, report)
 
     async def decode(self, request: DecodeRequest) -> AsyncIterator[Event | Pixels]:
         """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step."""
-        items = stream(lambda call: self._thread.submit(self._decoder.decode, request, call))
+        decoder = await self._loader.engine(request.asked_at)
+        items = stream(lambda call: self._loader.thread.submit(decoder.decode, request, call))
         async with aclosing(items):
             async for item in items:
                 yield item
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises."""
-        if self._decoder.fault:
-            raise self._decoder.fault
+        self._loader.check_health()
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica is to go."""
+        self._replica.leave()

@@ -29,6 +29,18 @@ class CheckpointError(ModelError):
     """A checkpoint, or a named component of it, is missing or does not fit."""
 
 
+class LoadingFailed(ModelError):  # noqa: N818 - what engineers call it
+    """An engine could not be loaded.
+
+    Attributes:
+        reason: for the person who can mend it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class UnsupportedOption(ModelError):  # noqa: N818 - the configuration's error, not the model's
     """This machine, or a version of something on it, cannot do what the configuration asks for."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from deployments.calls import Call
@@ -28,8 +29,12 @@ class PriorEngine(Protocol):
     fault: Exception | None
 
     @classmethod
-    def load(cls, model: ModelConfig) -> PriorEngine:
+    def load(cls, model: ModelConfig, report: Callable[[float], None]) -> PriorEngine:
         """Load the components of the prior stage and no others.
+
+        Args:
+            model: which.
+            report: told, now and then, the share of the weights that is loaded, 0 to 1.
 
         Raises:
             CheckpointError: one of them is missing or does not fit.
@@ -56,8 +61,12 @@ class Decoder(Protocol):
     fault: Exception | None
 
     @classmethod
-    def load(cls, model: ModelConfig) -> Decoder:
+    def load(cls, model: ModelConfig, report: Callable[[float], None]) -> Decoder:
         """Load the components of the decoder stage and no others.
+
+        Args:
+            model: which.
+            report: told, now and then, the share of the weights that is loaded, 0 to 1.
 
         Raises:
             CheckpointError: one of them is missing or does not fit.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ class PriorRequest:
         height: likewise.
         seed: 0 to 2**63 - 1. Equal requests with equal seeds get equal tokens.
         sources: source images, already of legal size; empty for text-to-image.
+        asked_at: when the unit was asked for, on the clock of `time.time`; see `deployments.loading`.
     """
 
     prompt: str
@@ -31,6 +33,7 @@ class PriorRequest:
     height: int
     seed: int
     sources: tuple[Pixels, ...] = ()
+    asked_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ class DecodeRequest:
         previews: how many are wanted, 0 to 3; fewer come when there are few steps.
         tokens: what the prior stage answered.
         sources: the same source images that the prior stage was given.
+        asked_at: as in the prior's request.
     """
 
     prompt: str
@@ -86,6 +90,7 @@ class DecodeRequest:
     tokens: PriorTokens
     previews: int = 0
     sources: tuple[Pixels, ...] = ()
+    asked_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)

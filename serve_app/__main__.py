@@ -92,8 +92,10 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
     import ray
     from ray import serve
 
+    from serve_app.app import lacking_gpus
+
     stop = threading.Event()
-    interruptible = False
+    interruptible = started = False
 
     def on_signal(*_: object) -> None:
         stop.set()
@@ -104,25 +106,29 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     ray.init(address="local", include_dashboard=False)
+    signal.signal(signal.SIGTERM, on_signal)  # again: Ray has put its own there, which exits
     try:
         interruptible = True
         if stop.is_set():
             return None
-        if problem := _lacking_gpus(application.args, ray.cluster_resources().get("GPU", 0)):
+        if problem := lacking_gpus(application.args):
             return problem
         serve.start(http_options=http.model_dump())
         try:
             serve.run(app, name=application.name, route_prefix=application.route_prefix)
         except RuntimeError as error:
             return _why_not(application.name) or str(error)
+        started = True
         _greet(http, application.route_prefix)
         stop.wait()
     except KeyboardInterrupt:
         pass
     finally:
         interruptible = True
-        print("Stopping; Ctrl-C again stops at once.", flush=True)
+        print("Stopping when running requests have ended; Ctrl-C again stops at once.", flush=True)
         try:
+            if started:
+                serve.get_app_handle(application.name).drain.remote().result()
             serve.shutdown()
         except KeyboardInterrupt:
             pass
@@ -131,22 +137,6 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
             ray.shutdown()
         print("Stopped.", flush=True)
     return None
-
-
-def _lacking_gpus(config: AppConfig, present: float) -> str | None:
-    """Without this check Ray would wait for GPUs to be added, for ever.
-
-    A stage that scales by itself needs at least those of one replica.
-    """
-    wanted = sum(
-        stage.deployment.get("ray_actor_options", {}).get("num_gpus", 0)
-        * (replicas if isinstance(replicas := stage.deployment.get("num_replicas"), int) else 1)
-        for model in config.models
-        for stage in (model.prior, model.decoder)
-    )
-    if wanted <= present:
-        return None
-    return f"The configuration asks for {wanted:g} GPUs, and Ray finds {present:g} on this machine."
 
 
 def _why_not(app_name: str) -> str | None:

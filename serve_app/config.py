@@ -46,11 +46,24 @@ class StorageConfig(Config):
     )
 
 
+class ClusterConfig(Config):
+    """The Ray cluster that it runs on."""
+
+    autoscaling: bool = Field(
+        default=False,
+        description="Whether nodes with GPUs come on demand. If not, a configuration that asks for more "
+        "GPUs than there are is refused at the start.",
+    )
+
+
 class AppConfig(Config):
     """The whole configuration of the application."""
 
     models: tuple[ModelConfig, ...] = Field(description="What is served; the first one is the default.")
     limits: Limits = Field(default_factory=Limits, description="What a request may ask for.")
+    cluster: ClusterConfig = Field(
+        default_factory=ClusterConfig, description="The Ray cluster that it runs on."
+    )
     storage: StorageConfig = Field(default_factory=StorageConfig, description="Where results are kept.")
     public_url: HttpUrl | None = Field(
         default=None, description="Base of the URLs in answers; unset, what the client used."

@@ -7,17 +7,17 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from deployments.errors import OutOfMemoryError, RequestTooLong
+from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from deployments.config import ModelConfig
     from deployments.types import PriorTokens
@@ -113,6 +113,16 @@ class RunningUnit:
 Report = Callable[[StageProgress | PartialImage], None]
 
 
+@dataclass(eq=False, kw_only=True)
+class _Running:
+    """A request that was taken on."""
+
+    model: str
+    timeout: asyncio.Timeout
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    called_off: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A served model and its two stages, each of which tells how it gets on before its result."""
@@ -128,13 +138,19 @@ class Generator:
     Args:
         models: by name; the first one is the default.
         limits: what a request may ask for.
+        on_change: called when a request is taken on, and when it ends.
     """
 
-    def __init__(self, models: Mapping[str, Model], limits: Limits) -> None:
+    def __init__(
+        self, models: Mapping[str, Model], limits: Limits, on_change: Callable[[], None] = lambda: None
+    ) -> None:
         self._models = models
         self._limits = limits
         self._admission = Admission(limits.max_pending)
+        self._on_change = on_change
+        self._running: list[_Running] = []
         self._units: list[RunningUnit] = []
+        self._draining = False
 
     def models(self) -> list[ModelConfig]:
         """The configurations of all models, the default one first."""
@@ -162,6 +178,36 @@ class Generator:
         """What is being made, the oldest first."""
         return list(self._units)
 
+    @property
+    def pending(self) -> int:
+        """Images that are not finished, those included that wait for a stage."""
+        return self._admission.pending
+
+    def needed(self) -> list[str]:
+        """The models that have work."""
+        return sorted({running.model for running in self._running})
+
+    def count(self, models: Collection[str]) -> int:
+        """How many requests of these models are running."""
+        return sum(running.model in models for running in self._running)
+
+    def call_off(self, models: Collection[str]) -> None:
+        """Stop these models' requests; they get a 503."""
+        for running in self._running:
+            if running.model in models and not running.timeout.expired():
+                running.called_off = True
+                running.timeout.reschedule(asyncio.get_running_loop().time())
+
+    async def until_idle(self, models: Collection[str]) -> None:
+        """Return when no request of these models is running."""
+        while ours := [running for running in self._running if running.model in models]:
+            await ours[0].ended.wait()
+
+    async def drain(self) -> None:
+        """Take on no more requests, and return when those that were taken on have ended."""
+        self._draining = True
+        await self.until_idle(self._models)
+
     @asynccontextmanager
     async def admitted(self, generation: Generation, *, sources: int) -> AsyncIterator[None]:
         """Check a request and hold a place for it; within the block it is prepared, run and delivered.
@@ -171,25 +217,51 @@ class Generator:
             sources: how many there will be.
 
         Raises:
-            RequestError: 404, there is no such model; 429, there is no place; 504, its time is over.
+            RequestError: 404, there is no such model; 429, there is no place; 503, the server is stopping
+                or the request was called off; 504, its time is over.
             InvalidParameter: a parameter is out of its range.
         """
         self._check(generation, sources=sources)
+        if self._draining:
+            raise RequestError(
+                "The server is stopping; try again in a moment.",
+                code="stopping",
+                status=503,
+                headers={"Retry-After": "10"},
+            )
         with self._admission.permit(generation.n):
             timeout = asyncio.timeout(self._limits.deadline_s)
+            running = _Running(model=self.model(generation.model).name, timeout=timeout)
             try:
                 async with timeout:
+                    self._running.append(running)
+                    self._on_change()
                     yield
             except TimeoutError:
                 if not timeout.expired():
                     raise
-                raise RequestError(
-                    f"The request took longer than the {self._limits.deadline_s:g} s allowed and was "
-                    "stopped. Ask for fewer images or steps, or for a smaller size.",
-                    code="deadline_exceeded",
-                    status=504,
-                    headers=NO_RETRY,
-                ) from None
+                raise self._stopped(running) from None
+            finally:
+                self._running.remove(running)
+                running.ended.set()
+                self._on_change()
+
+    def _stopped(self, running: _Running) -> RequestError:
+        """Why a request was stopped before its end."""
+        if running.called_off:
+            return RequestError(
+                f"The request was stopped: {running.model} was unloaded by hand.",
+                code="unloaded",
+                status=503,
+                headers=NO_RETRY,
+            )
+        return RequestError(
+            f"The request took longer than the {self._limits.deadline_s:g} s allowed and was stopped. Ask "
+            "for fewer images or steps, or for a smaller size.",
+            code="deadline_exceeded",
+            status=504,
+            headers=NO_RETRY,
+        )
 
     async def run(self, generation: Generation, report: Report = lambda _: None) -> list[GeneratedImage]:
         """Make the images of an admitted request, side by side. Cancelling stops all of them.
@@ -199,7 +271,8 @@ class Generator:
             report: is told of every image's progress, and given previews.
 
         Raises:
-            RequestError: what was asked for takes too much memory, or the stages keep dying over it.
+            RequestError: what was asked for takes too much memory, a stage cannot be loaded, or the stages
+                keep dying over it.
             InvalidParameter: the request is too long for the model.
         """
         config = self.model(generation.model)
@@ -233,6 +306,7 @@ class Generator:
         width, height = generation.size or (defaults.width, defaults.height)
 
         unit = RunningUnit(model=model.config.name, began=time.monotonic())
+        asked_at = time.time()
 
         def tell(stage: Stage, event: Event) -> None:
             if isinstance(event, Preview):
@@ -251,7 +325,12 @@ class Generator:
                 return await _result(start(), partial(tell, stage))
 
         prior_request = PriorRequest(
-            prompt=generation.prompt, width=width, height=height, seed=seed, sources=generation.sources
+            prompt=generation.prompt,
+            width=width,
+            height=height,
+            seed=seed,
+            sources=generation.sources,
+            asked_at=asked_at,
         )
         self._units.append(unit)
         try:
@@ -270,6 +349,7 @@ class Generator:
                 previews=generation.partial_images,
                 tokens=tokens,
                 sources=generation.sources,
+                asked_at=asked_at,
             )
             pixels = await made_by("decoder", partial(model.decode, decode_request))
         except RequestTooLong as error:
@@ -279,6 +359,13 @@ class Generator:
                 f"{model.config.name} takes at most {error.limit}; shorten it, or choose a smaller size or "
                 "fewer source images",
                 code="context_length_exceeded",
+            ) from error
+        except LoadingFailed as error:
+            raise RequestError(
+                f"Model loading failed: {error.reason}",
+                code="model_loading_failed",
+                status=500,
+                headers=NO_RETRY,
             ) from error
         except OutOfMemoryError as error:
             raise RequestError(

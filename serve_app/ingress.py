@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from serve_app.dialects import native, openai
 from serve_app.errors import InvalidParameter, RequestError, too_large
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from fastapi.responses import JSONResponse
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from serve_app.config import AppConfig
     from serve_app.generation import Generator
-    from serve_app.status import ModelStates
+    from serve_app.lifecycle import Lifecycle
     from serve_app.storage import FileStore
 
 
 def create_app(
     config: AppConfig,
     generator: Generator,
+    lifecycle: Lifecycle,
     files: FileStore,
-    states: Callable[[], Awaitable[ModelStates]],
 ) -> FastAPI:
-    """The application, which needs no Ray: its parts are given to it."""
+    """The application, whose parts are given to it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with lifecycle.telling():
+            yield
 
     def link(request: Request, name: str) -> str:
         base = str(config.public_url or request.base_url)
         return f"{base.rstrip('/')}/files/{name}"
 
-    app = FastAPI(title="GLM-Image server", docs_url=None, redoc_url=None)
+    app = FastAPI(title="GLM-Image server", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.include_router(openai.router(generator, files, link))
-    app.include_router(native.router(generator, files, states))
+    app.include_router(native.router(generator, lifecycle, files, config.limits))
     app.add_middleware(BodyLimit, max_bytes=config.limits.max_body_bytes)
 
     @app.exception_handler(RequestError)
     @app.exception_handler(InvalidParameter)
     async def request_error(_: Request, error: RequestError | InvalidParameter) -> JSONResponse:
         return openai.error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        """FastAPI's own, of a query's parameters."""
+        first = error.errors()[0]
+        param = ".".join(map(str, first["loc"][1:])) or None
+        return openai.error_response(RequestError(f"{param or 'The query'}: {first['msg']}.", param=param))
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,15 @@ from diffusers import (
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import ByT5Tokenizer, GlmImageForConditionalGeneration, GlmImageProcessor, T5EncoderModel
+from transformers.utils.logging import set_tqdm_hook
 
 from deployments.errors import CheckpointError
 from deployments.glm_image import tiny
 from deployments.glm_image.pipeline import DecoderPipeline
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
     from deployments.config import ModelConfig
 
 logger = logging.getLogger("ray.serve")
@@ -43,38 +48,88 @@ FILE_TYPES = ("json", "jinja", "model", "safetensors", "txt")
 """What is downloaded of a component's folder: settings, vocabularies and safe weights."""
 
 
-def load_prior(model: ModelConfig) -> tuple[GlmImageForConditionalGeneration, GlmImageProcessor]:
+def load_prior(
+    model: ModelConfig, report: Callable[[float], None] = lambda _: None
+) -> tuple[GlmImageForConditionalGeneration, GlmImageProcessor]:
     """Load the autoregressive model, on its device, and its processor.
+
+    Args:
+        model: which.
+        report: told the share that is loaded, 0 to 1.
 
     Raises:
         CheckpointError: the checkpoint or one of the two components is missing or does not fit.
     """
-    parts = _load(model, PRIOR_COMPONENTS, device=model.prior.device, dtype=model.prior.dtype)
+    parts = _load(model, PRIOR_COMPONENTS, report, device=model.prior.device, dtype=model.prior.dtype)
     return parts["vision_language_encoder"], parts["processor"]
 
 
-def load_decoder(model: ModelConfig) -> DecoderPipeline:
+def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> DecoderPipeline:
     """Load the pipeline, on the CPU, without the autoregressive model.
+
+    Args:
+        model: which.
+        report: told the share that is loaded, 0 to 1.
 
     Raises:
         CheckpointError: the checkpoint or one of the components is missing or does not fit.
     """
-    parts = _load(model, DECODER_COMPONENTS, device="cpu", dtype=model.decoder.dtype)
+    parts = _load(model, DECODER_COMPONENTS, report, device="cpu", dtype=model.decoder.dtype)
     return DecoderPipeline(**parts, vision_language_encoder=None, processor=None)
 
 
-def _load(model: ModelConfig, components: dict[str, Any], *, device: str, dtype: str) -> dict[str, Any]:
+def _load(
+    model: ModelConfig,
+    components: dict[str, Any],
+    report: Callable[[float], None],
+    *,
+    device: str,
+    dtype: str,
+) -> dict[str, Any]:
     began = time.monotonic()
     folder = _locate(model, list(components))
-    parts = {
-        name: _load_component(folder, name, cls, device=torch.device(device), dtype=getattr(torch, dtype))
-        for name, cls in components.items()
+    sizes = {
+        name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+        for name in components
     }
+    parts: dict[str, Any] = {}
+    for name, cls in components.items():
+        with _told(partial(_report_part, report, sizes, name)):
+            parts[name] = _load_component(
+                folder, name, cls, device=torch.device(device), dtype=getattr(torch, dtype)
+            )
     logger.info(
         "%s: loaded %s from %s as %s on %s in %.1f s",
         *(model.name, ", ".join(parts), folder, dtype, device, time.monotonic() - began),
     )
     return parts
+
+
+def _report_part(report: Callable[[float], None], sizes: Mapping[str, int], name: str, loaded: float) -> None:
+    """Report a component of which so much is loaded, after those before it."""
+    names = list(sizes)
+    before = sum(sizes[earlier] for earlier in names[: names.index(name)])
+    report((before + loaded * sizes[name]) / max(1, sum(sizes.values())))
+
+
+@contextmanager
+def _told(report: Callable[[float], None]) -> Iterator[None]:
+    """Be told the share of a component that is loaded: by the tensor where transformers loads it.
+
+    diffusers has no hook. The libraries' own bars, which would fill the log, are silent meanwhile.
+    """
+
+    class Bar(_SilentBar):
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if self.total:
+                report(self.n / self.total)
+
+    before = set_tqdm_hook(lambda _, args, kwargs: Bar(*args, **kwargs))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+    report(1.0)
 
 
 def _locate(model: ModelConfig, components: list[str]) -> Path:
@@ -138,13 +193,17 @@ def _load_component(folder: Path, name: str, cls: Any, *, device: torch.device, 
         raise CheckpointError(f"{folder}: component {name!r} cannot be put on {device}: {error}") from error
 
 
-class _LoggedProgress(tqdm):  # type: ignore[misc]
-    """A progress bar for a log: a line every ten seconds, where the library's bars are painted often."""
-
-    logged_at = float("-inf")
+class _SilentBar(tqdm):  # type: ignore[misc]
+    """A progress bar that paints nothing; `display` is called whenever it would."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False, "leave": False})
+
+
+class _LoggedProgress(_SilentBar):
+    """A progress bar for a log: a line every ten seconds, where the library's bars are painted often."""
+
+    logged_at = float("-inf")
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Called with every file and every few bytes, for three bars, two of which count the same bytes.

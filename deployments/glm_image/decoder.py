@@ -15,6 +15,8 @@ from deployments.glm_image import acceleration, checkpoint
 from deployments.types import Preview, Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from deployments.config import ModelConfig
     from deployments.glm_image.pipeline import DecoderPipeline
     from deployments.types import DecodeRequest, Pixels, TokenGrid
@@ -40,9 +42,9 @@ class Decoder:
             block.register_forward_pre_hook(lambda *_: self._stop_if_cancelled())
 
     @classmethod
-    def load(cls, model: ModelConfig) -> Decoder:
+    def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> Decoder:
         """See `deployments.families.Decoder`."""
-        pipeline = checkpoint.load_decoder(model)
+        pipeline = checkpoint.load_decoder(model, report)
         acceleration.apply(pipeline, model.decoder, max_side=model.traits.max_side)
         decoder = cls(pipeline)
         acceleration.try_out(model.decoder, decoder.decode)

@@ -22,6 +22,8 @@ from deployments.glm_image.sequence import Sequencer
 from deployments.types import PriorTokens, Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
     from deployments.calls import Call
@@ -107,9 +109,9 @@ class PriorEngine:
         self.fault: EngineFault | None = None
 
     @classmethod
-    def load(cls, model: ModelConfig) -> PriorEngine:
+    def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
         """See `deployments.families.PriorEngine`."""
-        weights, processor = checkpoint.load_prior(model)
+        weights, processor = checkpoint.load_prior(model, report)
         return cls(weights, processor, on_its_device(weights, model.prior.rows, model.prior.row_tokens))
 
     def submit(self, request: PriorRequest, call: Call) -> Future[PriorTokens]:

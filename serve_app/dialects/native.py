@@ -1,42 +1,48 @@
-"""The server's own routes: health, status and result files."""
+"""The server's own routes: health, status, unloading and result files."""
 
 from __future__ import annotations
 
 import mimetypes
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
+    from serve_app.config import Limits
     from serve_app.generation import Generator, RunningUnit
-    from serve_app.status import ModelStates
+    from serve_app.lifecycle import Lifecycle
     from serve_app.storage import FileStore
 
 
-def router(generator: Generator, files: FileStore, states: Callable[[], Awaitable[ModelStates]]) -> APIRouter:
-    """The routes; `states` tells each model's stages' states without waking any."""
+class UnloadQuery(BaseModel):
+    """What to unload, and what of the requests that are running."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(default=None, description="One model; all of them if unset.")
+    wait: bool = Field(default=False, description="Wait until running requests have ended.")
+    force: bool = Field(default=False, description="Stop running requests; they get a 503.")
+
+
+def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits: Limits) -> APIRouter:
+    """The routes."""
     routes = APIRouter()
 
     @routes.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, Any]:
         """Whether the server answers, and which models are loaded. Never loads one."""
-        models = await states()
-        busy = {(unit.model, unit.progress.stage) for unit in generator.units if unit.progress}
+        models = await lifecycle.statuses()
         return {
             "status": "ok",
-            "model_loaded": any(set(stages.values()) == {"ready"} for stages in models.values()),
-            "models": {
-                model: {
-                    stage: "generating" if state == "ready" and (model, stage) in busy else state
-                    for stage, state in stages.items()
-                }
-                for model, stages in models.items()
-            },
+            "model_loaded": any(
+                all(status["state"] in ("ready", "generating") for status in stages.values())
+                for stages in models.values()
+            ),
+            "models": models,
         }
 
     @routes.api_route("/livez", methods=["GET", "HEAD"])
@@ -49,11 +55,27 @@ def router(generator: Generator, files: FileStore, states: Callable[[], Awaitabl
     async def status() -> dict[str, Any]:
         """What the server is doing: idle, loading or generating, and how far each image is."""
         units = generator.units
-        loading = any("loading" in stages.values() for stages in (await states()).values())
+        running = [unit for unit in units if unit.progress]
+        stages = [stage for model in (await lifecycle.statuses()).values() for stage in model.values()]
+        if not running and any(stage["state"] == "loading" for stage in stages):
+            doing = "loading"
+        else:
+            doing = "generating" if units else "idle"
         return {
-            "status": "generating" if units else "loading" if loading else "idle",
+            "status": doing,
+            "queue_length": generator.pending - len(running),
             "units": [_describe(unit) for unit in units],
         }
+
+    @routes.api_route("/v1/internal/unload", methods=["GET", "POST"])
+    async def unload(query: Annotated[UnloadQuery, Query()]) -> dict[str, Any]:
+        """Free the GPUs now; the next request loads again. Safe to call twice."""
+        if query.wait and query.force:
+            raise RequestError("wait and force exclude each other.", param="wait")
+        models = [one.name for one in ([generator.model(query.model)] if query.model else generator.models())]
+        await lifecycle.unload(models, wait_s=limits.deadline_s if query.wait else 0, force=query.force)
+        statuses = await lifecycle.statuses()
+        return {"status": "unloaded", "models": {model: statuses[model] for model in models}}
 
     @routes.api_route("/files/{name}", methods=["GET", "HEAD"], response_class=Response)
     async def file(name: str) -> Response:

@@ -27,7 +27,7 @@ import httpx
 import yaml
 
 from deployments.glm_image import tiny
-from tests.serve.conftest import served
+from tests.serve.conftest import served, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,15 +85,19 @@ def ours(folder: Path, decoders: int) -> Iterator[Callable[[int], str]]:
     (model,) = config["applications"][0]["args"]["models"]
     model["checkpoint"] = str(folder)
     model["prior"] = model["prior"] | {"row_tokens": 4096}
-    model["decoder"] = model["decoder"] | {
-        "deployment": {"num_replicas": decoders, "ray_actor_options": {"num_cpus": 0}}
-    }
+    model["decoder"] = model["decoder"] | {"min_replicas": decoders, "max_replicas": decoders}
     with tempfile.TemporaryDirectory() as scratch, httpx.Client(timeout=None) as client:  # noqa: S113
         file = Path(scratch) / "config.yaml"
         file.write_text(yaml.safe_dump(config))
         with served(file) as printed:
             match = re.search(r"Serving on (http://\S+)\. ", printed)
             assert match
+            decoder = f"{match[1]}/health"
+            until(
+                lambda: (
+                    client.get(decoder).json()["models"][model["name"]]["decoder"].get("replicas") == decoders
+                )
+            )
 
             def ask(seed: int) -> str:
                 body = {"prompt": PROMPT, "seed": seed, "size": "512x512", "num_inference_steps": 4}

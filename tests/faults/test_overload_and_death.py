@@ -5,8 +5,7 @@ import io
 import os
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +18,7 @@ from PIL import Image
 
 from deployments.glm_image import tiny
 from deployments.types import Pixels
-from tests.serve.conftest import ROOT, Upstream, served
+from tests.serve.conftest import ROOT, Upstream, served, until
 
 MODEL = "fragile"
 MAX_PENDING = 12
@@ -65,13 +64,6 @@ def stages(url: str) -> list[str]:
     return [unit["stage"] for unit in status(url)["units"]]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def replica(stage: str) -> psutil.Process:
     (found,) = (
         process
@@ -91,7 +83,7 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_the_others_are_made(u
         assert 1 <= int(answer.headers["retry-after"]) <= 600
         assert answer.json()["error"]["code"] == "busy"
         assert answer.elapsed.total_seconds() < 5
-    assert status(url) == {"status": "idle", "units": []}
+    assert status(url) == {"status": "idle", "queue_length": 0, "units": []}
     assert ask(url, seed=1).status_code == 200
 
 
@@ -104,7 +96,7 @@ def test_the_status_tells_how_far_each_image_is(url: str) -> None:
             seen.append(status(url))
             return any(unit["stage"] == "decoder" for unit in seen[-1]["units"])
 
-        wait_until(is_painting)
+        until(is_painting)
         assert answer.result().status_code == 200
     assert seen[-1]["status"] == "generating"
     painting = next(unit for unit in seen[-1]["units"] if unit["stage"] == "decoder")
@@ -129,7 +121,7 @@ def test_clients_that_hang_up_stop_their_own_work_and_no_other(url: str, referen
             client.result()
         for seed, answer in zip(seeds, staying, strict=True):
             assert np.array_equal(pixels(answer.result()), reference("a boat", 512, 512, seed=seed, steps=4))
-    wait_until(lambda: not stages(url))
+    until(lambda: not stages(url))
     # The stages are free at once: one of the units that were left would take a minute and more.
     assert httpx.post(f"{url}/v1/images/generations", json=SMALL, timeout=20).status_code == 200
 
@@ -139,7 +131,7 @@ def test_a_replica_that_dies_costs_time_and_nothing_else(url: str, reference: Up
     seeds = range(100, 106)
     with ThreadPoolExecutor(len(seeds)) as pool:
         answers = [pool.submit(ask, url, seed=seed, num_inference_steps=4) for seed in seeds]
-        wait_until(lambda: stage in stages(url))
+        until(lambda: stage in stages(url))
         os.kill(replica(stage).pid, signal.SIGKILL)
         for seed, answer in zip(seeds, answers, strict=True):
             assert answer.result().status_code == 200
@@ -150,9 +142,9 @@ def test_a_replica_that_dies_twice_is_an_error_that_is_not_worth_a_retry(url: st
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, url, seed=7, size="2048x2048")
         for _ in range(2):
-            wait_until(lambda: stages(url) == ["prior"])
+            until(lambda: stages(url) == ["prior"])
             os.kill(replica("prior").pid, signal.SIGKILL)
-            wait_until(lambda: stages(url) != ["prior"])  # waiting for the next replica, or given up
+            until(lambda: stages(url) != ["prior"])  # waiting for the next replica, or given up
         result = answer.result()
     assert result.status_code == 500
     assert result.headers["x-should-retry"] == "false"

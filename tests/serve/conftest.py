@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,13 +59,34 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     arguments = config["applications"][0]["args"]
     first = arguments["models"][0]
+    for stage in ("prior", "decoder"):
+        first[stage] = first[stage] | {"min_replicas": 1}
     arguments["models"].append(first | {"name": "other", "checkpoint": str(checkpoints["other"])})
     arguments["storage"] = {"url": str(folder / "files")}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     with served(folder / "config.yaml") as printed:
         match = re.search(r"Serving on (http://\S+)\. ", printed)
         assert match, printed
+        until(lambda: stages(match[1]) == {"ready"}, START_TIMEOUT_S)
         yield Server(match[1], printed, checkpoints)
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Return when the condition holds, which is looked at often."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def stages(url: str, *, replicas: int = 1) -> set[str]:
+    """The states of all stages of all models; those with fewer replicas ready are still loading."""
+    models = httpx.get(f"{url}/health", timeout=10).json()["models"].values()
+    return {
+        "loading" if stage.get("replicas", replicas) < replicas else stage["state"]
+        for model in models
+        for stage in model.values()
+    }
 
 
 @contextmanager

@@ -44,10 +44,11 @@ def test_health_answers_while_images_are_made(client: httpx.Client, server: Serv
         assert health == {
             "status": "ok",
             "model_loaded": True,
-            "models": {"other": {"prior": "ready", "decoder": "ready"}},
+            "models": {"other": {stage: {"state": "ready", "replicas": 1} for stage in seen}},
         }
-        for stage, state in busy.items():
-            seen[stage].add(state)
+        for stage, status in busy.items():
+            assert status["replicas"] == 1
+            seen[stage].add(status["state"])
     assert seen == {"prior": {"ready", "generating"}, "decoder": {"ready", "generating"}}
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
+import ray
 import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
@@ -40,6 +41,9 @@ def test_a_shipped_configuration_is_valid_and_stays_on_this_machine(file: Path) 
         ({"defaults": {"width": 500}}, "500x1024: each side must be a multiple of 32 from 512 to 2048"),
         ({"defaults": {"guidance_scale": float("nan")}}, "guidance_scale"),
         ({"name": "a/b"}, "name"),
+        ({"decoder": CPU | {"min_replicas": 2}}, "min_replicas is above max_replicas"),
+        ({"decoder": CPU | {"deployment": {"num_replicas": 2}}}, "num_replicas cannot be set: the stage's"),
+        ({"prior": CPU | {"deployment": {"autoscaling_config": {}}}}, "autoscaling_config cannot be set"),
     ],
 )
 def test_a_mistake_in_a_model_is_named(change: dict[str, Any], where: str) -> None:
@@ -69,14 +73,31 @@ def test_an_unknown_deployment_option_is_named() -> None:
 
 
 def test_a_stages_deployment_options_reach_ray_serve() -> None:
-    options = {
-        "ray_actor_options": {"num_gpus": 0.5},
-        "autoscaling_config": {"min_replicas": 1, "max_replicas": 7},
-    }
-    app = build_app(AppConfig.model_validate({"models": [MODEL | {"decoder": {"deployment": options}}]}))
-    decoder = app._bound_deployment.init_args[1]["m"]["decoder"]._bound_deployment  # type: ignore[misc]
-    assert decoder.ray_actor_options["num_gpus"] == 0.5
-    assert decoder._deployment_config.autoscaling_config.max_replicas == 7
+    options = {"ray_actor_options": {"num_gpus": 0.5}, "graceful_shutdown_timeout_s": 60}
+    decoder = {"deployment": options, "max_replicas": 7, "target_load": 3}
+    app = build_app(AppConfig.model_validate({"models": [MODEL | {"decoder": decoder}]}))
+    bound = app._bound_deployment.init_args[1]["m"]["decoder"]._bound_deployment  # type: ignore[misc]
+    assert bound.ray_actor_options["num_gpus"] == 0.5
+    assert bound._deployment_config.graceful_shutdown_timeout_s == 60
+    assert bound._deployment_config.autoscaling_config.max_replicas == 7
+    assert bound._deployment_config.autoscaling_config.target_ongoing_requests == 3
+
+
+@pytest.mark.parametrize(
+    ("present", "autoscaling", "enough"), [(8, False, True), (7, False, False), (0, True, True)]
+)
+def test_a_configuration_that_asks_for_more_gpus_than_there_are_is_refused(
+    monkeypatch: pytest.MonkeyPatch, present: int, autoscaling: bool, enough: bool
+) -> None:
+    args = yaml.safe_load((ROOT / "configs" / "eight-gpus.yaml").read_text())["applications"][0]["args"]
+    config = AppConfig.model_validate(args | {"cluster": {"autoscaling": autoscaling}})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": present})
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    if enough:
+        build_app(config)
+    else:
+        with pytest.raises(ValueError, match="asks for 8 GPUs, and Ray finds 7"):
+            build_app(config)
 
 
 def reference(model: type[BaseModel], prefix: str = "", described: set[type] | None = None) -> list[str]:

@@ -1,0 +1,117 @@
+"""Loading and unloading, seen from the ingress: it tells which models it needs, and has them go."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from deployments.scaling import RENEWAL_S
+from serve_app.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection
+
+    from ray.actor import ActorHandle
+
+    from serve_app.generation import Generator
+    from serve_app.status import ModelStatuses, StageStatus, StatusReader
+
+UNLOAD_S = 60
+"""More than idle replicas ever take to go."""
+LOOK_AGAIN_S = 0.05
+
+
+class Lifecycle:
+    """Tells the gate what this ingress needs, and unloads models.
+
+    Args:
+        generator: whose requests need the models.
+        changed: set when a request comes or goes.
+        gate: where the policies ask.
+        status: tells when the replicas are gone.
+    """
+
+    def __init__(
+        self, generator: Generator, changed: asyncio.Event, gate: ActorHandle[Any], status: StatusReader
+    ) -> None:
+        self._generator = generator
+        self._changed = changed
+        self._gate = gate
+        self._status = status
+
+    @asynccontextmanager
+    async def telling(self) -> AsyncIterator[None]:
+        """Within the block the gate is told, at every change and again and again, which models are needed."""
+        telling = asyncio.create_task(self._tell())
+        try:
+            yield
+        finally:
+            telling.cancel()
+
+    async def _tell(self) -> None:
+        ingress = uuid.uuid4().hex
+        while True:
+            self._changed.clear()
+            needed = self._generator.needed()
+            self._gate.need.remote(ingress, needed)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), RENEWAL_S if needed else None)
+
+    async def statuses(self) -> ModelStatuses:
+        """Each stage's, at most a second old; asking wakes no model."""
+        busy = {(unit.model, unit.progress.stage) for unit in self._generator.units if unit.progress}
+        needed = self._generator.needed()
+
+        def now(model: str, stage: str, status: StageStatus) -> StageStatus:
+            if status["state"] == "ready" and (model, stage) in busy:
+                return {**status, "state": "generating"}
+            if status["state"] == "unloaded" and model in needed:
+                return {"state": "loading"}
+            return status
+
+        return {
+            model: {stage: now(model, stage, status) for stage, status in stages.items()}
+            for model, stages in (await self._status.read()).items()
+        }
+
+    async def unload(self, models: Collection[str], *, wait_s: float, force: bool) -> None:
+        """Have these models' replicas go, and return when they are gone.
+
+        Args:
+            models: by their names.
+            wait_s: how long to wait for running requests to end.
+            force: whether to call them off instead.
+
+        Raises:
+            RequestError: 409, there are running requests; 500, the replicas stay.
+        """
+        if force:
+            self._generator.call_off(models)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._generator.until_idle(models), UNLOAD_S if force else wait_s)
+        if running := self._generator.count(models):
+            raise RequestError(
+                f"{running} generations are running. Unload with ?wait=true when they have ended, or with "
+                "?force=true stop them.",
+                code="generating",
+                status=409,
+            )
+        await self._gate.unload.remote(list(models))
+        try:
+            async with asyncio.timeout(UNLOAD_S):
+                while not await self._are_gone(models):  # noqa: ASYNC110 - Serve tells nobody
+                    await asyncio.sleep(LOOK_AGAIN_S)
+        except TimeoutError:
+            raise RequestError(
+                f"The replicas have not gone within {UNLOAD_S} s; the server's log may say why.",
+                code="unload_failed",
+                status=500,
+            ) from None
+
+    async def _are_gone(self, models: Collection[str]) -> bool:
+        """Whether nothing is loaded, or somebody needs a model again, which loads it."""
+        statuses = await self._status.read(max_age_s=0)
+        states = {status["state"] for model in models for status in statuses[model].values()}
+        return states == {"unloaded"} or bool(self._generator.count(models))

@@ -1,0 +1,217 @@
+"""How many replicas a stage is to have, what the gate remembers, and loading beside the event loop."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deployments.errors import EngineFault, LoadingFailed
+from deployments.loading import Loader
+from deployments.scaling import Gate, Report, ScalingPolicy
+
+IDLE_S = 30
+
+
+class Stage:
+    """A stage whose replicas are as many as the policy last said."""
+
+    def __init__(self, min_replicas: int = 0) -> None:
+        self.policy = ScalingPolicy("m", min_replicas=min_replicas, idle_timeout_s=IDLE_S)
+        self.replicas = 0
+
+    def at(self, now: float, *, load: float = 0, needed: bool = False, unloads: int = 0) -> int:
+        self.replicas = self.policy.decide(
+            load=load, replicas=self.replicas, needed=needed, unloads=unloads, now=now
+        )
+        return self.replicas
+
+
+def test_nothing_is_loaded_before_it_is_needed() -> None:
+    assert Stage().at(0) == 0
+    assert Stage(min_replicas=2).at(0) == 2
+
+
+def test_a_model_that_is_needed_has_both_stages_whatever_their_load() -> None:
+    assert Stage().at(0, needed=True) == 1
+
+
+def test_there_are_as_many_as_the_load_asks_for() -> None:
+    stage = Stage()
+    assert [stage.at(0, load=load) for load in (0.1, 1, 1.1, 4)] == [1, 1, 2, 4]
+
+
+def test_those_that_are_not_needed_go_after_the_idle_time() -> None:
+    stage = Stage()
+    stage.at(0, load=4)
+    assert stage.at(1, load=1) == 4
+    assert stage.at(IDLE_S, load=2) == 4
+    assert stage.at(IDLE_S + 1, load=1) == 2  # the most that was wanted meanwhile
+    assert stage.at(IDLE_S + 2) == 2
+    assert stage.at(2 * IDLE_S + 2) == 0
+
+
+def test_a_need_puts_the_idle_time_off() -> None:
+    stage = Stage()
+    stage.at(0, needed=True)
+    stage.at(1)
+    stage.at(IDLE_S, needed=True)
+    assert stage.at(IDLE_S + 1) == 1
+    assert stage.at(2 * IDLE_S) == 1
+    assert stage.at(2 * IDLE_S + 1) == 0
+
+
+@pytest.mark.parametrize("min_replicas", [0, 2])
+def test_an_unloaded_model_stays_so_until_it_is_needed(min_replicas: int) -> None:
+    stage = Stage(min_replicas)
+    stage.at(0, load=3)
+    assert stage.at(1, load=3, unloads=1) == 0
+    assert stage.at(2, unloads=1) == 0
+    assert stage.at(1000, unloads=1) == 0
+    assert stage.at(1001, unloads=1, needed=True) == max(1, min_replicas)
+    assert stage.at(1001 + 2 * IDLE_S, unloads=1, needed=True) == max(1, min_replicas)
+
+
+def test_a_need_during_an_unload_waits_for_its_end() -> None:
+    stage = Stage()
+    stage.at(0, load=2)
+    stage.policy.decide(load=0, replicas=2, needed=False, unloads=1, now=1)
+    assert stage.policy.decide(load=0, replicas=1, needed=True, unloads=1, now=1.1) == 0  # Serve goes 2, 1, 0
+    assert stage.policy.decide(load=0, replicas=0, needed=True, unloads=1, now=1.2) == 1
+
+
+def test_the_gate_tells_what_has_changed() -> None:
+    async def told() -> list[tuple[bool, int]]:
+        gate = Gate()
+        orders = [await gate.orders("m", None)]
+        for change in (gate.need("one", ["other", "m"]), gate.unload(["m"]), gate.need("one", ["other"])):
+            waiting = asyncio.create_task(gate.orders("m", orders[-1]))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            await change
+            orders.append(await waiting)
+        return orders
+
+    assert asyncio.run(told()) == [(False, 0), (True, 0), (True, 1), (False, 1)]
+
+
+def test_what_an_ingress_that_died_needed_lapses() -> None:
+    async def lapse() -> tuple[bool, int]:
+        gate = Gate(lease_s=0.01)
+        await gate.need("one", ["m"])
+        return await asyncio.wait_for(gate.orders("m", (True, 0)), 5)
+
+    assert asyncio.run(lapse()) == (False, 0)
+
+
+def test_one_ingress_needs_what_another_one_does_not() -> None:
+    async def orders() -> tuple[bool, int]:
+        gate = Gate()
+        await gate.need("one", ["m"])
+        await gate.need("two", [])
+        return await gate.orders("m", None)
+
+    assert asyncio.run(orders()) == (True, 0)
+
+
+def test_reports_are_kept_by_replica_until_it_goes_or_dies() -> None:
+    async def reports(lease_s: float) -> dict[str, list[Report]]:
+        gate = Gate(lease_s)
+        await gate.report("prior", "a", {"state": "loading"})
+        await gate.report("prior", "b", {"state": "ready"})
+        await gate.report("prior", "a", {"state": "failed"})
+        await gate.report("decoder", "c", {"state": "ready"})
+        await gate.report("decoder", "c", None)
+        return await gate.reports()
+
+    assert asyncio.run(reports(5)) == {"prior": [{"state": "ready"}, {"state": "failed"}]}
+    assert asyncio.run(reports(0)) == {}
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.fault: Exception | None = None
+
+
+class Loading:
+    """A loader whose tries end when they are let: with an engine, or as the list of failures says."""
+
+    def __init__(self, failures: list[Exception | None]) -> None:
+        self.failures = failures
+        self.tries = 0
+        self.go_on = threading.Event()
+        self.told: list[Report] = []
+        self.loader: Loader[Engine] = Loader(self._load, cpu_threads=None, tell=self.told.append)
+
+    def _load(self, report: Callable[[float], None]) -> Engine:
+        self.tries += 1
+        report(0.5)
+        assert self.go_on.wait(10)
+        if failure := self.failures.pop(0):
+            raise failure
+        return Engine()
+
+    async def ask(self, asked_at: float) -> Engine | str:
+        try:
+            return await self.loader.engine(asked_at)
+        except LoadingFailed as error:
+            return error.reason
+
+
+def test_everybody_who_asked_before_a_try_failed_has_had_it() -> None:
+    loading = Loading([OSError("no such folder"), OSError("still none"), None])
+
+    async def ask() -> tuple[list[Any], Any, Any]:
+        early = time.time()
+        waiting = [asyncio.create_task(loading.ask(early)) for _ in range(20)]
+        await asyncio.sleep(0)
+        loading.go_on.set()
+        first = await asyncio.gather(*waiting)
+        first.append(await loading.ask(early))
+        return first, await loading.ask(time.time()), await loading.ask(time.time())
+
+    first, second, third = asyncio.run(ask())
+    assert first == ["no such folder"] * 21
+    assert second == "still none"
+    assert isinstance(third, Engine)
+    assert loading.tries == 3
+    assert [report["state"] for report in loading.told] == [
+        *["loading", "loading", "failed"] * 2,
+        "loading",
+        "loading",
+        "ready",
+    ]
+    assert loading.told[1:3] == [
+        {"state": "loading", "progress": 0.5},
+        {"state": "failed", "reason": "no such folder"},
+    ]
+
+
+def test_who_leaves_does_not_stop_the_loading() -> None:
+    loading = Loading([None])
+
+    async def leave() -> Engine | str:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(loading.ask(time.time()), 0.01)
+        loading.go_on.set()
+        return await loading.ask(time.time())
+
+    assert isinstance(asyncio.run(leave()), Engine)
+    assert loading.tries == 1
+
+
+def test_a_replica_is_healthy_while_it_loads_or_has_failed_and_not_after_a_fault() -> None:
+    loading = Loading([OSError("no"), None])
+    loading.loader.check_health()
+    loading.go_on.set()
+    assert asyncio.run(loading.ask(time.time())) == "no"
+    loading.loader.check_health()
+    engine = asyncio.run(loading.ask(time.time()))
+    assert isinstance(engine, Engine)
+    loading.loader.check_health()
+    assert loading.told[-1] == {"state": "ready"}
+    engine.fault = EngineFault("the device is lost")
+    with pytest.raises(EngineFault, match="the device is lost"):
+        loading.loader.check_health()
