@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import socket
 import statistics
 import subprocess
@@ -24,16 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
-import yaml
 
 from deployments.glm_image import tiny
-from tests.serve.conftest import served, until
+from tests.serve.conftest import config_file, served, tiny_model, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 8
+MODEL = "glm-image"
 PROMPT = "A red boat at dawn"
 
 
@@ -81,34 +80,34 @@ def baseline(kind: str, folder: Path) -> Iterator[Callable[[int], str]]:
 @contextmanager
 def ours(folder: Path, decoders: int) -> Iterator[Callable[[int], str]]:
     """One prior and several decoders, of one thread each: no thread ever waits for another one."""
-    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    (model,) = config["applications"][0]["args"]["models"]
-    model["checkpoint"] = str(folder)
-    model["prior"] = model["prior"] | {"row_tokens": 4096}
-    model["decoder"] = model["decoder"] | {"min_replicas": decoders, "max_replicas": decoders}
-    with tempfile.TemporaryDirectory() as scratch, httpx.Client(timeout=None) as client:  # noqa: S113
-        file = Path(scratch) / "config.yaml"
-        file.write_text(yaml.safe_dump(config))
-        with served(file) as printed:
-            match = re.search(r"Serving on (http://\S+)\. ", printed)
-            assert match
-            decoder = f"{match[1]}/health"
-            until(
-                lambda: (
-                    client.get(decoder).json()["models"][model["name"]]["decoder"].get("replicas") == decoders
-                )
+    model = tiny_model(
+        MODEL,
+        checkpoint=str(folder),
+        prior={"row_tokens": 4096},
+        decoder={"min_replicas": decoders, "max_replicas": decoders},
+    )
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        served(config_file(Path(scratch), [model])) as running,
+        httpx.Client(timeout=None) as client,  # noqa: S113
+    ):
+
+        def are_ready() -> bool:
+            health = client.get(f"{running.url}/health").json()
+            return bool(health["models"][MODEL]["decoder"].get("replicas") == decoders)
+
+        until(are_ready)
+
+        def ask(seed: int) -> str:
+            body = {"prompt": PROMPT, "seed": seed, "size": "512x512", "num_inference_steps": 4}
+            answer = client.post(
+                f"{running.url}/v1/images/generations", json=body | {"response_format": "b64_json"}
             )
+            answer.raise_for_status()
+            image: str = answer.json()["data"][0]["b64_json"]
+            return image
 
-            def ask(seed: int) -> str:
-                body = {"prompt": PROMPT, "seed": seed, "size": "512x512", "num_inference_steps": 4}
-                answer = client.post(
-                    f"{match[1]}/v1/images/generations", json=body | {"response_format": "b64_json"}
-                )
-                answer.raise_for_status()
-                image: str = answer.json()["data"][0]["b64_json"]
-                return image
-
-            yield ask
+        yield ask
 
 
 def measure(ask: Callable[[int], str], requests: int) -> Result:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -37,6 +38,40 @@ OTHER_SIZES = tiny.Sizes(
 
 
 @dataclass(frozen=True)
+class Running:
+    """What `make serve` runs.
+
+    Attributes:
+        url: what it printed as its address.
+        log: everything it has printed so far, by the line.
+        process: make, whose child is the server.
+    """
+
+    url: str
+    log: list[str]
+    process: psutil.Popen
+
+    def send_signal(self, sign: signal.Signals) -> None:
+        (server,) = psutil.Process(self.process.pid).children()
+        server.send_signal(sign)
+
+    def replicas(self, name: str) -> list[psutil.Process]:
+        """The processes of a deployment or, by its model's name, of both stages."""
+        return [
+            process
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if name in _title(process)
+        ]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+@dataclass(frozen=True)
 class Server:
     """A running server. Its model `glm-image` is the tiny checkpoint, `other` one of other sizes.
 
@@ -56,19 +91,39 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     checkpoints = {"glm-image": tiny.cached(), "other": folder / "other-checkpoint"}
     tiny.write(checkpoints["other"], OTHER_SIZES)
-    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    arguments = config["applications"][0]["args"]
-    first = arguments["models"][0]
-    for stage in ("prior", "decoder"):
-        first[stage] = first[stage] | {"min_replicas": 1}
-    arguments["models"].append(first | {"name": "other", "checkpoint": str(checkpoints["other"])})
-    arguments["storage"] = {"url": str(folder / "files")}
+    models = [
+        tiny_model(name, checkpoint=str(folder), prior={"min_replicas": 1}, decoder={"min_replicas": 1})
+        for name, folder in (("glm-image", "tiny"), ("other", checkpoints["other"]))
+    ]
+    with served(config_file(folder, models)) as running:
+        until(lambda: stages(running.url) == {"ready"}, START_TIMEOUT_S)
+        yield Server(running.url, "".join(running.log), checkpoints)
+
+
+def tiny_model(
+    name: str,
+    *,
+    checkpoint: str = "tiny",
+    prior: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The model of configs/tiny.yaml with other settings."""
+    (model,) = _tiny_config()["applications"][0]["args"]["models"]
+    stages = {"prior": model["prior"] | (prior or {}), "decoder": model["decoder"] | (decoder or {})}
+    changed: dict[str, Any] = model | stages | {"name": name, "checkpoint": checkpoint}
+    return changed
+
+
+def config_file(folder: Path, models: list[dict[str, Any]], **args: Any) -> Path:
+    """configs/tiny.yaml with other models and settings, and files that go with the test."""
+    config = _tiny_config()
+    config["applications"][0]["args"] |= {"models": models, "storage": {"url": str(folder / "files")}} | args
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with served(folder / "config.yaml") as printed:
-        match = re.search(r"Serving on (http://\S+)\. ", printed)
-        assert match, printed
-        until(lambda: stages(match[1]) == {"ready"}, START_TIMEOUT_S)
-        yield Server(match[1], printed, checkpoints)
+    return folder / "config.yaml"
+
+
+def _tiny_config() -> Any:
+    return yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -90,8 +145,8 @@ def stages(url: str, *, replicas: int = 1) -> set[str]:
 
 
 @contextmanager
-def served(config: Path) -> Iterator[str]:
-    """Run `make serve` until the block ends, then press Ctrl-C; gives what it has printed when ready."""
+def served(config: Path) -> Iterator[Running]:
+    """Run `make serve` until the block ends; then, if it still runs, press Ctrl-C."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     printed: list[str] = []
@@ -99,7 +154,7 @@ def served(config: Path) -> Iterator[str]:
     with (
         # Ray puts sockets there, whose paths may have at most 107 bytes.
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder,
-        subprocess.Popen(
+        psutil.Popen(
             ["make", "serve", f"CONFIG={config}", f"PORT={port}"],
             cwd=ROOT,
             env=os.environ | {"RAY_TMPDIR": ray_folder, "HF_HUB_OFFLINE": "1"},
@@ -111,7 +166,6 @@ def served(config: Path) -> Iterator[str]:
     ):
 
         def pump() -> None:
-            assert process.stdout
             for line in process.stdout:
                 printed.append(line)
                 if line.startswith("  curl "):
@@ -120,17 +174,22 @@ def served(config: Path) -> Iterator[str]:
 
         pumping = threading.Thread(target=pump)
         pumping.start()
+        family = []
         try:
             assert ready.wait(START_TIMEOUT_S), "".join(printed)
             assert process.poll() is None, "".join(printed)
-            yield "".join(printed)
-        finally:
+            match = re.search(r"Serving on (http://\S+)\. ", "".join(printed))
+            assert match
             family = psutil.Process(process.pid).children(recursive=True)
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(STOP_TIMEOUT_S)
+            yield Running(match[1], printed, process)
+        finally:
+            if process.poll() is None:
+                family = psutil.Process(process.pid).children(recursive=True)
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(STOP_TIMEOUT_S)
             pumping.join()
         _, left = psutil.wait_procs(family, timeout=10)
-        assert not left, "Ctrl-C left processes behind"
+        assert not left, "the server left processes behind"
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""A client of a server that is treated badly."""
+
+import base64
+import io
+from typing import Any, Self
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from deployments.types import Pixels
+from tests.serve.conftest import Running
+
+SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 2, "response_format": "b64_json"}
+
+
+class Client:
+    """Talks to a server from any number of threads."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+        self._http = httpx.Client(
+            base_url=running.url, timeout=120, limits=httpx.Limits(max_connections=None)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def get(self, path: str) -> httpx.Response:
+        return self._http.get(path)
+
+    def ask(self, *, timeout: httpx.Timeout | float = 120, **fields: Any) -> httpx.Response:
+        """Ask for a small image, which takes half a second, or as the fields say."""
+        return self._http.post("/v1/images/generations", json=SMALL | fields, timeout=timeout)
+
+    def pixels(self, answer: httpx.Response) -> Pixels:
+        (image,) = answer.json()["data"]
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_json"]))))
+
+    def status(self) -> Any:
+        return self.get("/v1/internal/status").json()
+
+    def stages(self, model: str) -> dict[str, Any]:
+        """The model's stages, as /health has them."""
+        stages: dict[str, Any] = self.get("/health").json()["models"][model]
+        return stages
+
+    def working(self) -> list[str]:
+        """The stage of every unit."""
+        return [unit["stage"] for unit in self.status()["units"]]

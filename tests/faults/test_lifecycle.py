@@ -1,0 +1,244 @@
+"""Loading when somebody asks, unloading, models that cannot be loaded, and stopping: on real servers."""
+
+import re
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from deployments.glm_image import tiny
+from tests.faults.conftest import Client
+from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
+
+LONG = {"num_inference_steps": 100}
+UNLOADED = {"prior": {"state": "unloaded"}, "decoder": {"state": "unloaded"}}
+IDLE_S = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lifecycle")
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[Client]:
+    idle = {"idle_timeout_s": IDLE_S}
+    models = [
+        tiny_model("good"),
+        tiny_model("broken", checkpoint=str(folder / "nowhere")),
+        tiny_model("brief", prior=idle, decoder=idle | {"max_replicas": 2}),
+    ]
+    with served(config_file(folder, models)) as running, Client(running) as client:
+        yield client
+
+
+@pytest.fixture
+def cold(client: Client) -> Client:
+    assert client.get("/v1/internal/unload?wait=true").status_code == 200
+    return client
+
+
+def test_nothing_is_loaded_before_the_first_request_and_asking_loads_nothing(cold: Client) -> None:
+    for path in ("/health", "/v1/internal/status", "/livez", "/readyz", "/v1/models", "/v1/internal/unload"):
+        assert cold.get(path).status_code == 200
+    assert cold.get("/health").json() == {
+        "status": "ok",
+        "model_loaded": False,
+        "models": dict.fromkeys(["good", "broken", "brief"], UNLOADED),
+    }
+    assert cold.status() == {"status": "idle", "queue_length": 0, "units": []}
+    assert not cold.running.replicas("good")
+
+
+def test_a_first_request_loads_both_stages_together_and_waits_with_all_others(cold: Client) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(cold.ask, seed=seed) for seed in range(4)]
+        seen = []
+
+        def both_load() -> bool:
+            seen.append(cold.stages("good"))
+            return {stage["state"] for stage in seen[-1].values()} == {"loading"}
+
+        until(both_load)
+        assert cold.status()["status"] == "loading"
+        assert cold.status()["queue_length"] == 4
+        until(lambda: all("progress" in stage for stage in cold.stages("good").values()))
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+    until(lambda: {stage["state"] for stage in cold.stages("good").values()} == {"ready"})
+    assert cold.get("/health").json()["model_loaded"]
+    assert cold.stages("broken") == UNLOADED
+
+
+def test_a_model_that_is_busy_is_not_unloaded_unless_that_is_asked_for(cold: Client) -> None:
+    assert cold.ask().status_code == 200
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(cold.ask, **LONG) for _ in range(2)]
+        until(lambda: "decoder" in cold.working())
+        refused = cold.get("/v1/internal/unload")
+        assert refused.status_code == 409
+        assert "2 generations are running" in refused.json()["error"]["message"]
+        assert cold.get("/v1/internal/unload?model=brief").status_code == 200
+        forced = cold._http.post("/v1/internal/unload?force=true")
+        assert forced.status_code == 200
+        assert forced.json()["models"]["good"] == UNLOADED
+        for answer in answers:
+            assert answer.result().status_code == 503
+            assert answer.result().json()["error"]["code"] == "unloaded"
+            assert answer.result().headers["x-should-retry"] == "false"
+    until(lambda: not cold.running.replicas("good"))
+    assert cold.ask().status_code == 200
+
+
+def test_unloading_can_wait_for_what_is_running(cold: Client) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(cold.ask, seed=seed, num_inference_steps=20) for seed in range(2)]
+        until(lambda: len(cold.status()["units"]) == 2)
+        assert cold.get("/v1/internal/unload?wait=true&model=good").status_code == 200
+        assert [answer.result().status_code for answer in answers] == [200] * 2
+    assert cold.stages("good") == UNLOADED
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "message"),
+    [
+        ("wait=banana", 400, "wait: Input should be a valid boolean"),
+        ("wiat=true", 400, "wiat: Extra inputs are not permitted"),
+        ("wait=true&force=true", 400, "exclude each other"),
+        ("model=nobody", 404, "There is no model 'nobody'"),
+    ],
+)
+def test_a_mistake_in_what_to_unload_is_named(client: Client, query: str, status: int, message: str) -> None:
+    answer = client.get(f"/v1/internal/unload?{query}")
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_a_model_that_cannot_be_loaded_says_why_and_harms_no_other(cold: Client) -> None:
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda seed: cold.ask(model="broken", seed=seed), range(10)))
+    for answer in answers:
+        assert answer.status_code == 500
+        assert answer.headers["x-should-retry"] == "false"
+        error = answer.json()["error"]
+        assert error["code"] == "model_loading_failed"
+        assert re.fullmatch(
+            r"Model loading failed: checkpoint '.*/nowhere' is not a folder .*", error["message"]
+        )
+    tries = sum("loading failed" in line for line in cold.running.log)
+    until(lambda: cold.stages("broken")["prior"]["state"] == "failed")
+    assert "is not a folder" in cold.stages("broken")["prior"]["reason"]
+    assert cold.ask().status_code == 200
+    (prior,) = cold.running.replicas("broken-prior")
+    assert cold.ask(model="broken").status_code == 500
+    assert (
+        sum("loading failed" in line for line in cold.running.log) <= tries + 2
+    )  # prior and decoder once more
+    assert cold.running.replicas("broken-prior") == [prior], "Serve has restarted it"
+
+
+def test_the_next_request_tries_to_load_again(cold: Client, folder: Path) -> None:
+    assert cold.ask(model="broken").status_code == 500
+    missing = folder / "nowhere"
+    missing.symlink_to(tiny.cached())
+    try:
+        assert cold.ask(model="broken").status_code == 200
+    finally:
+        missing.unlink()
+
+
+def test_a_stage_that_is_idle_goes_by_itself(client: Client) -> None:
+    assert client.ask(model="brief").status_code == 200
+    assert client.running.replicas("brief")
+    until(lambda: client.stages("brief") == UNLOADED)
+    until(lambda: not client.running.replicas("brief"))
+
+
+@pytest.mark.slow
+def test_scaling_up_and_down_loses_no_request(client: Client) -> None:
+    """Bursts and pauses of about the idle time, so that requests come while replicas start and stop."""
+    rng = np.random.default_rng(0)
+    with ThreadPoolExecutor(32) as pool:
+        answers = []
+        for _ in range(12):
+            answers += [
+                pool.submit(client.ask, model="brief", num_inference_steps=int(rng.integers(1, 8)))
+                for _ in range(int(rng.integers(1, 6)))
+            ]
+            time.sleep(rng.uniform(0, 2 * IDLE_S))
+        assert [answer.result().status_code for answer in answers] == [200] * len(answers)
+    assert sum("Downscaling" in line and "brief" in line for line in client.running.log) >= 2
+    assert any("from 1 to 2" in line and "brief-decoder" in line for line in client.running.log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twenty_rounds_leave_nothing_behind(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = Upstream(tiny.cached())
+    server = psutil.Process(client.running.process.pid)
+    took: list[float] = []
+    processes: list[int] = []
+    memory: list[float] = []
+    for seed in range(20):
+        expected = reference("a boat", 512, 512, seed=seed, steps=2)
+        assert np.array_equal(client.pixels(client.ask(seed=seed)), expected)
+        began = time.monotonic()
+        assert client.get("/v1/internal/unload").status_code == 200
+        took.append(time.monotonic() - began)
+        until(lambda: not client.running.replicas("good"))
+        family = server.children(recursive=True)
+        processes.append(len(family))
+        memory.append(sum(process.memory_info().rss for process in family if process.is_running()) / 2**20)
+    with capsys.disabled():
+        print(
+            f"\nunload: median {statistics.median(took):.2f} s, slowest {max(took):.2f} s; "
+            f"processes {processes}; MiB {[round(each) for each in memory]}"
+        )
+    assert statistics.median(processes[10:]) <= statistics.median(processes[:10])
+    assert statistics.median(memory[15:]) - statistics.median(memory[5:10]) < 50
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_stop_finishes_what_it_has(tmp_path: Path, sign: signal.Signals) -> None:
+    with served(config_file(tmp_path, [tiny_model("m")])) as running, Client(running) as client:
+        assert client.ask().status_code == 200
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(client.ask, seed=seed, num_inference_steps=8) for seed in range(8)]
+            until(lambda: len(client.status()["units"]) == 8)
+            running.send_signal(sign)
+            until(lambda: any("Stopping" in line for line in running.log))
+            late: list[httpx.Response] = []
+
+            def is_refused() -> bool:
+                late.append(client.ask())
+                return late[-1].status_code != 200
+
+            until(is_refused)
+            assert [answer.result().status_code for answer in answers] == [200] * 8
+        assert late[-1].status_code == 503
+        assert int(late[-1].headers["retry-after"]) > 0
+        assert late[-1].json()["error"]["code"] == "stopping"
+        running.process.wait(60)
+    assert running.log[-1].strip().endswith("Stopped.") or any(
+        "Stopped." in line for line in running.log[-3:]
+    )
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    with served(config_file(tmp_path, [tiny_model("m")])) as running, Client(running) as client:
+        assert client.ask().status_code == 200
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.ask, size="2048x2048", num_inference_steps=100)
+            until(lambda: "decoder" in client.working())
+            running.send_signal(signal.SIGTERM)
+            until(lambda: any("Stopping" in line for line in running.log))
+            running.send_signal(signal.SIGTERM)
+            running.process.wait(30)
+            with pytest.raises(httpx.TransportError):
+                answer.result()
