@@ -4,7 +4,7 @@ CONFIG = configs/tiny.yaml
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help serve test check format benchmark lock clean
+.PHONY: help serve test slow check format benchmark lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,7 +16,10 @@ serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0
 	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port)
 
 test: .venv/dev.stamp ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not slow"
+
+slow: .venv/dev.stamp ## Run the tests that take minutes: faults and load
+	$(BIN)/pytest -m slow
 
 check: .venv/dev.stamp ## Lint, check the formatting and the types
 	$(BIN)/ruff check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -53,6 +54,7 @@ class Loader(Generic[Engine]):
         self._load = load
         self._cpu_threads = cpu_threads
         self._tell = tell
+        self._telling = threading.Lock()  # so that nothing older is told later
         self._failed_at = 0.0
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._report: Report = {}
@@ -77,7 +79,8 @@ class Loader(Generic[Engine]):
 
     def check_health(self) -> None:
         """Tell again how the replica is; raises the engine's fault."""
-        self._tell(self._report)
+        with self._telling:
+            self._tell(self._report)
         if self._loading.done() and not self._loading.exception() and (fault := self._loading.result().fault):
             raise fault
 
@@ -99,8 +102,9 @@ class Loader(Generic[Engine]):
         return engine
 
     def _told(self, **report: Any) -> None:
-        self._report = report
-        self._tell(report)
+        with self._telling:
+            self._report = report
+            self._tell(report)
 
 
 class Replica:

@@ -49,7 +49,7 @@ class Running:
 
     url: str
     log: list[str]
-    process: psutil.Popen
+    process: psutil.Process
 
     def send_signal(self, sign: signal.Signals) -> None:
         (server,) = psutil.Process(self.process.pid).children()

@@ -1,0 +1,28 @@
+"""Let an application on a Ray cluster finish what it has begun: `python -m serve_app.drain`.
+
+For use before `serve shutdown`, which ends Ray's proxies at once and with them all connections. New requests
+get a 503 from then on.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import ray
+from ray import serve
+
+
+def main() -> None:
+    """Read the command line, drain, return when nothing runs any more."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serve_app.drain",
+        description="Have an application take no more requests, and return when the running ones have ended.",
+    )
+    parser.add_argument("--name", default="glm-image", help="of the application; glm-image if not given")
+    name = parser.parse_args().name
+    ray.init(address="auto", log_to_driver=False)
+    serve.get_app_handle(name).drain.remote().result()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Several nodes, whose GPUs are made up: placing, a node that goes and comes back, updates, and draining."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from serve_app.app import build_app
+from serve_app.config import AppConfig
+from tests.faults.conftest import Client
+from tests.serve.conftest import ROOT, Running, tiny_model, until
+
+pytestmark = pytest.mark.slow
+GPU = {"deployment": {"ray_actor_options": {"num_cpus": 0, "num_gpus": 1}}}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without a GPU and two nodes of one each."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("RAY_TMPDIR", folder)
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False}
+        )
+        try:
+            for _ in range(2):
+                add_gpu(cluster)
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield cluster
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def add_gpu(cluster: Cluster) -> Any:
+    return cluster.add_node(num_cpus=0, num_gpus=1, include_dashboard=False)
+
+
+def config(folder: Path, **changes: Any) -> AppConfig:
+    models = [tiny_model("m", prior=GPU, decoder=GPU)]
+    return AppConfig.model_validate({"models": models, "storage": {"url": str(folder)}} | changes)
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    app = build_app(config(tmp_path_factory.mktemp("files"), cluster={"autoscaling": True}))
+    serve.run(app, name="app", route_prefix="/")
+    running = Running(f"http://127.0.0.1:{port}", [], psutil.Process())
+    with Client(running) as client:
+        yield client
+
+
+def node_of(client: Client, cluster: Cluster, stage: str) -> Any:
+    (replica,) = client.running.replicas(f"m-{stage}")
+    return next(
+        node
+        for node in cluster.list_all_nodes()
+        if node.all_processes["raylet"][0].process.pid == replica.ppid()
+    )
+
+
+def test_each_stage_has_its_own_gpu(client: Client, cluster: Cluster) -> None:
+    assert client.ask().status_code == 200
+    nodes = {node_of(client, cluster, stage) for stage in ("prior", "decoder")}
+    assert len(nodes) == 2
+    assert cluster.head_node not in nodes
+
+
+def test_a_server_whose_node_goes_and_comes_back_recovers_by_itself(client: Client, cluster: Cluster) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.ask, num_inference_steps=60)
+        until(lambda: client.working() == ["decoder"])
+        (prior,) = client.running.replicas("m-prior")
+        cluster.remove_node(node_of(client, cluster, "decoder"))
+        until(
+            lambda: client.stages("m")["decoder"] == {"state": "loading", "reason": "waiting for a GPU node"}
+        )
+        assert client.status()["queue_length"] == 1
+        assert client.get("/readyz").status_code == 200
+        add_gpu(cluster)
+        assert answer.result().status_code == 200
+    assert client.running.replicas("m-prior") == [prior]
+    assert client.ask().status_code == 200
+
+
+def test_an_update_of_the_configuration_loses_no_request(client: Client, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(9) as pool:
+        before = [pool.submit(client.ask, seed=seed, num_inference_steps=8) for seed in range(4)]
+        until(lambda: len(client.status()["units"]) == 4)
+        app = build_app(config(tmp_path, cluster={"autoscaling": True}, limits={"max_steps": 60}))
+        update: Future[Any] = pool.submit(serve.run, app, name="app", route_prefix="/")
+        during = [pool.submit(client.ask, seed=seed) for seed in range(4)]
+        assert [answer.result().status_code for answer in (*before, *during)] == [200] * 8
+        update.result()
+    assert client.ask(num_inference_steps=61).status_code == 400
+
+
+def test_too_few_gpus_are_told_at_once(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="asks for 3 GPUs, and Ray finds 2"):
+        build_app(config(tmp_path, models=[tiny_model("m", prior=GPU, decoder=GPU | {"max_replicas": 2})]))
+
+
+def test_draining_before_serve_shutdown_lets_requests_end(client: Client, cluster: Cluster) -> None:
+    """The last test here: afterwards the server takes nothing any more."""
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(client.ask, seed=seed, num_inference_steps=8) for seed in range(4)]
+        until(lambda: len(client.status()["units"]) == 4)
+        drain = subprocess.Popen(
+            [sys.executable, "-m", "serve_app.drain", "--name", "app"],
+            cwd=ROOT,
+            env=os.environ | {"RAY_ADDRESS": cluster.address},
+        )
+        refused: list[httpx.Response] = []
+
+        def is_refused() -> bool:
+            refused.append(client.ask())
+            return refused[-1].status_code != 200
+
+        until(is_refused)
+        assert refused[-1].status_code == 503
+        assert "retry-after" in refused[-1].headers
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+        assert drain.wait(60) == 0
