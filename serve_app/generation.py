@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
+PACE_S = 0.002
+"""Between two calls of a stage: each keeps the event loop for about so long."""
 
 Result = TypeVar("Result")
 Stage = Literal["prior", "decoder"]
@@ -151,6 +153,7 @@ class Generator:
         self._running: list[_Running] = []
         self._units: list[RunningUnit] = []
         self._draining = False
+        self._starting = asyncio.Lock()
 
     def models(self) -> list[ModelConfig]:
         """The configurations of all models, the default one first."""
@@ -334,6 +337,7 @@ class Generator:
         )
         self._units.append(unit)
         try:
+            await self._turn()
             tokens = await made_by("prior", partial(model.prior, prior_request))
             decode_request = DecodeRequest(
                 prompt=generation.prompt,
@@ -385,6 +389,11 @@ class Generator:
         finally:
             self._units.remove(unit)
         return GeneratedImage(pixels=pixels, seed=seed)
+
+    async def _turn(self) -> None:
+        """Wait so that a burst's calls of the stages leave room for refusing those beyond the bound."""
+        await self._starting.acquire()
+        asyncio.get_running_loop().call_later(PACE_S, self._starting.release)
 
     def _check(self, generation: Generation, *, sources: int) -> None:
         model = self.model(generation.model)

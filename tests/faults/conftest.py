@@ -19,9 +19,9 @@ class Client:
 
     def __init__(self, running: Running) -> None:
         self.running = running
-        self._http = httpx.Client(
-            base_url=running.url, timeout=120, limits=httpx.Limits(max_connections=None)
-        )
+        # Connections that threads leave for one another may be closed just when one is taken.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=running.url, timeout=120, limits=limits)
 
     def __enter__(self) -> Self:
         return self
