@@ -23,6 +23,7 @@ class DecoderStage:
         self._model = model
         self._replica = Replica()
         self._loader = Loader(self._load, cpu_threads=model.decoder.cpu_threads, tell=self._replica.tell)
+        self._loader.wait(self._replica.has_ready_sibling)
 
     def _load(self, report: Callable[[float], None]) -> Decoder:
         return self._model.traits.decoder().load(self._model, report)

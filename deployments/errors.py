@@ -8,14 +8,14 @@ import traceback
 logger = logging.getLogger("ray.serve")
 
 
-def release(error: BaseException | None) -> None:
-    """Log an error of a unit and let go of its frames, whose variables may hold gigabytes of the device.
+def release(error: BaseException | None, what: str = "a unit failed") -> None:
+    """Log an error and let go of its frames, whose variables may hold gigabytes of the device.
 
-    Whoever waits for the unit keeps the error, and in a cycle, so that only the garbage collector would
+    Whoever waits for the result keeps the error, and in a cycle, so that only the garbage collector would
     find it.
     """
     if not isinstance(error, Cancelled):
-        logger.error("a unit failed: %s", "".join(traceback.format_exception(error)))
+        logger.error("%s: %s", what, "".join(traceback.format_exception(error)))
     while error:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

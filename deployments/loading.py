@@ -1,18 +1,20 @@
-"""Loading an engine beside a replica's event loop: Serve would restart a constructor that fails, for ever."""
+"""Loading an engine, and loading it again: a constructor that failed Serve would restart, for ever."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+import ray
 from ray import serve
+from ray.exceptions import RayError
 
-from deployments.errors import LoadingFailed
-from deployments.scaling import RENEWAL_S, Report, find_gate
+from deployments.errors import LoadingFailed, release
+from deployments.scaling import ANSWER_S, RENEWAL_S, Report, find_gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
     from ray.actor import ActorHandle
 
-logger = logging.getLogger("ray.serve")
+LEAST_S = 0.2
+"""Between two reports: a component's tensors load by the thousand."""
 
 
 class Faulty(Protocol):
@@ -54,18 +57,28 @@ class Loader(Generic[Engine]):
         self._load = load
         self._cpu_threads = cpu_threads
         self._tell = tell
-        self._telling = threading.Lock()  # so that nothing older is told later
         self._failed_at = 0.0
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._report: Report = {}
         self._loading: Future[Engine] = self.thread.submit(self._try)
+
+    def wait(self, has_ready_sibling: Callable[[], bool]) -> None:
+        """Return when the first try has ended: Serve sends requests as soon as the constructor returns.
+
+        A constructor must not fail, so that requests learn why, unless there is another replica for them:
+        then Serve goes on trying, ever more seldom.
+
+        Raises:
+            LoadingFailed: it has failed, and another replica has not.
+        """
+        if (error := self._loading.exception()) and has_ready_sibling():
+            raise LoadingFailed(str(error))
 
     async def engine(self, asked_at: float) -> Engine:
         """The engine, as soon as it is there.
 
         Args:
-            asked_at: on the clock of `time.time`. Whoever asked before the last try failed has had that try;
-                whoever asks later gets another one.
+            asked_at: by `time.time`, which is taken to be the same on all nodes. Whoever asked before the
+                last try failed has had that try; whoever asked later gets another one.
 
         Raises:
             LoadingFailed: it cannot be loaded.
@@ -78,33 +91,26 @@ class Loader(Generic[Engine]):
             raise LoadingFailed(error.reason) from None
 
     def check_health(self) -> None:
-        """Tell again how the replica is; raises the engine's fault."""
-        with self._telling:
-            self._tell(self._report)
+        """Raises the engine's fault, if it has one."""
         if self._loading.done() and not self._loading.exception() and (fault := self._loading.result().fault):
             raise fault
 
     def _try(self) -> Engine:
-        self._told(state="loading", progress=0.0)
+        self._tell({"state": "loading", "progress": 0.0})
         try:
             if self._cpu_threads is not None:
                 import torch  # here, so that importing the stages to wire them loads none of it
 
                 torch.set_num_threads(self._cpu_threads)
-            engine = self._load(lambda share: self._told(state="loading", progress=round(share, 3)))
-        except Exception as error:
+            engine = self._load(lambda share: self._tell({"state": "loading", "progress": round(share, 3)}))
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are to know
             reason = str(error) or type(error).__name__
-            logger.exception("loading failed")
+            release(error, "loading failed")
             self._failed_at = time.time()
-            self._told(state="failed", reason=reason)
-            raise LoadingFailed(reason) from None  # whose frames would hold what was loaded
-        self._told(state="ready")
+            self._tell({"state": "failed", "reason": reason})
+            raise LoadingFailed(reason) from None
+        self._tell({"state": "ready"})
         return engine
-
-    def _told(self, **report: Any) -> None:
-        with self._telling:
-            self._report = report
-            self._tell(report)
 
 
 class Replica:
@@ -114,21 +120,37 @@ class Replica:
         context = serve.get_replica_context()
         self._app_name = context.app_name
         self._id = (context.deployment, context.replica_tag)
-        self._gate: ActorHandle[Any] | None = None
-        self._told = ("", float("-inf"))
+        self._report: Report | None = None
+        self._changed = threading.Event()
+        threading.Thread(target=self._go_on_telling, daemon=True).start()
 
     def tell(self, report: Report) -> None:
-        """Report to the gate: changes of state at once, the rest once a second at most."""
-        state, at = self._told
-        now = time.monotonic()
-        if report["state"] == state and now - at < RENEWAL_S / 2:
-            return
-        self._gate = self._gate or find_gate(self._app_name)
-        if self._gate:
-            self._told = (report["state"], now)
-            self._gate.report.remote(*self._id, report)
+        """Have the gate know how the replica is; may be called from any thread, often, and does not wait."""
+        self._report = report
+        self._changed.set()
+
+    def has_ready_sibling(self) -> bool:
+        """Whether another replica of the same stage is ready. Asks the gate, and waits for the answer."""
+        with suppress(RayError):
+            if gate := find_gate(self._app_name):
+                reports: Any = ray.get(gate.reports.remote(), timeout=ANSWER_S)
+                return any(report["state"] == "ready" for report in reports.get(self._id[0], []))
+        return False
 
     def leave(self) -> None:
-        """Have the gate forget it."""
-        if self._gate:
-            self._gate.report.remote(*self._id, None)
+        """Have the gate forget the replica."""
+        self._report = None
+        self._changed.set()
+
+    def _go_on_telling(self) -> None:
+        gate: ActorHandle[Any] | None = None
+        while True:
+            self._changed.wait(RENEWAL_S)
+            self._changed.clear()
+            try:
+                gate = gate or find_gate(self._app_name)
+                if gate:
+                    ray.get(gate.report.remote(*self._id, self._report), timeout=ANSWER_S)
+            except RayError:
+                gate = None
+            time.sleep(LEAST_S)

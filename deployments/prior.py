@@ -23,6 +23,7 @@ class PriorStage:
         self._model = model
         self._replica = Replica()
         self._loader = Loader(self._load, cpu_threads=model.prior.cpu_threads, tell=self._replica.tell)
+        self._loader.wait(self._replica.has_ready_sibling)
 
     def _load(self, report: Callable[[float], None]) -> PriorEngine:
         engine = self._model.traits.prior_engine().load(self._model, report)

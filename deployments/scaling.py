@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray.exceptions import RayError
+import ray.actor
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
@@ -23,14 +23,17 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.serve.config import AutoscalingContext
 
-NAMESPACE = "glm-image-server"
+NAMESPACE = "glm-image-server-1"
+"""The number changes with what is passed through a gate: an older application's may still be there."""
 LEASE_S = 10.0
 """What an ingress or a stage's replica says holds so long: one that died says nothing more."""
 RENEWAL_S = 2.0
+ANSWER_S = 5.0
 LOOK_AGAIN_S = 1.0
+ALONE_S = 60.0
 
-Orders = tuple[bool, int]
-"""Whether the model is needed, and how often it was told to unload."""
+Orders = tuple[bool, float]
+"""Whether the model is needed, and when, by `time.time`, it was last told to unload; 0 for never."""
 Report = dict[str, Any]
 """A replica's `state` (`loading`, `ready` or `failed`), with its `progress` (0 to 1) or its `reason`."""
 
@@ -45,34 +48,40 @@ class Gate:
     def __init__(self, lease_s: float = LEASE_S) -> None:
         self._lease_s = lease_s
         self._needs: dict[tuple[str, str], float] = {}
-        self._unloads: Counter[str] = Counter()
+        self._unloaded_at: dict[str, float] = {}
         self._reports: dict[tuple[str, str], tuple[Report, float]] = {}
         self._changed = asyncio.Event()
+        self._asked_at = time.monotonic()
 
     async def need(self, ingress: str, models: list[str]) -> None:
         """An ingress replica has work for these models, and for no others."""
-        until = time.monotonic() + self._lease_s
-        others = {key: value for key, value in self._needs.items() if key[0] != ingress}
-        self._needs = others | {(ingress, model): until for model in models}
+        now = time.monotonic()
+        others = {key: until for key, until in self._needs.items() if key[0] != ingress and until > now}
+        self._needs = others | {(ingress, model): now + self._lease_s for model in models}
         self._changed.set()
 
     async def unload(self, models: list[str]) -> None:
         """These models' replicas are to go at once, whatever the minimum; the next need loads them again."""
-        self._unloads.update(models)
+        self._unloaded_at |= dict.fromkeys(models, time.time())
+        # What was needed up to now is not any more, though its ingress may say so only in a moment.
+        self._needs = {key: until for key, until in self._needs.items() if key[1] not in models}
         self._changed.set()
 
     async def orders(self, model: str, seen: Orders | None) -> Orders:
-        """What a model's stages are to do, as soon as that is not what was `seen`."""
-        while (orders := self._orders(model)) == seen:
-            self._changed.clear()
-            with suppress(TimeoutError):  # a lease may end without a word
-                await asyncio.wait_for(self._changed.wait(), LOOK_AGAIN_S)
-        return orders
+        """What a model's stages are to do, as soon as that is not what was `seen`, or after a lease."""
+        self._asked_at = time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._lease_s):
+                while self._orders(model) == seen:
+                    self._changed.clear()
+                    with suppress(TimeoutError):  # a need may lapse without a word
+                        await asyncio.wait_for(self._changed.wait(), LOOK_AGAIN_S)
+        return self._orders(model)
 
     def _orders(self, model: str) -> Orders:
         now = time.monotonic()
         needed = any(name == model and until > now for (_, name), until in self._needs.items())
-        return needed, self._unloads[model]
+        return needed, self._unloaded_at.get(model, 0.0)
 
     async def report(self, deployment: str, replica: str, report: Report | None) -> None:
         """A stage's replica tells how it is, or that it goes."""
@@ -91,21 +100,52 @@ class Gate:
                 told.setdefault(deployment, []).append(report)
         return told
 
-
-def create_gate(app_name: str) -> ActorHandle[Any]:
-    """The application's gate, on this node; it outlives its creator and takes nothing of the cluster's."""
-    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options: dict[str, Any] = {"name": app_name, "namespace": NAMESPACE, "get_if_exists": True}
-    options |= {"lifetime": "detached", "max_restarts": -1, "num_cpus": 0, "scheduling_strategy": node}
-    return cast("ActorHandle[Any]", ray.remote(Gate).options(**options).remote())
+    async def watch(self) -> None:
+        """End the actor when the application has gone: no policy has asked for a minute."""
+        while time.monotonic() - self._asked_at < ALONE_S:  # noqa: ASYNC110 - it is the silence that counts
+            await asyncio.sleep(self._lease_s)
+        ray.actor.exit_actor()
 
 
 def find_gate(app_name: str) -> ActorHandle[Any] | None:
-    """The application's gate, if its ingress has created it."""
+    """The application's gate, if its ingress has created it. Asks Ray, and waits for the answer."""
     try:
         return ray.get_actor(app_name, namespace=NAMESPACE)
     except ValueError:
         return None
+
+
+class GateKeeper:
+    """The application's gate for its ingress, which creates it, and again if it has died.
+
+    It is on the ingress's node, takes nothing of the cluster's, and outlives the ingress.
+    """
+
+    def __init__(self, app_name: str) -> None:
+        self._app_name = app_name
+        self._gate = self._create()
+
+    async def ask(self, method: str, *args: Any) -> Any:
+        """Call a method of the gate's.
+
+        Raises:
+            RayError: it has died; the next call goes to a new one, which knows nothing yet.
+            TimeoutError: it does not answer.
+        """
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await getattr(self._gate, method).remote(*args)
+        except RayActorError:
+            self._gate = self._create()
+            raise
+
+    def _create(self) -> ActorHandle[Any]:
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        options: dict[str, Any] = {"name": self._app_name, "namespace": NAMESPACE, "get_if_exists": True}
+        options |= {"lifetime": "detached", "max_restarts": -1, "num_cpus": 0, "scheduling_strategy": node}
+        gate = cast("ActorHandle[Any]", ray.remote(Gate).options(**options).remote())
+        gate.watch.remote()
+        return gate
 
 
 class ScalingPolicy:
@@ -130,54 +170,62 @@ class ScalingPolicy:
         self._looked_at = float("-inf")
         self._answer: Future[Orders] | None = None
         self._orders: Orders | None = None
-        self._unloads = 0
+        self._unloaded_at = 0.0
         self._unloading = False
         self._asleep = False
         self._spare_since: float | None = None
         self._most_wanted = 0
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Called by Serve's controller ten times a second; never waits."""
+        """Called by Serve's controller ten times a second; waits for nothing but `find_gate`."""
         self._read_orders(context.app_name or "")
-        needed, unloads = self._orders or (False, self._unloads)
+        needed, unloaded_at = self._orders or (False, self._unloaded_at)
         target = context.config.target_ongoing_requests if context.config else 1
         replicas = self.decide(
             load=context.total_num_requests / target,
             replicas=context.target_num_replicas,
+            running=context.current_num_replicas,
             needed=needed,
-            unloads=unloads,
+            unloaded_at=unloaded_at,
             now=time.monotonic(),
         )
         return replicas, {}
 
-    def decide(self, *, load: float, replicas: int, needed: bool, unloads: int, now: float) -> int:
+    def decide(
+        self, *, load: float, replicas: int, running: int, needed: bool, unloaded_at: float, now: float
+    ) -> int:
         """How many replicas there are to be.
 
         Args:
             load: requests, running and waiting, in parts of what one replica is to have.
             replicas: how many there are to be by the last decision.
+            running: how many of them have loaded.
             needed: whether an ingress has work for the model.
-            unloads: how often the model was told to unload.
+            unloaded_at: when the model was last told to unload; larger is later.
             now: on a clock of seconds.
         """
-        if unloads != self._unloads:
-            self._unloads = unloads
+        if unloaded_at > self._unloaded_at:
+            self._unloaded_at = unloaded_at
             self._unloading = self._asleep = True
         if self._unloading and replicas:
+            self._unloading = replicas > 1  # Serve goes to one before it goes to none
             return 0
         self._unloading = False
         wanted = max(math.ceil(load), int(needed))
-        self._asleep = self._asleep and not wanted
-        wanted = max(wanted, 0 if self._asleep else self._min_replicas)
-        if wanted >= replicas:
+        if self._asleep and not wanted:
+            return 0
+        self._asleep = False
+        wanted = max(wanted, self._min_replicas)
+        if wanted >= replicas or running < replicas:  # what has not loaded yet cannot be idle
             self._spare_since = None
-            return wanted
+            return max(wanted, replicas)
         if self._spare_since is None:
             self._spare_since, self._most_wanted = now, 0
         self._most_wanted = max(self._most_wanted, wanted)
         if now - self._spare_since < self._idle_timeout_s:
             return replicas
-        self._spare_since = None
+        if self._most_wanted:  # else Serve goes to one first, and asks again
+            self._spare_since = None
         return self._most_wanted
 
     def _read_orders(self, app_name: str) -> None:
@@ -186,7 +234,7 @@ class ScalingPolicy:
             try:
                 orders = self._answer.result()
                 if self._orders is None:  # what was told before this policy began is over
-                    self._unloads = orders[1]
+                    self._unloaded_at = orders[1]
                 self._orders = orders
             except RayError:
                 self._gate = self._orders = None

@@ -95,7 +95,7 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
     from serve_app.app import lacking_gpus
 
     stop = threading.Event()
-    interruptible = started = False
+    interruptible = False
 
     def on_signal(*_: object) -> None:
         stop.set()
@@ -118,23 +118,19 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
             serve.run(app, name=application.name, route_prefix=application.route_prefix)
         except RuntimeError as error:
             return _why_not(application.name) or str(error)
-        started = True
         _greet(http, application.route_prefix)
-        stop.wait()
+        try:
+            stop.wait()
+        except KeyboardInterrupt:
+            print("Stopping when running requests have ended; Ctrl-C again stops at once.", flush=True)
+            serve.get_app_handle(application.name).drain.remote().result()
+            serve.shutdown()
     except KeyboardInterrupt:
         pass
     finally:
-        interruptible = True
-        print("Stopping when running requests have ended; Ctrl-C again stops at once.", flush=True)
-        try:
-            if started:
-                serve.get_app_handle(application.name).drain.remote().result()
-            serve.shutdown()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            interruptible = False
-            ray.shutdown()
+        interruptible = False
+        print("Stopping.", flush=True)
+        ray.shutdown()
         print("Stopped.", flush=True)
     return None
 

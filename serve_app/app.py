@@ -18,7 +18,7 @@ from deployments.config import ModelConfig, StageConfig
 from deployments.decoder import DecoderStage
 from deployments.errors import EngineFault
 from deployments.prior import PriorStage
-from deployments.scaling import RENEWAL_S, ScalingPolicy, create_gate
+from deployments.scaling import RENEWAL_S, GateKeeper, ScalingPolicy
 from serve_app.config import AppConfig
 from serve_app.errors import ReplicaDied, RequestError
 from serve_app.generation import Generator, Model
@@ -120,7 +120,7 @@ class Ingress:
         }
         self._generator = Generator(models, config.limits, changed.set)
         app_name = serve.get_replica_context().app_name
-        gate = create_gate(app_name)
+        gate = GateKeeper(app_name)
         status = StatusReader(
             app_name,
             {

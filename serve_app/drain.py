@@ -1,7 +1,7 @@
 """Let an application on a Ray cluster finish what it has begun: `python -m serve_app.drain`.
 
 For use before `serve shutdown`, which ends Ray's proxies at once and with them all connections. New requests
-get a 503 from then on.
+get a 503 from then on, for good.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 
 def main() -> None:
@@ -20,8 +21,12 @@ def main() -> None:
     )
     parser.add_argument("--name", default="glm-image", help="of the application; glm-image if not given")
     name = parser.parse_args().name
-    ray.init(address="auto", log_to_driver=False)
-    serve.get_app_handle(name).drain.remote().result()
+    try:
+        ray.init(address="auto", log_to_driver=False)
+        handle = serve.get_app_handle(name)
+    except (ConnectionError, RayServeException) as error:
+        parser.error(str(error))
+    handle.drain.remote().result()
 
 
 if __name__ == "__main__":

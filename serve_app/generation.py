@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
 PACE_S = 0.002
-"""Between two calls of a stage: each keeps the event loop for about so long."""
+"""Between the beginnings of two units: each keeps the event loop for about so long."""
 
 Result = TypeVar("Result")
 Stage = Literal["prior", "decoder"]
@@ -246,8 +246,8 @@ class Generator:
                 raise self._stopped(running) from None
             finally:
                 self._running.remove(running)
-                running.ended.set()
                 self._on_change()
+                running.ended.set()
 
     def _stopped(self, running: _Running) -> RequestError:
         """Why a request was stopped before its end."""
@@ -259,8 +259,9 @@ class Generator:
                 headers=NO_RETRY,
             )
         return RequestError(
-            f"The request took longer than the {self._limits.deadline_s:g} s allowed and was stopped. Ask "
-            "for fewer images or steps, or for a smaller size.",
+            f"The request took longer than the {self._limits.deadline_s:g} s allowed and was stopped. If "
+            "the model was still loading, try again later; else ask for fewer images or steps, or for a "
+            "smaller size.",
             code="deadline_exceeded",
             status=504,
             headers=NO_RETRY,
@@ -391,7 +392,7 @@ class Generator:
         return GeneratedImage(pixels=pixels, seed=seed)
 
     async def _turn(self) -> None:
-        """Wait so that a burst's calls of the stages leave room for refusing those beyond the bound."""
+        """Wait, so that the beginning of a burst's units leaves room for refusing those beyond the bound."""
         await self._starting.acquire()
         asyncio.get_running_loop().call_later(PACE_S, self._starting.release)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import uuid
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ray.exceptions import RayError
 
 from deployments.scaling import RENEWAL_S
 from serve_app.errors import RequestError
@@ -13,8 +15,7 @@ from serve_app.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection
 
-    from ray.actor import ActorHandle
-
+    from deployments.scaling import GateKeeper
     from serve_app.generation import Generator
     from serve_app.status import ModelStatuses, StageStatus, StatusReader
 
@@ -34,7 +35,7 @@ class Lifecycle:
     """
 
     def __init__(
-        self, generator: Generator, changed: asyncio.Event, gate: ActorHandle[Any], status: StatusReader
+        self, generator: Generator, changed: asyncio.Event, gate: GateKeeper, status: StatusReader
     ) -> None:
         self._generator = generator
         self._changed = changed
@@ -55,7 +56,8 @@ class Lifecycle:
         while True:
             self._changed.clear()
             needed = self._generator.needed()
-            self._gate.need.remote(ingress, needed)
+            with suppress(RayError, TimeoutError):
+                await self._gate.ask("need", ingress, needed)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), RENEWAL_S if needed else None)
 
@@ -81,11 +83,11 @@ class Lifecycle:
 
         Args:
             models: by their names.
-            wait_s: how long to wait for running requests to end.
+            wait_s: how long to wait until no request of theirs is running.
             force: whether to call them off instead.
 
         Raises:
-            RequestError: 409, there are running requests; 500, the replicas stay.
+            RequestError: 409, there are running requests; 503, the replicas stay.
         """
         if force:
             self._generator.call_off(models)
@@ -98,20 +100,19 @@ class Lifecycle:
                 code="generating",
                 status=409,
             )
-        await self._gate.unload.remote(list(models))
         try:
+            await self._gate.ask("unload", list(models))
             async with asyncio.timeout(UNLOAD_S):
-                while not await self._are_gone(models):  # noqa: ASYNC110 - Serve tells nobody
+                while await self._remain(models):  # noqa: ASYNC110 - Serve tells nobody
                     await asyncio.sleep(LOOK_AGAIN_S)
-        except TimeoutError:
+        except (RayError, TimeoutError):
             raise RequestError(
-                f"The replicas have not gone within {UNLOAD_S} s; the server's log may say why.",
+                "The replicas have not gone; try again, or see the server's log.",
                 code="unload_failed",
-                status=500,
+                status=503,
+                headers={"Retry-After": "5"},
             ) from None
 
-    async def _are_gone(self, models: Collection[str]) -> bool:
-        """Whether nothing is loaded, or somebody needs a model again, which loads it."""
-        statuses = await self._status.read(max_age_s=0)
-        states = {status["state"] for model in models for status in statuses[model].values()}
-        return states == {"unloaded"} or bool(self._generator.count(models))
+    async def _remain(self, models: Collection[str]) -> bool:
+        """Whether there are replicas still; when somebody needs a model again there always will be."""
+        return not self._generator.count(models) and bool(await self._status.replicas(models))

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
 
-import ray
 from ray import serve
+from ray.exceptions import RayError
 
 if TYPE_CHECKING:
-    from ray.actor import ActorHandle
+    from collections.abc import Iterable
+
     from ray.serve.schema import DeploymentStatusOverview
 
-    from deployments.scaling import Report
+    from deployments.scaling import GateKeeper, Report
 
 MAX_AGE_S = 1.0
+PROCESS_START_S = 5.0
+"""A replica that has its GPU reports sooner."""
 
 
 class StageStatus(TypedDict):
@@ -35,7 +40,6 @@ class StageStatus(TypedDict):
     reason: NotRequired[str]
 
 
-LOADING: StageStatus = {"state": "loading"}
 ModelStatuses = dict[str, dict[str, StageStatus]]
 """By model, then by stage (`prior`, `decoder`)."""
 
@@ -49,7 +53,7 @@ class Deployment:
 
 
 class StatusReader:
-    """Reads the states of an application's stages, at most once a second.
+    """Reads the states of an application's stages.
 
     Args:
         app_name: of the Serve application.
@@ -62,7 +66,7 @@ class StatusReader:
         self,
         app_name: str,
         deployments: dict[str, dict[str, Deployment]],
-        gate: ActorHandle[Any],
+        gate: GateKeeper,
         *,
         autoscaling: bool,
     ) -> None:
@@ -73,20 +77,19 @@ class StatusReader:
         self._lock = asyncio.Lock()
         self._statuses: ModelStatuses = {}
         self._read_at = float("-inf")
+        self._silent_since: dict[str, float] = {}
 
-    async def read(self, max_age_s: float = MAX_AGE_S) -> ModelStatuses:
-        """The states, at most so old."""
+    async def read(self) -> ModelStatuses:
+        """The states, at most a second old."""
         async with self._lock:
-            if time.monotonic() - self._read_at > max_age_s:
-                reports: dict[str, list[Report]] = await self._gate.reports.remote()
-                overviews, free_gpus = await asyncio.to_thread(self._ask_ray)
+            if time.monotonic() - self._read_at > MAX_AGE_S:
+                reports: dict[str, list[Report]] = {}
+                with suppress(RayError, TimeoutError):
+                    reports = await self._gate.ask("reports")
+                overviews = await self._overviews()
                 self._statuses = {
                     model: {
-                        stage: self._status(
-                            overviews[one.name],
-                            reports.get(one.name, []),
-                            lacks_gpus=one.num_gpus > free_gpus,
-                        )
+                        stage: self._status(one, overviews[one.name], reports.get(one.name, []))
                         for stage, one in stages.items()
                     }
                     for model, stages in self._deployments.items()
@@ -94,26 +97,43 @@ class StatusReader:
                 self._read_at = time.monotonic()
             return self._statuses
 
-    def _ask_ray(self) -> tuple[dict[str, DeploymentStatusOverview], float]:
-        """Serve's word on each deployment, and how many GPUs are free; blocks for 20 to 50 ms."""
-        overviews = serve.status().applications[self._app_name].deployments
-        return overviews, ray.available_resources().get("GPU", 0)
+    async def replicas(self, models: Iterable[str]) -> int:
+        """How many replicas of these models there are now, in any state."""
+        overviews = await self._overviews()
+        names = [stage.name for model in models for stage in self._deployments[model].values()]
+        return sum(sum(overviews[name].replica_states.values()) for name in names)
+
+    async def _overviews(self) -> dict[str, DeploymentStatusOverview]:
+        """Serve's word on each deployment; it takes 20 to 50 ms."""
+        status = await asyncio.to_thread(serve.status)
+        return status.applications[self._app_name].deployments
 
     def _status(
-        self, overview: DeploymentStatusOverview, reports: list[Report], *, lacks_gpus: bool
+        self, stage: Deployment, overview: DeploymentStatusOverview, reports: list[Report]
     ) -> StageStatus:
         # Declared as enums, and sometimes their bare strings; as enums of strings they are both.
-        replicas: set[str] = set(overview.replica_states)
+        replicas: dict[Any, int] = dict(overview.replica_states)
+        running, starting = replicas.get("RUNNING", 0), replicas.get("STARTING", 0)
+        states = Counter(report["state"] for report in reports)
         told: dict[str, Any] = {report["state"]: report for report in reports}
-        if "RUNNING" in replicas:
-            if "ready" in told:
-                return {"state": "ready", "replicas": sum(report["state"] == "ready" for report in reports)}
-            return told.get("loading") or told.get("failed") or LOADING
-        if "STARTING" in replicas:
-            waits = lacks_gpus and not told
-            return {"state": "loading", "reason": f"waiting for {self._awaited}"} if waits else LOADING
+        # They run when they have loaded or failed to; some of those are trying again.
+        ready = running - states["failed"] - max(0, states["loading"] - starting)
+        if ready > 0:
+            return {"state": "ready", "replicas": ready}
+        if running:
+            return cast("StageStatus", told.get("loading") or told["failed"])
+        if starting:
+            return told.get("loading") or self._starting(stage)
+        self._silent_since.pop(stage.name, None)
         if "STOPPING" in replicas:
             return {"state": "unloading"}
         if overview.status == "UNHEALTHY" or overview.status == "DEPLOY_FAILED":
             return {"state": "failed", "reason": "its process died, see the server's log"}
         return {"state": "unloaded"}
+
+    def _starting(self, stage: Deployment) -> StageStatus:
+        """A stage whose replica's process has not said anything yet: it may have no place to run."""
+        silent_s = time.monotonic() - self._silent_since.setdefault(stage.name, time.monotonic())
+        if stage.num_gpus and silent_s > PROCESS_START_S:
+            return {"state": "loading", "reason": f"waiting for {self._awaited}"}
+        return {"state": "loading"}

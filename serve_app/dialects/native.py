@@ -24,7 +24,7 @@ class UnloadQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(default=None, description="One model; all of them if unset.")
-    wait: bool = Field(default=False, description="Wait until running requests have ended.")
+    wait: bool = Field(default=False, description="Wait until no request is running.")
     force: bool = Field(default=False, description="Stop running requests; they get a 503.")
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from contextlib import suppress
 from typing import Any, Self
 
 import httpx
@@ -51,3 +52,13 @@ class Client:
     def working(self) -> list[str]:
         """The stage of every unit."""
         return [unit["stage"] for unit in self.status()["units"]]
+
+
+def first_refused(client: Client) -> httpx.Response:
+    """Ask until an answer is not an image; an image that is begun is not waited for."""
+    for _ in range(100):
+        with suppress(httpx.ReadTimeout):
+            answer = client.ask(timeout=httpx.Timeout(10, read=0.3))
+            if answer.status_code != 200:
+                return answer
+    raise AssertionError("it went on taking requests")

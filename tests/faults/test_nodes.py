@@ -10,16 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from deployments.scaling import find_gate
 from serve_app.app import build_app
 from serve_app.config import AppConfig
-from tests.faults.conftest import Client
+from tests.faults.conftest import Client, first_refused
 from tests.serve.conftest import ROOT, Running, tiny_model, until
 
 pytestmark = pytest.mark.slow
@@ -102,15 +102,31 @@ def test_a_server_whose_node_goes_and_comes_back_recovers_by_itself(client: Clie
     assert client.ask().status_code == 200
 
 
+def test_a_gate_that_dies_is_replaced_and_nobody_notices(client: Client) -> None:
+    old = find_gate("app")
+    assert old
+    ray.kill(old)
+    for path in ("/health", "/v1/internal/status"):
+        assert client.get(path).status_code == 200
+    assert client.ask().status_code == 200
+    until(lambda: find_gate("app") not in (None, old))
+    assert client.get("/v1/internal/unload").status_code == 200
+    assert not client.running.replicas("m-")
+    assert client.ask().status_code == 200
+
+
 def test_an_update_of_the_configuration_loses_no_request(client: Client, tmp_path: Path) -> None:
     with ThreadPoolExecutor(9) as pool:
         before = [pool.submit(client.ask, seed=seed, num_inference_steps=8) for seed in range(4)]
         until(lambda: len(client.status()["units"]) == 4)
         app = build_app(config(tmp_path, cluster={"autoscaling": True}, limits={"max_steps": 60}))
         update: Future[Any] = pool.submit(serve.run, app, name="app", route_prefix="/")
-        during = [pool.submit(client.ask, seed=seed) for seed in range(4)]
-        assert [answer.result().status_code for answer in (*before, *during)] == [200] * 8
+        during = []
+        while not update.done():
+            during.append(client.ask().status_code)
         update.result()
+        assert set(during) == {200}
+        assert [answer.result().status_code for answer in before] == [200] * 4
     assert client.ask(num_inference_steps=61).status_code == 400
 
 
@@ -122,21 +138,17 @@ def test_too_few_gpus_are_told_at_once(client: Client, tmp_path: Path) -> None:
 def test_draining_before_serve_shutdown_lets_requests_end(client: Client, cluster: Cluster) -> None:
     """The last test here: afterwards the server takes nothing any more."""
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(client.ask, seed=seed, num_inference_steps=8) for seed in range(4)]
+        answers = [pool.submit(client.ask, seed=seed, num_inference_steps=60) for seed in range(4)]
         until(lambda: len(client.status()["units"]) == 4)
         drain = subprocess.Popen(
             [sys.executable, "-m", "serve_app.drain", "--name", "app"],
             cwd=ROOT,
             env=os.environ | {"RAY_ADDRESS": cluster.address},
         )
-        refused: list[httpx.Response] = []
-
-        def is_refused() -> bool:
-            refused.append(client.ask())
-            return refused[-1].status_code != 200
-
-        until(is_refused)
-        assert refused[-1].status_code == 503
-        assert "retry-after" in refused[-1].headers
+        refused = first_refused(client)
+        assert refused.status_code == 503
+        assert "retry-after" in refused.headers
+        assert len(client.status()["units"]) > 0
+        assert drain.poll() is None
         assert [answer.result().status_code for answer in answers] == [200] * 4
         assert drain.wait(60) == 0
