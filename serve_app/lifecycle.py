@@ -61,8 +61,8 @@ class Lifecycle:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), RENEWAL_S if needed else None)
 
-    async def statuses(self) -> ModelStatuses:
-        """Each stage's, at most a second old; asking wakes no model."""
+    async def statuses(self, *, fresh: bool = False) -> ModelStatuses:
+        """Each stage's, see `StatusReader.read`; asking wakes no model."""
         busy = {(unit.model, unit.progress.stage) for unit in self._generator.units if unit.progress}
         needed = self._generator.needed()
 
@@ -75,7 +75,7 @@ class Lifecycle:
 
         return {
             model: {stage: now(model, stage, status) for stage, status in stages.items()}
-            for model, stages in (await self._status.read()).items()
+            for model, stages in (await self._status.read(fresh=fresh)).items()
         }
 
     async def unload(self, models: Collection[str], *, wait_s: float, force: bool) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deployments.scaling import GateKeeper, Report
 
 MAX_AGE_S = 1.0
+MAX_LAG_S = 5.0
 PROCESS_START_S = 5.0
 """A replica that has its GPU reports sooner."""
 
@@ -74,28 +75,41 @@ class StatusReader:
         self._deployments = deployments
         self._gate = gate
         self._awaited = "a GPU node" if autoscaling else "a GPU"
-        self._lock = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
         self._statuses: ModelStatuses = {}
         self._read_at = float("-inf")
         self._silent_since: dict[str, float] = {}
 
-    async def read(self) -> ModelStatuses:
-        """The states, at most a second old."""
-        async with self._lock:
-            if time.monotonic() - self._read_at > MAX_AGE_S:
-                reports: dict[str, list[Report]] = {}
-                with suppress(RayError, TimeoutError):
-                    reports = await self._gate.ask("reports")
-                overviews = await self._overviews()
-                self._statuses = {
-                    model: {
-                        stage: self._status(one, overviews[one.name], reports.get(one.name, []))
-                        for stage, one in stages.items()
-                    }
-                    for model, stages in self._deployments.items()
+    async def read(self, *, fresh: bool = False) -> ModelStatuses:
+        """The states.
+
+        Args:
+            fresh: whether they are to be read now. Else they are a second old at most, or, so that whoever
+                asks again and again never waits, those of the last time it asked, up to five seconds ago.
+        """
+        age = time.monotonic() - self._read_at
+        if fresh or (age > MAX_AGE_S and not self._reading):
+            self._reading = asyncio.create_task(self._read())
+        if self._reading and (fresh or age > MAX_LAG_S):
+            await asyncio.shield(self._reading)
+        return self._statuses
+
+    async def _read(self) -> None:
+        try:
+            reports: dict[str, list[Report]] = {}
+            with suppress(RayError, TimeoutError):
+                reports = await self._gate.ask("reports")
+            overviews = await self._overviews()
+            self._statuses = {
+                model: {
+                    stage: self._status(one, overviews[one.name], reports.get(one.name, []))
+                    for stage, one in stages.items()
                 }
-                self._read_at = time.monotonic()
-            return self._statuses
+                for model, stages in self._deployments.items()
+            }
+            self._read_at = time.monotonic()
+        finally:
+            self._reading = None
 
     async def replicas(self, models: Iterable[str]) -> int:
         """How many replicas of these models there are now, in any state."""

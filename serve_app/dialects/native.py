@@ -74,7 +74,7 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
             raise RequestError("wait and force exclude each other.", param="wait")
         models = [one.name for one in ([generator.model(query.model)] if query.model else generator.models())]
         await lifecycle.unload(models, wait_s=limits.deadline_s if query.wait else 0, force=query.force)
-        statuses = await lifecycle.statuses()
+        statuses = await lifecycle.statuses(fresh=True)
         return {"status": "unloaded", "models": {model: statuses[model] for model in models}}
 
     @routes.api_route("/files/{name}", methods=["GET", "HEAD"], response_class=Response)

@@ -137,8 +137,8 @@ def test_a_model_that_cannot_be_loaded_says_why_and_harms_no_other(cold: Client)
         assert re.fullmatch(
             r"Model loading failed: checkpoint '.*/nowhere' is not a folder .*", error["message"]
         )
+    until(lambda: cold.stages("broken")["prior"]["state"] == "failed")
     assert "is not a folder" in cold.stages("broken")["prior"]["reason"]
-    assert cold.stages("broken")["prior"]["state"] == "failed"
     until(lambda: tries(cold) == 2)  # one of each stage, for all ten
     before = cold.running.replicas("broken")
     assert cold.ask().status_code == 200
