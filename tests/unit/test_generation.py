@@ -10,7 +10,7 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from deployments.config import ModelConfig
-from deployments.errors import OutOfMemoryError, RequestTooLong
+from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
 from serve_app.admission import Admission
 from serve_app.app import _caller
@@ -291,3 +291,83 @@ def test_serves_back_pressure_is_an_error_of_ours() -> None:
     with pytest.raises(RequestError) as caught:
         asyncio.run(main())
     assert caught.value.status == 429
+
+
+async def make(generator: Generator, **fields: Any) -> str | int:
+    """What becomes of a request: `made`, or the status of its error."""
+    generation = Generation(prompt="a boat", **fields)
+    try:
+        async with generator.admitted(generation, sources=0):
+            await generator.run(generation)
+    except RequestError as error:
+        return error.status
+    return "made"
+
+
+def test_a_request_that_is_called_off_ends_and_its_place_is_free(
+    generator: Callable[..., Generator],
+) -> None:
+    changes: list[list[str]] = []
+
+    async def call_off() -> str | int:
+        begun = asyncio.Event()
+
+        async def forever(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+            begun.set()
+            yield await asyncio.Future[PriorTokens]()
+
+        slow = generator(forever)
+        slow._on_change = lambda: changes.append(slow.needed())
+        making = asyncio.create_task(make(slow, n=3))
+        await begun.wait()
+        assert (slow.count(["m"]), slow.count(["other"]), slow.pending) == (1, 0, 3)
+        slow.call_off(["other"])
+        slow.call_off(["m"])
+        slow.call_off(["m"])
+        await asyncio.wait_for(slow.until_idle(["m"]), 5)
+        assert (slow.count(["m"]), slow.pending, slow.units) == (0, 0, [])
+        return await making
+
+    assert asyncio.run(call_off()) == 503
+    assert changes == [["m"], []]
+
+
+def test_a_generator_that_drains_finishes_what_it_has_and_takes_nothing_more(
+    generator: Callable[..., Generator],
+) -> None:
+    async def drain() -> list[str | int]:
+        all_begun = asyncio.Barrier(4)
+        go_on = asyncio.Event()
+
+        async def held(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+            await all_begun.wait()
+            await go_on.wait()
+            yield TOKENS
+
+        slow = generator(held)
+        early = [asyncio.create_task(make(slow)) for _ in range(3)]
+        await all_begun.wait()
+        draining = asyncio.create_task(slow.drain())
+        await asyncio.sleep(0)
+        late = await make(slow)
+        assert not draining.done()
+        go_on.set()
+        await asyncio.wait_for(draining, 5)
+        return [late, *[await one for one in early]]
+
+    assert asyncio.run(drain()) == [503, "made", "made", "made"]
+
+
+def test_a_model_that_cannot_be_loaded_is_told_with_the_reason(generator: Callable[..., Generator]) -> None:
+    asked_at: list[float] = []
+
+    async def broken(request: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+        asked_at.append(request.asked_at)
+        raise LoadingFailed("no such folder")
+        yield
+
+    before = time.time()
+    with pytest.raises(RequestError, match="Model loading failed: no such folder") as caught:
+        asyncio.run(generator(broken).run(Generation(prompt="a boat")))
+    assert (caught.value.status, caught.value.headers["x-should-retry"]) == (500, "false")
+    assert before <= asked_at[0] <= time.time()

@@ -1,0 +1,133 @@
+"""What is told of a stage, from Serve's counts of its replicas and what these have reported."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import serve
+from ray.exceptions import ActorDiedError
+from ray.serve.schema import DeploymentStatusOverview
+
+from serve_app import status
+from serve_app.status import Deployment, StatusReader
+
+READY, LOADING = {"state": "ready"}, {"state": "loading", "progress": 0.4}
+FAILED = {"state": "failed", "reason": "no such folder"}
+
+
+class Gate:
+    """Answers as it was told; the error stands for a gate that has died."""
+
+    def __init__(self, reports: list[dict[str, Any]] | None) -> None:
+        self._reports = reports
+
+    async def ask(self, method: str) -> dict[str, list[dict[str, Any]]]:
+        assert method == "reports"
+        if self._reports is None:
+            raise ActorDiedError
+        return {"d": self._reports}
+
+
+class Serve:
+    """Serve's status of one deployment."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replicas: dict[str, int] = {}
+        self.health = "HEALTHY"
+        self.asked = 0
+        monkeypatch.setattr(serve, "status", self._status)
+
+    def _status(self) -> Any:
+        self.asked += 1
+        of_a_deployment: Any = DeploymentStatusOverview
+        overview = of_a_deployment(self.health, "AUTOSCALING", self.replicas, "")
+        return SimpleNamespace(applications={"app": SimpleNamespace(deployments={"d": overview})})
+
+
+@pytest.fixture
+def controller(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    return Serve(monkeypatch)
+
+
+def reader(
+    reports: list[dict[str, Any]] | None, *, num_gpus: float = 0, autoscaling: bool = False
+) -> StatusReader:
+    gate: Any = Gate(reports)
+    deployments = {"m": {"prior": Deployment(name="d", num_gpus=num_gpus)}}
+    return StatusReader("app", deployments, gate, autoscaling=autoscaling)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "reports", "expected"),
+    [
+        ({}, [], {"state": "unloaded"}),
+        ({}, [READY], {"state": "unloaded"}),  # of one that was killed
+        ({"STARTING": 1}, [], {"state": "loading"}),
+        ({"STARTING": 1}, [LOADING], LOADING),
+        ({"RUNNING": 1}, [READY], {"state": "ready", "replicas": 1}),
+        ({"RUNNING": 2, "STARTING": 1}, [READY, READY, LOADING], {"state": "ready", "replicas": 2}),
+        ({"RUNNING": 1}, [], {"state": "ready", "replicas": 1}),
+        ({"RUNNING": 1}, None, {"state": "ready", "replicas": 1}),
+        ({"RUNNING": 1}, [FAILED], FAILED),
+        ({"RUNNING": 1}, [LOADING], LOADING),  # it had failed, and tries again
+        ({"RUNNING": 2}, [FAILED, READY], {"state": "ready", "replicas": 1}),
+        ({"RUNNING": 1, "STOPPING": 1}, [READY, READY], {"state": "ready", "replicas": 1}),
+        ({"STOPPING": 1}, [READY], {"state": "unloading"}),
+    ],
+)
+def test_a_stage_is_what_the_best_of_its_replicas_is(
+    controller: Serve,
+    replicas: dict[str, int],
+    reports: list[dict[str, Any]] | None,
+    expected: dict[str, Any],
+) -> None:
+    controller.replicas = replicas
+    assert asyncio.run(reader(reports).read()) == {"m": {"prior": expected}}
+
+
+def test_a_stage_whose_processes_keep_dying_has_failed(controller: Serve) -> None:
+    controller.health = "DEPLOY_FAILED"
+    stage = asyncio.run(reader([]).read())["m"]["prior"]
+    assert stage["state"] == "failed"
+    assert "log" in stage["reason"]
+
+
+@pytest.mark.parametrize(
+    ("autoscaling", "reason"), [(True, "waiting for a GPU node"), (False, "waiting for a GPU")]
+)
+def test_a_replica_that_says_nothing_for_long_has_no_gpu(
+    controller: Serve, monkeypatch: pytest.MonkeyPatch, autoscaling: bool, reason: str
+) -> None:
+    controller.replicas = {"STARTING": 1}
+    stages = reader([], num_gpus=1, autoscaling=autoscaling)
+
+    async def read_twice() -> list[Any]:
+        first = await stages.read()
+        monkeypatch.setattr(status, "PROCESS_START_S", 0)
+        return [first["m"]["prior"], (await stages.read(fresh=True))["m"]["prior"]]
+
+    assert asyncio.run(read_twice()) == [{"state": "loading"}, {"state": "loading", "reason": reason}]
+
+
+def test_who_asks_again_and_again_does_not_wait_and_serve_is_asked_once_a_second(
+    controller: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller.replicas = {"RUNNING": 1}
+    stages = reader([READY])
+
+    async def read() -> list[str]:
+        states: list[str] = [(await stages.read())["m"]["prior"]["state"] for _ in range(10)]
+        assert controller.asked == 1
+        controller.replicas = {}
+        monkeypatch.setattr(status, "MAX_AGE_S", 0)
+        states.append((await stages.read())["m"]["prior"]["state"])
+        states.append((await stages.read(fresh=True))["m"]["prior"]["state"])
+        return states
+
+    assert asyncio.run(read()) == [*["ready"] * 11, "unloaded"]
+
+
+def test_replicas_are_counted_in_any_state(controller: Serve) -> None:
+    controller.replicas = {"RUNNING": 2, "STARTING": 1, "STOPPING": 3}
+    assert asyncio.run(reader([]).replicas(["m"])) == 6
