@@ -43,10 +43,14 @@ class PriorTokens:
     Attributes:
         target: tokens of the image to be made.
         sources: tokens of each source image, in the order of the request.
+        read: how many tokens prompt and source images made.
+        drawn: how many tokens were drawn: those of the image and of the smaller one that comes before it.
     """
 
     target: TokenGrid
     sources: tuple[TokenGrid, ...] = ()
+    read: int = 0
+    drawn: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

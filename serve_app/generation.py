@@ -61,10 +61,21 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImage:
-    """One image of a generation and the seed that makes it again."""
+    """One image of a generation.
+
+    Attributes:
+        pixels: the image.
+        seed: makes it again, alone.
+        text_tokens: what the prior stage read of the prompt.
+        source_tokens: what it read of the source images.
+        drawn_tokens: what it drew.
+    """
 
     pixels: Pixels
     seed: int
+    text_tokens: int = 0
+    source_tokens: int = 0
+    drawn_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +123,7 @@ class RunningUnit:
     progress: StageProgress | None = None
 
 
-Report = Callable[[StageProgress | PartialImage], None]
+Report = Callable[[StageProgress | PartialImage | GeneratedImage], None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -272,7 +283,7 @@ class Generator:
 
         Args:
             generation: the request.
-            report: is told of every image's progress, and given previews.
+            report: is told of every image's progress, and given previews and the images as they come.
 
         Raises:
             RequestError: what was asked for takes too much memory, a stage cannot be loaded, or the stages
@@ -389,7 +400,16 @@ class Generator:
             ) from error
         finally:
             self._units.remove(unit)
-        return GeneratedImage(pixels=pixels, seed=seed)
+        source_tokens = sum(grid.size for grid in tokens.sources)
+        made = GeneratedImage(
+            pixels=pixels,
+            seed=seed,
+            text_tokens=tokens.read - source_tokens,
+            source_tokens=source_tokens,
+            drawn_tokens=tokens.drawn,
+        )
+        report(made)
+        return made
 
     async def _turn(self) -> None:
         """Wait, so that the beginning of a burst's units leaves room for refusing those beyond the bound."""

@@ -284,4 +284,6 @@ def _result(job: _Job) -> PriorTokens | NotANumber:
     return PriorTokens(
         target=drawn[-rows * columns :].view(rows, columns).numpy(),
         sources=tuple(tokens.view(grid).numpy() for tokens, grid in sources),
+        read=len(job.sequence.prompt),
+        drawn=len(drawn),
     )

@@ -8,38 +8,70 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 
 from serve_app import images
 from serve_app.errors import InvalidParameter, RequestError, too_large
-from serve_app.generation import MAX_SEED, Generation
+from serve_app.generation import (
+    MAX_PARTIAL_IMAGES,
+    MAX_SEED,
+    GeneratedImage,
+    Generation,
+    PartialImage,
+    StageProgress,
+)
+from serve_app.sse import BEGUN, Event, EventStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from deployments.config import ModelConfig
-    from serve_app.generation import GeneratedImage, Generator
+    from deployments.types import Pixels
+    from serve_app.generation import Generator
     from serve_app.storage import FileStore
+
+logger = logging.getLogger("ray.serve")
+
+Told = PartialImage | GeneratedImage
 
 MAX_JSON_BYTES = 2**20
 """Several times what the longest prompt takes, escaped; parsing holds up the event loop."""
 
+MAX_ID_CHARS = 512
 STARTED = int(time.time())
 OUR_NAMES_FOR = {"steps": "num_inference_steps", "sources": "image"}
 """Where this API's word for a parameter is not the server's own."""
 
 
+Quality = Literal["low", "medium", "high", "xhigh", "max"]
+QUALITIES: dict[str, tuple[Quality, int]] = {
+    "low": ("low", 15),
+    "medium": ("medium", 30),
+    "standard": ("medium", 30),
+    "high": ("high", 50),
+    "hd": ("high", 50),
+    "auto": ("high", 50),
+    "xhigh": ("xhigh", 75),
+    "max": ("max", 100),
+}
+"""What an answer calls it, where three of the words are not allowed, and its denoising steps."""
+HINT = "A hint without an effect here."
+
+
 class ImageRequest(BaseModel):
-    """What generations and edits have in common. Null means unset."""
+    """What generations and edits have in common. Null, an empty text and false mean unset."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -54,6 +86,12 @@ class ImageRequest(BaseModel):
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="Quality of JPEG and WebP, 0-100; 100 if unset."
     )
+    quality: Literal["low", "medium", "standard", "high", "hd", "auto", "xhigh", "max"] | None = Field(
+        default=None,
+        description="Denoising steps, unless they are given: low 15; medium, standard 30; high, hd, auto 50; "
+        "xhigh 75; max 100. The model's default if unset.",
+    )
+    background: Literal["auto", "opaque"] | None = Field(default=None, description="Images are opaque.")
     num_inference_steps: int | None = Field(default=None, description="Denoising steps.")
     guidance_scale: float | None = Field(
         default=None, allow_inf_nan=False, description="Classifier-free guidance; off at 1 and below."
@@ -61,6 +99,38 @@ class ImageRequest(BaseModel):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Equal requests with equal seeds get equal images."
     )
+    style: Literal["vivid", "natural"] | None = Field(default=None, description=HINT)
+    user: str | None = Field(default=None, max_length=MAX_ID_CHARS, description=HINT)
+    safety_identifier: str | None = Field(default=None, max_length=MAX_ID_CHARS, description=HINT)
+    stream: bool | None = Field(
+        default=None, description="Whether images are sent as server-sent events, each when it is ready."
+    )
+    partial_images: int | None = Field(
+        default=None, description=f"Previews of each image in a stream, 0 to {MAX_PARTIAL_IMAGES}."
+    )
+
+
+class GenerationRequest(ImageRequest):
+    """The body of a generation."""
+
+    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unset(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: value
+            for name, value in fields.items()
+            if name == "prompt" or not (value is None or value is False or value == "")
+        }
+
+
+class EditRequest(ImageRequest):
+    """The fields of an edit, beside its files."""
+
+    input_fidelity: Literal["high", "low"] | None = Field(default=None, description=HINT)
 
 
 class Image(BaseModel):
@@ -71,13 +141,32 @@ class Image(BaseModel):
     seed: int = Field(description="Makes this image again, alone.")
 
 
+class InputTokens(BaseModel):
+    """What was read, by its kind."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of the prior stage, for all images together."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int = Field(description="Drawn; beside those of the image a smaller one that leads to it.")
+    total_tokens: int
+
+
 class ImagesResponse(BaseModel):
     """The answer to generations and edits."""
 
     created: int = Field(description="Seconds since 1970.")
     data: list[Image]
     size: str
+    background: Literal["opaque"] = "opaque"
+    quality: Quality | None = Field(default=None, description="If the steps followed from it.")
     output_format: images.ImageFormat
+    usage: Usage
 
 
 def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
@@ -105,9 +194,9 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
         "/images/generations",
         response_model=ImagesResponse,
         response_model_exclude_none=True,
-        openapi_extra=_body("application/json", ImageRequest.model_json_schema()),
+        openapi_extra=_body("application/json", GenerationRequest.model_json_schema()),
     )
-    async def generations(request: Request) -> ImagesResponse:
+    async def generations(request: Request) -> ImagesResponse | EventStream[Told]:
         """Make images from text."""
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":
@@ -118,10 +207,10 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
             if len(body) > MAX_JSON_BYTES:
                 raise too_large(MAX_JSON_BYTES)
         try:
-            fields = ImageRequest.model_validate_json(body)
+            fields = GenerationRequest.model_validate_json(body)
         except ValidationError as error:
             raise _first_error(error) from None
-        return await answer(request, fields, [])
+        return await answer(request, fields, [], "image_generation")
 
     @routes.post(
         "/images/edits",
@@ -129,44 +218,87 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
         response_model_exclude_none=True,
         openapi_extra=_body("multipart/form-data", _edit_schema()),
     )
-    async def edits(request: Request) -> ImagesResponse:
+    async def edits(request: Request) -> ImagesResponse | EventStream[Told]:
         """Make images from text and one to four images."""
         fields, uploads = await _read_form(request)
         if not uploads:
             raise RequestError("Send at least one file as `image` or `image[]`.", param="image")
-        return await answer(request, fields, uploads)
+        return await answer(request, fields, uploads, "image_edit")
 
-    async def answer(request: Request, fields: ImageRequest, uploads: list[bytes]) -> ImagesResponse:
+    async def answer(
+        request: Request, fields: ImageRequest, uploads: list[bytes], kind: str
+    ) -> ImagesResponse | EventStream[Told]:
         output_format = fields.output_format or "png"
-        quality = 100 if fields.output_compression is None else fields.output_compression
-        if output_format == "png" and quality < 100:
+        compression = 100 if fields.output_compression is None else fields.output_compression
+        if output_format == "png" and compression < 100:
             raise RequestError("PNG is lossless; choose jpeg or webp.", param="output_compression")
+        steps, quality = fields.num_inference_steps, None
+        if steps is None and fields.quality:
+            quality, steps = QUALITIES[fields.quality]
         generation = Generation(
             model=fields.model,
             prompt=fields.prompt,
             size=_size(fields.size),
             n=1 if fields.n is None else fields.n,
-            steps=fields.num_inference_steps,
+            steps=steps,
             guidance_scale=fields.guidance_scale,
             seed=fields.seed,
+            partial_images=fields.partial_images or 0,
         )
+        if fields.partial_images and not fields.stream:
+            raise RequestError("Previews come in a stream only: set stream to true.", param="partial_images")
+
+        async def encode(pixels: Pixels) -> bytes:
+            return await asyncio.to_thread(images.encode, pixels, output_format, compression)
 
         async def deliver(image: GeneratedImage) -> Image:
-            data = await asyncio.to_thread(images.encode, image.pixels, output_format, quality)
+            data = await encode(image.pixels)
             if fields.response_format == "b64_json":
                 return Image(b64_json=base64.b64encode(data).decode(), seed=image.seed)
             return Image(url=link(request, await files.save(data, output_format)), seed=image.seed)
 
-        async with generator.admitted(generation, sources=len(uploads)):
-            if uploads:
-                generation = await with_sources(generation, uploads)
-            made = await generator.run(generation)
+        @asynccontextmanager
+        async def prepared() -> AsyncIterator[Generation]:
+            async with generator.admitted(generation, sources=len(uploads)):
+                yield await with_sources(generation, uploads) if uploads else generation
+
+        async def make(tell: Callable[[Any], None]) -> None:
+            def report(told: StageProgress | Told) -> None:
+                if not isinstance(told, StageProgress):
+                    tell(told)
+
+            async with prepared() as ready:
+                tell(BEGUN)
+                await generator.run(ready, report)
+
+        async def event(told: Told) -> Event:
+            height, width, _ = told.pixels.shape
+            data = {
+                "b64_json": base64.b64encode(await encode(told.pixels)).decode(),
+                "created_at": int(time.time()),
+                "size": f"{width}x{height}",
+                "quality": quality or "auto",
+                "background": "opaque",
+                "output_format": output_format,
+            }
+            if isinstance(told, PartialImage):
+                return _event(f"{kind}.partial_image", data | {"partial_image_index": told.index})
+            return _event(
+                f"{kind}.completed", data | {"seed": told.seed, "usage": _usage([told]).model_dump()}
+            )
+
+        if fields.stream:
+            return await EventStream.begin(make, event, _error_event)
+        async with prepared() as ready:
+            made = await generator.run(ready)
             height, width, _ = made[0].pixels.shape
             return ImagesResponse(
                 created=int(time.time()),
                 data=await asyncio.gather(*(deliver(image) for image in made)),
                 size=f"{width}x{height}",
+                quality=quality,
                 output_format=output_format,
+                usage=_usage(made),
             )
 
     async def with_sources(generation: Generation, uploads: list[bytes]) -> Generation:
@@ -190,6 +322,32 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
     return routes
 
 
+def _event(kind: str, data: dict[str, Any]) -> Event:
+    return kind, {"type": kind} | data
+
+
+def _error_event(error: Exception) -> Event:
+    if isinstance(error, RequestError | InvalidParameter):
+        response = error_response(error)
+    else:
+        logger.error("a stream failed", exc_info=error)
+        response = server_error_response()
+    return "error", json.loads(bytes(response.body))
+
+
+def _usage(made: list[GeneratedImage]) -> Usage:
+    text, source, drawn = (
+        sum(tokens)
+        for tokens in zip(*((i.text_tokens, i.source_tokens, i.drawn_tokens) for i in made), strict=True)
+    )
+    return Usage(
+        input_tokens=text + source,
+        input_tokens_details=InputTokens(text_tokens=text, image_tokens=source),
+        output_tokens=drawn,
+        total_tokens=text + source + drawn,
+    )
+
+
 def _describe(model: ModelConfig) -> dict[str, Any]:
     family, defaults = model.traits, model.defaults
     return {
@@ -209,8 +367,8 @@ def _describe(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-async def _read_form(request: Request) -> tuple[ImageRequest, list[bytes]]:
-    """The fields and the source images of a multipart body. An empty field counts as unset."""
+async def _read_form(request: Request) -> tuple[EditRequest, list[bytes]]:
+    """The fields and the source images of a multipart body."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise RequestError("Send this request as multipart/form-data.", code="invalid_content_type")
     texts: dict[str, str] = {}
@@ -226,12 +384,12 @@ async def _read_form(request: Request) -> tuple[ImageRequest, list[bytes]]:
                     raise RequestError("image must be a file (with curl: -F image=@FILE).", param="image")
                 elif name in texts:
                     raise RequestError(f"{name:.100} is given twice.", param=name[:100])
-                elif value or name == "prompt":
+                elif name == "prompt" or value not in ("", "false"):
                     texts[name] = value
     except (ValueError, LookupError) as error:  # a charset that Starlette does not expect
         raise RequestError("The form cannot be decoded; send it as UTF-8.") from error
     try:
-        return ImageRequest.model_validate_strings(texts), uploads
+        return EditRequest.model_validate_strings(texts), uploads
     except ValidationError as error:
         raise _first_error(error) from None
 
@@ -256,9 +414,19 @@ def _first_error(error: ValidationError) -> RequestError:
     return RequestError(f"{param or 'The JSON body'}: {first['msg']}.", param=param)
 
 
+UNSUPPORTED = {
+    "negative_prompt": "the model has none; say in the prompt what the image is to show",
+    "cfg_normalization": "the model has none; leave it out or false",
+    "mask": "the model edits the whole image; say in the prompt what is to change",
+}
+
+
 def _unknown(param: str) -> RequestError:
+    reason = f": {UNSUPPORTED[param]}" if param in UNSUPPORTED else ""
     return RequestError(
-        f"The parameter {param!r:.100} is not supported.", param=param[:100], code="unknown_parameter"
+        f"The parameter {param!r:.100} is not supported{reason}.",
+        param=param[:100],
+        code="unsupported_parameter" if reason else "unknown_parameter",
     )
 
 
@@ -274,7 +442,7 @@ def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _edit_schema() -> dict[str, Any]:
-    schema = ImageRequest.model_json_schema()
+    schema = EditRequest.model_json_schema()
     file = {"type": "string", "format": "binary"}
     schema["properties"]["image"] = {
         "type": "array",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import openai
 import psutil
 import pytest
 
@@ -100,6 +101,20 @@ def test_a_model_that_is_busy_is_not_unloaded_unless_that_is_asked_for(cold: Cli
             assert answer.result().headers["x-should-retry"] == "false"
     until(lambda: not cold.running.replicas("good"))
     assert cold.ask().status_code == 200
+
+
+def test_a_stream_that_fails_ends_with_an_error_event(cold: Client) -> None:
+    assert cold.ask().status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        sdk = openai.OpenAI(base_url=f"{cold.running.url}/v1", api_key="none", max_retries=0)
+        stream = sdk.images.generate(prompt="a boat", stream=True, extra_body=LONG)
+        events = pool.submit(list, stream)
+        until(lambda: cold.working() != [])
+        assert cold.get("/v1/internal/unload?force=true").status_code == 200
+        with pytest.raises(openai.APIError, match="was unloaded by hand") as caught:
+            events.result()
+        assert caught.value.code == "unloaded"
+        sdk.close()
 
 
 def test_unloading_can_wait_for_what_is_running(cold: Client) -> None:

@@ -3,14 +3,14 @@
 import base64
 import io
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 from PIL import Image
 
-from tests.serve.conftest import Server
+from tests.serve.conftest import Server, until
 
 EXTRA = {"num_inference_steps": 2, "seed": 5}
 
@@ -129,4 +129,107 @@ def test_a_parameter_that_is_not_honoured_is_refused(sdk: openai.OpenAI) -> None
     with pytest.raises(openai.BadRequestError) as caught:
         sdk.images.edit(image=source("red"), mask=source("white"), prompt="x")
     assert caught.value.param == "mask"
-    assert caught.value.code == "unknown_parameter"
+    assert caught.value.code == "unsupported_parameter"
+
+
+def test_quality_is_a_number_of_steps_unless_they_are_given(sdk: openai.OpenAI) -> None:
+    def painted(**fields: Any) -> tuple[str | None, str | None]:
+        answer = sdk.images.generate(prompt="a boat", size="512x512", response_format="b64_json", **fields)
+        assert answer.data is not None
+        return answer.data[0].b64_json, answer.quality
+
+    seed = {"seed": 5}
+    low, called = painted(quality="low", extra_body=seed)
+    assert called == "low"
+    assert painted(extra_body=seed | {"num_inference_steps": 15}) == (low, None)
+    assert painted(quality="max", extra_body=seed | {"num_inference_steps": 15}) == (low, None)
+    standard, called = painted(quality="standard", extra_body=seed)
+    assert called == "medium"
+    assert painted(extra_body=seed | {"num_inference_steps": 30}) == (standard, None)
+
+
+def test_hints_are_taken_and_what_is_empty_or_false_is_unset(sdk: openai.OpenAI) -> None:
+    unset: Any = None
+    answer = sdk.images.generate(
+        prompt="a boat",
+        size="512x512",
+        n=unset,
+        model="",
+        style="vivid",
+        moderation="low",
+        user="somebody",
+        background="opaque",
+        stream=False,
+        extra_body=EXTRA | {"negative_prompt": "", "cfg_normalization": False, "safety_identifier": "x"},
+    )
+    assert answer.background == "opaque"
+    edited = sdk.images.edit(
+        image=source("red"),
+        prompt="make it blue",
+        input_fidelity="high",
+        background="auto",
+        user="somebody",
+        stream=False,
+        extra_body=EXTRA | {"negative_prompt": "", "cfg_normalization": "false"},
+    )
+    assert edited.size == "512x512"
+
+
+def test_every_answer_has_an_id_and_one_that_was_sent_comes_back(sdk: openai.OpenAI) -> None:
+    answer = sdk.images.generate(
+        prompt="a boat", size="512x512", extra_body=EXTRA, extra_headers={"X-Request-ID": "mine-1"}
+    )
+    assert answer._request_id == "mine-1"
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.images.generate(prompt="")
+    assert caught.value.request_id
+
+
+def test_a_stream_brings_previews_and_each_image(sdk: openai.OpenAI) -> None:
+    plain = sdk.images.generate(
+        prompt="a boat", size="512x512", n=2, response_format="b64_json", extra_body=EXTRA
+    )
+    events: list[Any] = list(
+        sdk.images.generate(
+            prompt="a boat", size="512x512", n=2, stream=True, partial_images=1, extra_body=EXTRA
+        )
+    )
+    kinds = [event.type for event in events]
+    assert sorted(kinds) == ["image_generation.completed"] * 2 + ["image_generation.partial_image"] * 2
+    assert kinds[0] == "image_generation.partial_image"
+    completed = {event.seed: event for event in events if event.type == "image_generation.completed"}
+    assert plain.data is not None
+    assert [completed[seed].b64_json for seed in (5, 6)] == [image.b64_json for image in plain.data]
+    for event in events:
+        image = opened(base64.b64decode(event.b64_json))
+        assert event.size == f"{image.width}x{image.height}"
+        assert (event.background, event.output_format) == ("opaque", "png")
+        assert event.created_at > 0
+    assert plain.usage is not None
+    assert sum(event.usage.total_tokens for event in completed.values()) == plain.usage.total_tokens
+
+
+def test_an_edit_streams_too(sdk: openai.OpenAI) -> None:
+    (event,) = sdk.images.edit(image=source("red"), prompt="make it blue", stream=True, extra_body=EXTRA)
+    assert event.type == "image_edit.completed"
+    assert opened(base64.b64decode(event.b64_json)).size == (512, 512)
+    details = event.usage.input_tokens_details
+    assert details.image_tokens == 16 * 16
+    assert details.text_tokens > 0
+    assert event.usage.input_tokens == details.image_tokens + details.text_tokens
+    assert event.usage.output_tokens >= 16 * 16
+
+
+def test_a_mistake_is_an_ordinary_error_also_where_a_stream_was_asked_for(sdk: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.images.generate(prompt="a boat", size="512x512", n=11, stream=True)
+    assert caught.value.param == "n"
+
+
+def test_work_whose_stream_is_left_stops(server: Server) -> None:
+    body = {"prompt": "a boat", "size": "1024x1024", "num_inference_steps": 100, "stream": True}
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        with client.stream("POST", "/v1/images/generations", json=body) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            until(lambda: client.get("/v1/internal/status").json()["status"] == "generating")
+        until(lambda: not client.get("/v1/internal/status").json()["units"], timeout_s=10)

@@ -16,7 +16,15 @@ from serve_app.admission import Admission
 from serve_app.app import _caller
 from serve_app.config import Limits
 from serve_app.errors import InvalidParameter, ReplicaDied, RequestError
-from serve_app.generation import MAX_SEED, Generation, Generator, Model, PartialImage, StageProgress
+from serve_app.generation import (
+    MAX_SEED,
+    GeneratedImage,
+    Generation,
+    Generator,
+    Model,
+    PartialImage,
+    StageProgress,
+)
 
 PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
@@ -93,10 +101,10 @@ def test_one_failing_image_stops_the_others(generator: Callable[..., Generator])
 
 
 def test_the_progress_of_every_image_is_told(generator: Callable[..., Generator]) -> None:
-    told: list[StageProgress | PartialImage] = []
+    told: list[Any] = []
     asyncio.run(generator().run(Generation(prompt="a boat", n=2, steps=3, partial_images=1), told.append))
     for image in (0, 1):
-        of_image = [one for one in told if one.image == image]
+        of_image = [one for one in told if not isinstance(one, GeneratedImage) and one.image == image]
         assert of_image[:2] == [
             StageProgress(image=image, stage="prior", progress=Progress(done=256, total=1280, seconds=0.5)),
             StageProgress(image=image, stage="decoder", progress=Progress(done=1, total=3, seconds=0.1)),
@@ -104,6 +112,7 @@ def test_the_progress_of_every_image_is_told(generator: Callable[..., Generator]
         (preview,) = of_image[2:]
         assert isinstance(preview, PartialImage)
         assert preview.pixels is PREVIEW
+    assert sum(isinstance(one, GeneratedImage) for one in told) == 2
 
 
 def test_a_request_longer_than_a_row_is_the_clients_to_shorten(generator: Callable[..., Generator]) -> None:
