@@ -46,6 +46,7 @@ class Generation:
         seed: of the first image, 0 to 2**63 - 1; None draws one.
         partial_images: previews of each image, 0 to 3.
         sources: images to edit, already legal (see `serve_app.images.decode_source`).
+        request_id: by which the client, or whoever asks for the status, knows it.
     """
 
     prompt: str
@@ -57,6 +58,7 @@ class Generation:
     seed: int | None = None
     partial_images: int = 0
     sources: tuple[Pixels, ...] = ()
+    request_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +116,13 @@ class RunningUnit:
 
     Attributes:
         model: by its name.
+        request_id: of the generation.
         began: on the clock of `time.monotonic`.
         progress: None while it waits for a stage.
     """
 
     model: str
+    request_id: str
     began: float
     progress: StageProgress | None = None
 
@@ -320,7 +324,7 @@ class Generator:
         defaults = model.config.defaults
         width, height = generation.size or (defaults.width, defaults.height)
 
-        unit = RunningUnit(model=model.config.name, began=time.monotonic())
+        unit = RunningUnit(model=model.config.name, request_id=generation.request_id, began=time.monotonic())
         asked_at = time.time()
 
         def tell(stage: Stage, event: Event) -> None:

@@ -64,7 +64,7 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
         return {
             "status": doing,
             "queue_length": generator.pending - len(running),
-            "units": [_describe(unit) for unit in units],
+            "units": [_describe(unit, units) for unit in units],
         }
 
     @routes.api_route("/v1/internal/unload", methods=["GET", "POST"])
@@ -90,9 +90,12 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
     return routes
 
 
-def _describe(unit: RunningUnit) -> dict[str, Any]:
-    described: dict[str, Any] = {"model": unit.model, "stage": "waiting"}
+def _describe(unit: RunningUnit, units: list[RunningUnit]) -> dict[str, Any]:
+    described: dict[str, Any] = {"request_id": unit.request_id, "model": unit.model}
     if unit.progress:
         progress = unit.progress.progress
         described |= {"stage": unit.progress.stage, "done": progress.done, "total": progress.total}
+    else:
+        ahead = sum(one.model == unit.model for one in units[: units.index(unit)])
+        described |= {"stage": "waiting", "ahead": ahead}
     return described | {"seconds": round(time.monotonic() - unit.began, 1)}

@@ -244,6 +244,7 @@ def router(generator: Generator, files: FileStore, link: Callable[[Request, str]
             guidance_scale=fields.guidance_scale,
             seed=fields.seed,
             partial_images=fields.partial_images or 0,
+            request_id=_request_id(request),
         )
         if fields.partial_images and not fields.stream:
             raise RequestError("Previews come in a stream only: set stream to true.", param="partial_images")
@@ -394,6 +395,14 @@ async def _read_form(request: Request) -> tuple[EditRequest, list[bytes]]:
         raise _first_error(error) from None
 
 
+def _request_id(request: Request) -> str:
+    """The client's, or else the one that Serve has made; Serve sends it back."""
+    request_id = request.headers.get("x-request-id", "")
+    if len(request_id) > MAX_ID_CHARS:
+        raise RequestError(f"X-Request-ID may have {MAX_ID_CHARS} characters.", param="X-Request-ID")
+    return request_id
+
+
 def _size(size: str | None) -> tuple[int, int] | None:
     if size in (None, "auto"):
         return None
@@ -437,8 +446,12 @@ def _envelope(status: int, message: str, param: str | None, code: str) -> JSONRe
 
 
 def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """The request body for the OpenAPI document; the routes parse it themselves."""
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+    """For the OpenAPI document, what FastAPI cannot know: the routes parse and stream themselves."""
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {
+        "requestBody": {"required": True, "content": {media_type: {"schema": schema}}},
+        "responses": {"200": {"content": stream}},
+    }
 
 
 def _edit_schema() -> dict[str, Any]:

@@ -33,9 +33,14 @@ class Client:
     def get(self, path: str) -> httpx.Response:
         return self._http.get(path)
 
-    def ask(self, *, timeout: httpx.Timeout | float = 120, **fields: Any) -> httpx.Response:
+    def ask(
+        self, *, timeout: httpx.Timeout | float = 120, request_id: str | None = None, **fields: Any
+    ) -> httpx.Response:
         """Ask for a small image, which takes half a second, or as the fields say."""
-        return self._http.post("/v1/images/generations", json=SMALL | fields, timeout=timeout)
+        headers = {"X-Request-ID": request_id} if request_id else {}
+        return self._http.post(
+            "/v1/images/generations", json=SMALL | fields, headers=headers, timeout=timeout
+        )
 
     def pixels(self, answer: httpx.Response) -> Pixels:
         (image,) = answer.json()["data"]

@@ -70,8 +70,29 @@ def test_the_status_tells_how_far_each_image_is(client: Client) -> None:
         assert answer.result().status_code == 200
     assert seen[-1]["status"] == "generating"
     painting = next(unit for unit in seen[-1]["units"] if unit["stage"] == "decoder")
-    assert painting.keys() == {"model", "stage", "done", "total", "seconds"}
+    assert painting.keys() == {"request_id", "model", "stage", "done", "total", "seconds"}
     assert (painting["model"], painting["total"]) == ("fragile", 6)
+
+
+def test_the_status_tells_where_a_request_is_by_the_id_that_its_client_has_chosen(client: Client) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        others = [pool.submit(client.ask, seed=seed) for seed in range(11)]
+        until(lambda: len(client.status()["units"]) == 11)
+        mine = pool.submit(client.ask, request_id="mine")
+        ahead: list[int] = []
+
+        def is_made() -> bool:
+            (unit,) = (unit for unit in client.status()["units"] if unit["request_id"] == "mine")
+            if unit["stage"] == "waiting":
+                ahead.append(unit["ahead"])
+            return bool(unit["stage"] == "decoder")
+
+        until(lambda: any(unit["request_id"] == "mine" for unit in client.status()["units"]))
+        until(is_made)
+        assert [answer.result().status_code for answer in (*others, mine)] == [200] * 12
+        assert mine.result().headers["x-request-id"] == "mine"
+    assert ahead == sorted(ahead, reverse=True)
+    assert ahead[0] > 0
 
 
 def hang_up(client: Client, after_s: float) -> None:

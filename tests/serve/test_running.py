@@ -62,5 +62,9 @@ def test_openapi_describes_the_bodies(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     generation = paths["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     edit = paths["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    assert paths["/v1/images/generations"]["post"]["responses"]["200"]["content"].keys() == {
+        "application/json",
+        "text/event-stream",
+    }
     assert generation["schema"]["required"] == ["prompt"]
     assert edit["schema"]["required"] == ["prompt", "image"]
