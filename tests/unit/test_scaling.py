@@ -261,6 +261,24 @@ def test_who_leaves_does_not_stop_the_loading() -> None:
     assert loading.tries == 1
 
 
+def test_who_leaves_before_another_try_has_begun_does_not_call_it_off() -> None:
+    loading = Loading([OSError("no"), None])
+    loading.go_on.set()
+    busy = threading.Event()
+
+    async def leave() -> Engine | str:
+        assert await loading.ask(0) == "no"
+        loading.loader.thread.submit(busy.wait)
+        leaving, staying = (asyncio.create_task(loading.ask(time.time())) for _ in range(2))
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.sleep(0.01)
+        busy.set()
+        return await staying
+
+    assert isinstance(asyncio.run(leave()), Engine)
+
+
 def test_what_was_loaded_when_loading_failed_is_let_go() -> None:
     class Weights:
         pass
