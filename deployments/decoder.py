@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class DecoderStage:
     """Serves one replica of a model's decoder, a unit at a time."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    async def __init__(self, model: ModelConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._model = model
         self._replica = Replica()
         self._loader = Loader(self._load, cpu_threads=model.decoder.cpu_threads, tell=self._replica.tell)
-        self._loader.wait(self._replica.has_ready_sibling)
+        await self._loader.wait(self._replica.has_ready_sibling)
 
     def _load(self, report: Callable[[float], None]) -> Decoder:
         return self._model.traits.decoder().load(self._model, report)

@@ -61,7 +61,7 @@ class Loader(Generic[Engine]):
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._loading: Future[Engine] = self.thread.submit(self._try)
 
-    def wait(self, has_ready_sibling: Callable[[], bool]) -> None:
+    async def wait(self, has_ready_sibling: Callable[[], bool]) -> None:
         """Return when the first try has ended: Serve sends requests as soon as the constructor returns.
 
         A constructor must not fail, so that requests learn why, unless there is another replica for them:
@@ -70,8 +70,11 @@ class Loader(Generic[Engine]):
         Raises:
             LoadingFailed: it has failed, and another replica has not.
         """
-        if (error := self._loading.exception()) and has_ready_sibling():
-            raise LoadingFailed(str(error))
+        try:
+            await asyncio.wrap_future(self._loading)
+        except LoadingFailed as error:
+            if await asyncio.to_thread(has_ready_sibling):
+                raise LoadingFailed(error.reason) from None
 
     async def engine(self, asked_at: float) -> Engine:
         """The engine, as soon as it is there.

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class PriorStage:
     """Serves one replica of a model's prior engine."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    async def __init__(self, model: ModelConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._model = model
         self._replica = Replica()
         self._loader = Loader(self._load, cpu_threads=model.prior.cpu_threads, tell=self._replica.tell)
-        self._loader.wait(self._replica.has_ready_sibling)
+        await self._loader.wait(self._replica.has_ready_sibling)
 
     def _load(self, report: Callable[[float], None]) -> PriorEngine:
         engine = self._model.traits.prior_engine().load(self._model, report)

@@ -104,6 +104,17 @@ def test_a_model_that_is_busy_is_not_unloaded_unless_that_is_asked_for(cold: Cli
     assert cold.ask().status_code == 200
 
 
+def test_a_model_can_be_unloaded_while_it_loads(cold: Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(cold.ask)
+        until(lambda: "progress" in cold.stages("good")["prior"])
+        assert cold.get("/v1/internal/unload").status_code == 409
+        assert cold.get("/v1/internal/unload?force=true").status_code == 200
+        assert answer.result().status_code == 503
+    until(lambda: not cold.running.replicas("good"))
+    assert cold.ask().status_code == 200
+
+
 def test_a_stream_that_fails_ends_with_an_error_event(cold: Client) -> None:
     assert cold.ask().status_code == 200
     with ThreadPoolExecutor(1) as pool:

@@ -291,7 +291,7 @@ def test_what_was_loaded_when_loading_failed_is_let_go() -> None:
         raise OSError("no")
 
     loader = Loader(load, cpu_threads=None, tell=lambda _: None)
-    loader.wait(lambda: False)
+    asyncio.run(loader.wait(lambda: False))
     gc.collect()
     assert held[0]() is None
 
@@ -302,9 +302,9 @@ def test_a_constructor_fails_only_where_another_replica_can_do_the_work(has_read
     loading.go_on.set()
     if has_ready_sibling:
         with pytest.raises(LoadingFailed, match="no"):
-            loading.loader.wait(lambda: True)
+            asyncio.run(loading.loader.wait(lambda: True))
     else:
-        loading.loader.wait(lambda: False)
+        asyncio.run(loading.loader.wait(lambda: False))
         assert isinstance(asyncio.run(loading.ask(time.time())), Engine)
 
 
