@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
@@ -128,11 +127,11 @@ class StatusReader:
         # Declared as enums, and sometimes their bare strings; as enums of strings they are both.
         replicas: dict[Any, int] = dict(overview.replica_states)
         running, starting = replicas.get("RUNNING", 0), replicas.get("STARTING", 0)
-        states = Counter(report["state"] for report in reports)
         told: dict[str, Any] = {report["state"]: report for report in reports}
-        # They run when they have loaded or failed to; some of those are trying again.
-        ready = running - states["failed"] - max(0, states["loading"] - starting)
-        if ready > 0:
+        # They run when they have loaded or failed to. One that was killed is heard of for a while yet, and
+        # while there is no gate none is.
+        ready = min(running, sum(report["state"] == "ready" for report in reports)) if told else running
+        if ready:
             return {"state": "ready", "replicas": ready}
         if running:
             return cast("StageStatus", told.get("loading") or told["failed"])

@@ -218,6 +218,21 @@ def test_scaling_up_and_down_loses_no_request(client: Client) -> None:
 
 
 @pytest.mark.slow
+def test_a_further_replica_that_cannot_be_loaded_costs_no_request(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.symlink_to(tiny.cached())
+    model = tiny_model("m", checkpoint=str(checkpoint), decoder={"max_replicas": 2})
+    with served(config_file(tmp_path, [model])) as running, Client(running) as client:
+        assert client.ask().status_code == 200
+        checkpoint.unlink()
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(client.ask, seed=seed, num_inference_steps=60) for seed in range(8)]
+            until(lambda: tries(client) > 0)
+            assert client.stages("m")["decoder"]["state"] in ("ready", "generating")
+            assert [answer.result().status_code for answer in answers] == [200] * 8
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_rounds_leave_nothing_behind(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     reference = Upstream(tiny.cached())

@@ -72,6 +72,7 @@ def reader(
         ({"RUNNING": 1}, [FAILED], FAILED),
         ({"RUNNING": 1}, [LOADING], LOADING),  # it had failed, and tries again
         ({"RUNNING": 2}, [FAILED, READY], {"state": "ready", "replicas": 1}),
+        ({"RUNNING": 1, "STARTING": 1}, [READY, FAILED, LOADING], {"state": "ready", "replicas": 1}),
         ({"RUNNING": 1, "STOPPING": 1}, [READY, READY], {"state": "ready", "replicas": 1}),
         ({"STOPPING": 1}, [READY], {"state": "unloading"}),
     ],
