@@ -124,7 +124,8 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
         except KeyboardInterrupt:
             print("Stopping when running requests have ended; Ctrl-C again stops at once.", flush=True)
             serve.get_app_handle(application.name).drain.remote().result()
-            serve.shutdown()
+            # What has ended may be on its way still: unlike `serve.shutdown` this leaves the proxy alone.
+            serve.delete(application.name)
     except KeyboardInterrupt:
         pass
     finally:
