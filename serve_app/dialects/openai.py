@@ -54,7 +54,6 @@ STARTED = int(time.time())
 OUR_NAMES_FOR = {"steps": "num_inference_steps", "sources": "image"}
 """Where this API's word for a parameter is not the server's own."""
 
-
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
 QUALITIES: dict[str, tuple[Quality, int]] = {
     "low": ("low", 15),
@@ -81,7 +80,9 @@ class ImageRequest(BaseModel):
     size: str | None = Field(
         default=None, description="`WIDTHxHEIGHT` in pixels, or `auto`.", examples=["1024x1024"]
     )
-    response_format: Literal["url", "b64_json"] | None = Field(default=None, description="`url` if unset.")
+    response_format: Literal["url", "b64_json"] | None = Field(
+        default=None, description="`url` if unset; a stream is base64 whatever stands here, as OpenAI's is."
+    )
     output_format: images.ImageFormat | None = Field(default=None, description="`png` if unset.")
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="Quality of JPEG and WebP, 0-100; 100 if unset."
@@ -337,10 +338,9 @@ def _error_event(error: Exception) -> Event:
 
 
 def _usage(made: list[GeneratedImage]) -> Usage:
-    text, source, drawn = (
-        sum(tokens)
-        for tokens in zip(*((i.text_tokens, i.source_tokens, i.drawn_tokens) for i in made), strict=True)
-    )
+    text = sum(image.text_tokens for image in made)
+    source = sum(image.source_tokens for image in made)
+    drawn = sum(image.drawn_tokens for image in made)
     return Usage(
         input_tokens=text + source,
         input_tokens_details=InputTokens(text_tokens=text, image_tokens=source),
