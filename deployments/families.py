@@ -24,9 +24,11 @@ class PriorEngine(Protocol):
 
     Attributes:
         fault: why the engine has stopped for good, or None while it works.
+        done: how many tokens it has drawn, for whomever.
     """
 
     fault: Exception | None
+    done: int
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None]) -> PriorEngine:
@@ -56,9 +58,11 @@ class Decoder(Protocol):
 
     Attributes:
         fault: why it has stopped for good, or None while it works.
+        done: how many denoising steps it has made, for whomever.
     """
 
     fault: Exception | None
+    done: int
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None]) -> Decoder:

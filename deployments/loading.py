@@ -26,13 +26,14 @@ LEAST_S = 0.2
 """Between two reports: a component's tensors load by the thousand."""
 
 
-class Faulty(Protocol):
-    """What an engine of either kind has."""
+class AnyEngine(Protocol):
+    """What an engine of either kind has; see `deployments.families`."""
 
     fault: Exception | None
+    done: int
 
 
-Engine = TypeVar("Engine", bound=Faulty)
+Engine = TypeVar("Engine", bound=AnyEngine)
 
 
 class Loader(Generic[Engine]):
@@ -41,7 +42,7 @@ class Loader(Generic[Engine]):
     Args:
         load: loads the engine, and tells the share of it, 0 to 1, that it has; run in the thread.
         cpu_threads: of PyTorch's arithmetic; None leaves it alone.
-        tell: takes how the replica is, from any thread.
+        tell: takes what tells how the replica is, from any thread.
 
     Attributes:
         thread: the one that loads.
@@ -52,7 +53,7 @@ class Loader(Generic[Engine]):
         load: Callable[[Callable[[float], None]], Engine],
         *,
         cpu_threads: int | None,
-        tell: Callable[[Report], None],
+        tell: Callable[[Callable[[], Report]], None],
     ) -> None:
         self._load = load
         self._cpu_threads = cpu_threads
@@ -99,21 +100,24 @@ class Loader(Generic[Engine]):
             raise fault
 
     def _try(self) -> Engine:
-        self._tell({"state": "loading", "progress": 0.0})
+        self._tell_progress(0)
         try:
             if self._cpu_threads is not None:
                 import torch  # here, so that importing the stages to wire them loads none of it
 
                 torch.set_num_threads(self._cpu_threads)
-            engine = self._load(lambda share: self._tell({"state": "loading", "progress": round(share, 3)}))
+            engine = self._load(self._tell_progress)
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are to know
             reason = str(error) or type(error).__name__
             release(error, "loading failed")
             self._failed_at = time.time()
-            self._tell({"state": "failed", "reason": reason})
+            self._tell(lambda: {"state": "failed", "reason": reason})
             raise LoadingFailed(reason) from None
-        self._tell({"state": "ready"})
+        self._tell(lambda: {"state": "ready", "done": engine.done})
         return engine
+
+    def _tell_progress(self, share: float) -> None:
+        self._tell(lambda: {"state": "loading", "progress": round(share, 3)})
 
 
 class Replica:
@@ -123,12 +127,15 @@ class Replica:
         context = serve.get_replica_context()
         self._app_name = context.app_name
         self._id = (context.deployment, context.replica_tag)
-        self._report: Report | None = None
+        self._report: Callable[[], Report | None] = lambda: None
         self._changed = threading.Event()
         threading.Thread(target=self._go_on_telling, daemon=True).start()
 
-    def tell(self, report: Report) -> None:
-        """Have the gate know how the replica is; may be called from any thread, often, and does not wait."""
+    def tell(self, report: Callable[[], Report]) -> None:
+        """Have the gate know how the replica is, now and again and again.
+
+        May be called from any thread, often, and does not wait.
+        """
         self._report = report
         self._changed.set()
 
@@ -142,7 +149,7 @@ class Replica:
 
     def leave(self) -> None:
         """Have the gate forget the replica."""
-        self._report = None
+        self._report = lambda: None
         self._changed.set()
 
     def _go_on_telling(self) -> None:
@@ -153,7 +160,7 @@ class Replica:
             try:
                 gate = gate or find_gate(self._app_name)
                 if gate:
-                    ray.get(gate.report.remote(*self._id, self._report), timeout=ANSWER_S)
+                    ray.get(gate.report.remote(*self._id, self._report()), timeout=ANSWER_S)
             except RayError:
                 gate = None
             time.sleep(LEAST_S)

@@ -35,7 +35,8 @@ ALONE_S = 60.0
 Orders = tuple[bool, float]
 """Whether the model is needed, and when, by `time.time`, it was last told to unload; 0 for never."""
 Report = dict[str, Any]
-"""A replica's `state` (`loading`, `ready` or `failed`), with its `progress` (0 to 1) or its `reason`."""
+"""A replica's `state`: `loading` with its `progress` (0 to 1), `failed` with its `reason`, or `ready` with
+how much it has `done`: tokens drawn, or denoising steps made, even if no image came of them."""
 
 
 class Gate:

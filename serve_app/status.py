@@ -30,12 +30,15 @@ class StageStatus(TypedDict):
     Attributes:
         state: the best of its replicas'.
         replicas: how many are loaded.
+        done: tokens that these have drawn, or denoising steps that they have made, since they loaded; those
+            of images that were called off included.
         progress: of its loading, 0 to 1.
         reason: why it failed, or what its loading waits for.
     """
 
     state: Literal["unloaded", "loading", "ready", "generating", "unloading", "failed"]
     replicas: NotRequired[int]
+    done: NotRequired[int]
     progress: NotRequired[float]
     reason: NotRequired[str]
 
@@ -132,7 +135,10 @@ class StatusReader:
         # while there is no gate none is.
         ready = min(running, sum(report["state"] == "ready" for report in reports)) if told else running
         if ready:
-            return {"state": "ready", "replicas": ready}
+            status: StageStatus = {"state": "ready", "replicas": ready}
+            if told:
+                status["done"] = sum(report.get("done", 0) for report in reports)
+            return status
         if running:
             return cast("StageStatus", told.get("loading") or told["failed"])
         if starting:

@@ -36,6 +36,7 @@ class Decoder:
         self._pipeline = pipeline
         self._call = Call()
         self.fault: EngineFault | None = None
+        self.done = 0
         # The VAE runs after the last step and for previews; it is the only long run without a callback.
         vae = pipeline.vae.decoder
         for block in (vae.mid_block, *vae.up_blocks):
@@ -73,6 +74,7 @@ class Decoder:
         preview_steps = _preview_steps(request.steps, request.previews)
 
         def after_step(_: Any, step: int, __: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+            self.done += 1
             self._stop_if_cancelled()
             done = step + 1
             self._call.report(Progress(done=done, total=request.steps, seconds=time.monotonic() - began))

@@ -107,6 +107,7 @@ class PriorEngine:
         self._free = list(reversed(range(language_model.rows)))
         self._work = threading.Event()
         self.fault: EngineFault | None = None
+        self.done = 0
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
@@ -180,6 +181,7 @@ class PriorEngine:
                 job.generator = torch.Generator(self._model.device).manual_seed(job.seed)
                 job.prompt = job.sequence.prompt.clone()
                 job.began = time.monotonic()
+                job.report(job.began)
                 self._active.append(job)
 
     def _drop_cancelled(self) -> None:
@@ -250,6 +252,7 @@ class PriorEngine:
         for job, token in zip(lines, drawn, strict=True):
             if job:
                 job.drawn.append(token)
+                self.done += 1
                 job.report(now)
                 if len(job.drawn) == job.sequence.drawn:
                     self._leave(job, _result(job))

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 WARM = {"min_replicas": 1}
 BRIEF = {"idle_timeout_s": 0.5}
+PROBES = ("/health", "/v1/internal/status", "/livez", "/readyz")
 MAX_PENDING = 64
 REFUSED = 40
 
@@ -78,14 +80,15 @@ def unloads(client: Client, rounds: int) -> None:
     )
 
 
-def probes(client: Client, work: Callable[[], Any]) -> list[float]:
-    """Milliseconds of /health, again and again until the work is done."""
-    times = []
+def probes(client: Client, work: Callable[[], Any]) -> dict[str, list[float]]:
+    """Milliseconds of each probe, again and again until the work is done."""
+    times: dict[str, list[float]] = {path: [] for path in PROBES}
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)
         while not working.done():
-            times.append(1000 * seconds(lambda: client.get("/health").raise_for_status()))
-            time.sleep(0.05)
+            for path in PROBES:
+                times[path].append(1000 * seconds(partial(client.get, path)))
+                time.sleep(0.02)
         working.result()
     return times
 
@@ -97,8 +100,8 @@ def answers_meanwhile(client: Client) -> None:
 
     client.get("/v1/internal/unload").raise_for_status()
     for what, work in (("loading", client.ask), ("both stages busy", make_images)):
-        times = probes(client, work)
-        print(f"/health while {what}: {_spread(times)}")
+        for path, times in probes(client, work).items():
+            print(f"{path} while {what}: {_spread(times)}")
 
 
 def refusals(client: Client, rounds: int) -> None:

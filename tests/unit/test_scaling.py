@@ -192,6 +192,7 @@ def test_reports_are_kept_by_replica_until_it_goes_or_dies() -> None:
 class Engine:
     def __init__(self) -> None:
         self.fault: Exception | None = None
+        self.done = 0
 
 
 class Loading:
@@ -202,7 +203,10 @@ class Loading:
         self.tries = 0
         self.go_on = threading.Event()
         self.told: list[Report] = []
-        self.loader: Loader[Engine] = Loader(self._load, cpu_threads=None, tell=self.told.append)
+        self.loader: Loader[Engine] = Loader(self._load, cpu_threads=None, tell=self._tell)
+
+    def _tell(self, report: Callable[[], Report]) -> None:
+        self.told.append(report())
 
     def _load(self, report: Callable[[float], None]) -> Engine:
         self.tries += 1

@@ -12,7 +12,7 @@ from ray.serve.schema import DeploymentStatusOverview
 from serve_app import status
 from serve_app.status import Deployment, StatusReader
 
-READY, LOADING = {"state": "ready"}, {"state": "loading", "progress": 0.4}
+READY, LOADING = {"state": "ready", "done": 5}, {"state": "loading", "progress": 0.4}
 FAILED = {"state": "failed", "reason": "no such folder"}
 
 
@@ -65,15 +65,23 @@ def reader(
         ({}, [READY], {"state": "unloaded"}),  # of one that was killed
         ({"STARTING": 1}, [], {"state": "loading"}),
         ({"STARTING": 1}, [LOADING], LOADING),
-        ({"RUNNING": 1}, [READY], {"state": "ready", "replicas": 1}),
-        ({"RUNNING": 2, "STARTING": 1}, [READY, READY, LOADING], {"state": "ready", "replicas": 2}),
+        ({"RUNNING": 1}, [READY], {"state": "ready", "replicas": 1, "done": 5}),
+        (
+            {"RUNNING": 2, "STARTING": 1},
+            [READY, READY, LOADING],
+            {"state": "ready", "replicas": 2, "done": 10},
+        ),
         ({"RUNNING": 1}, [], {"state": "ready", "replicas": 1}),
         ({"RUNNING": 1}, None, {"state": "ready", "replicas": 1}),
         ({"RUNNING": 1}, [FAILED], FAILED),
         ({"RUNNING": 1}, [LOADING], LOADING),  # it had failed, and tries again
-        ({"RUNNING": 2}, [FAILED, READY], {"state": "ready", "replicas": 1}),
-        ({"RUNNING": 1, "STARTING": 1}, [READY, FAILED, LOADING], {"state": "ready", "replicas": 1}),
-        ({"RUNNING": 1, "STOPPING": 1}, [READY, READY], {"state": "ready", "replicas": 1}),
+        ({"RUNNING": 2}, [FAILED, READY], {"state": "ready", "replicas": 1, "done": 5}),
+        (
+            {"RUNNING": 1, "STARTING": 1},
+            [READY, FAILED, LOADING],
+            {"state": "ready", "replicas": 1, "done": 5},
+        ),
+        ({"RUNNING": 1, "STOPPING": 1}, [READY, READY], {"state": "ready", "replicas": 1, "done": 10}),
         ({"STOPPING": 1}, [READY], {"state": "unloading"}),
     ],
 )
