@@ -7,11 +7,13 @@ behind. On a Ray cluster use Ray's own `serve run` or `serve deploy` with the sa
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -63,6 +65,8 @@ def main() -> None:
     try:
         file = _ServeFile.model_validate(yaml.safe_load(arguments.config.read_text()))
         (application,) = file.applications
+        if arguments.host and not _is_local(arguments.host):
+            application.args = _closed(application.args)
         app = _build(application)
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
@@ -78,6 +82,27 @@ def main() -> None:
     except (OSError, OverflowError) as error:
         parser.error(f"cannot listen on {http.host}:{http.port}: {error}")
     sys.exit(_serve(application, app, http))
+
+
+def _is_local(host: str) -> bool:
+    """Whether nobody but this machine reaches an address."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _closed(config: AppConfig) -> AppConfig:
+    """The configuration for those who have a key only.
+
+    Raises:
+        ValueError: there are no keys.
+    """
+    if not config.auth.api_keys:
+        raise ValueError(
+            "other machines reach that host, so auth.open does not hold, and there are no auth.api_keys; "
+            "make one with `python -m serve_app.auth new NAME`"
+        )
+    return config.model_copy(update={"auth": config.auth.model_copy(update={"open": False})})
 
 
 def _build(application: _Application) -> Application:

@@ -44,7 +44,9 @@ def build_app(args: AppConfig) -> Application:
         raise ValueError(problem)
     stages = {model.name: _bind_stages(model) for model in args.models}
     # Requests wait for images here, so their number is no measure of load; Ray's default of 5 would be one.
-    options = GOING | {"max_ongoing_requests": 10_000}
+    # The ingress logs its requests itself, see `serve_app.telemetry`; Serve puts JSON into its files only.
+    log = {"encoding": "JSON", "enable_access_log": False}
+    options = GOING | {"max_ongoing_requests": 10_000, "logging_config": log}
     return serve.deployment(**options)(serve.ingress()(Ingress)).bind(args, stages)
 
 
@@ -72,6 +74,7 @@ def _bind_stages(model: ModelConfig) -> dict[str, Application]:
             # One request more than run at once: it begins without a pause when another one ends.
             "max_ongoing_requests": at_once + 1,
             "autoscaling_config": _autoscaling(model.name, stage, at_once),
+            "logging_config": {"encoding": "JSON"},
             "health_check_period_s": RENEWAL_S,  # a dead replica is noticed, and replaced, no later
         }
         stages[name] = serve.deployment(**(GOING | options | stage.deployment))(cls).bind(model)

@@ -19,11 +19,27 @@ class Limits(Config):
     max_guidance_scale: float = Field(
         default=20, ge=0, allow_inf_nan=False, description="Largest guidance scale."
     )
+    max_pixels: int = Field(default=2048 * 2048, ge=1, description="Most pixels of one image.")
+    max_megapixel_steps: int = Field(
+        default=2100,
+        ge=1,
+        description="Most work of one request: megapixels of an image × denoising steps × images. The "
+        "default lets ten images of 2048×2048 have 50 steps.",
+    )
     max_pending: int = Field(
         default=64,
         ge=1,
         description="Most images that wait or are being made at a time, in one ingress replica; beyond it "
         "requests get a 429 with `Retry-After`.",
+    )
+    max_pending_per_key: int | None = Field(
+        default=None, ge=1, description="Likewise for the requests with one API key. Unset, no bound."
+    )
+    megapixel_steps_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most work that may be asked for with one API key within a minute, in one ingress "
+        "replica; beyond it requests get a 429 with `Retry-After`. Unset, no bound.",
     )
     deadline_s: float = Field(
         default=580,
@@ -35,6 +51,66 @@ class Limits(Config):
     max_body_bytes: int = Field(
         default=64 * 2**20, ge=1024, description="Largest request body; more is refused while it comes in."
     )
+    max_json_bytes: int = Field(
+        default=2**20,
+        ge=1024,
+        description="Likewise for a body of JSON: several times what the longest prompt takes, escaped.",
+    )
+    body_timeout_s: float = Field(
+        default=60,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for a body to come in; then it gets a 408.",
+    )
+    max_image_bytes: int = Field(default=50 * 2**20, ge=1024, description="Largest source image, as a file.")
+    max_source_side: int = Field(
+        default=8192,
+        ge=16,
+        description="Longest side of a source image, in pixels; looked at before decoding.",
+    )
+
+
+class APIKey(Config):
+    """A key, by what it is known without being known: its SHA-256, or a variable that holds it."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Its name in the log.")
+    sha256: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="The key's SHA-256; `python -m serve_app.auth new NAME` prints both.",
+    )
+    secret_env: str | None = Field(
+        default=None, min_length=1, description="Instead: the variable of the environment that holds the key."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.sha256 is None) == (self.secret_env is None):
+            raise ValueError("give either sha256 or secret_env")
+        return self
+
+
+class AuthConfig(Config):
+    """Who may use the server."""
+
+    open: bool = Field(
+        default=False,
+        description="Whether whoever reaches the port may. `make serve` with a `HOST` that is not this "
+        "machine alone takes it as false.",
+    )
+    api_keys: tuple[APIKey, ...] = Field(default=(), description="The keys that are let in.")
+
+    @model_validator(mode="after")
+    def _closed_or_meant(self) -> Self:
+        ids = [key.id for key in self.api_keys]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"the ids of api_keys must differ, not {ids}")
+        if not ids and not self.open:
+            raise ValueError(
+                "there are no api_keys: make one with `python -m serve_app.auth new NAME`, or set open: true "
+                "if whoever reaches the port may use the server"
+            )
+        return self
 
 
 class StorageConfig(Config):
@@ -60,6 +136,7 @@ class AppConfig(Config):
     """The whole configuration of the application."""
 
     models: tuple[ModelConfig, ...] = Field(description="What is served; the first one is the default.")
+    auth: AuthConfig = Field(description="Who may use the server.")
     limits: Limits = Field(default_factory=Limits, description="What a request may ask for.")
     cluster: ClusterConfig = Field(
         default_factory=ClusterConfig, description="The Ray cluster that it runs on."
@@ -74,11 +151,23 @@ class AppConfig(Config):
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"there must be a model, and model names must differ, not {names}")
-        if self.limits.max_images > self.limits.max_pending:
-            raise ValueError("limits.max_images is above limits.max_pending: such a request could never run")
+        limits = self.limits
+        for low, high in (
+            ("max_images", "max_pending"),
+            ("max_images", "max_pending_per_key"),
+            ("max_megapixel_steps", "megapixel_steps_per_minute"),
+        ):
+            if getattr(limits, high) is not None and getattr(limits, low) > getattr(limits, high):
+                raise ValueError(f"limits.{low} is above limits.{high}: such a request could never run")
         for model in self.models:
-            if model.defaults.steps > self.limits.max_steps:
-                raise ValueError(f"the default steps of {model.name} are above limits.max_steps")
-            if model.defaults.guidance_scale > self.limits.max_guidance_scale:
-                raise ValueError(f"the default guidance of {model.name} is above limits.max_guidance_scale")
+            defaults = model.defaults
+            pixels = defaults.width * defaults.height
+            for what, value, limit in (
+                ("number of steps", defaults.steps, "max_steps"),
+                ("guidance", defaults.guidance_scale, "max_guidance_scale"),
+                ("size", pixels, "max_pixels"),
+                ("image's work", pixels * defaults.steps / 1e6, "max_megapixel_steps"),
+            ):
+                if value > getattr(limits, limit):
+                    raise ValueError(f"the default {what} of {model.name} is above limits.{limit}")
         return self

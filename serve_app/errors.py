@@ -59,6 +59,16 @@ class InvalidParameter(Exception):  # noqa: N818 - the client's error, not ours
         self.code = code
 
 
+def too_slow(limit_s: float) -> RequestError:
+    """The body takes longer than `limit_s` seconds to come in."""
+    return RequestError(
+        f"The request body has not come in within {limit_s:g} s.",
+        code="request_timeout",
+        status=408,
+        headers={"Connection": "close"},
+    )
+
+
 def too_large(limit: int) -> RequestError:
     """The body is larger than `limit` bytes."""
     return RequestError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ PACE_S = 0.002
 """Between the beginnings of two units: each keeps the event loop for about so long."""
 
 Result = TypeVar("Result")
+Prepare = Callable[["Generation"], Awaitable["Generation"]]
 Stage = Literal["prior", "decoder"]
 
 
@@ -40,13 +41,14 @@ class Generation:
         model: its name, or None for the default model.
         prompt: what to paint.
         size: width and height in pixels.
-        n: how many images; image i has the seed `seed` + i.
+        n: how many images; image i has the seed `seed` + i; after the largest comes 0.
         steps: denoising steps.
         guidance_scale: classifier-free guidance; off at 1 and below.
         seed: of the first image, 0 to 2**63 - 1; None draws one.
         partial_images: previews of each image, 0 to 3.
         sources: images to edit, already legal (see `serve_app.images.decode_source`).
         request_id: by which the client, or whoever asks for the status, knows it.
+        key_id: of the API key with which it was asked for; empty if there was none.
     """
 
     prompt: str
@@ -59,6 +61,7 @@ class Generation:
     partial_images: int = 0
     sources: tuple[Pixels, ...] = ()
     request_id: str = ""
+    key_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,9 @@ class GeneratedImage:
         text_tokens: what the prior stage read of the prompt.
         source_tokens: what it read of the source images.
         drawn_tokens: what it drew.
+        waiting_s: seconds for which it waited for a stage, loading included.
+        prior_s: seconds of the prior stage's work on it.
+        decoder_s: seconds of the decoder stage's.
     """
 
     pixels: Pixels
@@ -78,6 +84,9 @@ class GeneratedImage:
     text_tokens: int = 0
     source_tokens: int = 0
     drawn_tokens: int = 0
+    waiting_s: float = 0
+    prior_s: float = 0
+    decoder_s: float = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +128,14 @@ class RunningUnit:
         request_id: of the generation.
         began: on the clock of `time.monotonic`.
         progress: None while it waits for a stage.
+        working_since: when the stage began with it.
     """
 
     model: str
     request_id: str
     began: float
     progress: StageProgress | None = None
+    working_since: float = 0
 
 
 Report = Callable[[StageProgress | PartialImage | GeneratedImage], None]
@@ -132,10 +143,11 @@ Report = Callable[[StageProgress | PartialImage | GeneratedImage], None]
 
 @dataclass(eq=False, kw_only=True)
 class _Running:
-    """A request that was taken on."""
+    """A request that was taken on; its work begins when its images are decoded and it is paid for."""
 
     model: str
     timeout: asyncio.Timeout
+    has_begun: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     called_off: bool = False
 
@@ -163,7 +175,7 @@ class Generator:
     ) -> None:
         self._models = models
         self._limits = limits
-        self._admission = Admission(limits.max_pending)
+        self._admission = Admission(limits)
         self._on_change = on_change
         self._running: list[_Running] = []
         self._units: list[RunningUnit] = []
@@ -203,7 +215,7 @@ class Generator:
 
     def needed(self) -> list[str]:
         """The models that have work."""
-        return sorted({running.model for running in self._running})
+        return sorted({running.model for running in self._running if running.has_begun})
 
     def count(self, models: Collection[str]) -> int:
         """How many requests of these models are running."""
@@ -227,16 +239,22 @@ class Generator:
         await self.until_idle(self._models)
 
     @asynccontextmanager
-    async def admitted(self, generation: Generation, *, sources: int) -> AsyncIterator[None]:
-        """Check a request and hold a place for it; within the block it is prepared, run and delivered.
+    async def admitted(
+        self, generation: Generation, *, sources: int = 0, prepare: Prepare | None = None
+    ) -> AsyncIterator[Generation]:
+        """Check a request and hold a place for it; within the block it is run and delivered.
 
         Args:
             generation: its source images may be missing still.
             sources: how many there will be.
+            prepare: adds them, which is not begun without a place.
+
+        Yields:
+            The request, prepared.
 
         Raises:
-            RequestError: 404, there is no such model; 429, there is no place; 503, the server is stopping
-                or the request was called off; 504, its time is over.
+            RequestError: 404, there is no such model; 429, there is no place, or the key's work is used up;
+                503, the server is stopping or the request was called off; 504, its time is over.
             InvalidParameter: a parameter is out of its range.
         """
         self._check(generation, sources=sources)
@@ -247,14 +265,18 @@ class Generator:
                 status=503,
                 headers={"Retry-After": "10"},
             )
-        with self._admission.permit(generation.n):
+        with self._admission.permit(generation.n, generation.key_id):
             timeout = asyncio.timeout(self._limits.deadline_s)
             running = _Running(model=self.model(generation.model).name, timeout=timeout)
             try:
                 async with timeout:
                     self._running.append(running)
+                    if prepare:
+                        generation = await prepare(generation)
+                    await self._admission.charge(self._work(generation), generation.key_id)
+                    running.has_begun = True
                     self._on_change()
-                    yield
+                    yield generation
             except TimeoutError:
                 if not timeout.expired():
                     raise
@@ -303,7 +325,11 @@ class Generator:
                 units = [
                     group.create_task(
                         self._unit(
-                            generation, self._models[config.name], seed=seed + i, image=i, report=report
+                            generation,
+                            self._models[config.name],
+                            seed=(seed + i) % (MAX_SEED + 1),
+                            image=i,
+                            report=report,
                         )
                     )
                     for i in range(generation.n)
@@ -326,11 +352,14 @@ class Generator:
 
         unit = RunningUnit(model=model.config.name, request_id=generation.request_id, began=time.monotonic())
         asked_at = time.time()
+        seconds: dict[Stage, float] = {"prior": 0, "decoder": 0}
 
         def tell(stage: Stage, event: Event) -> None:
             if isinstance(event, Preview):
                 report(PartialImage(image=image, index=event.index, pixels=event.pixels))
             else:
+                if unit.progress is None:
+                    unit.working_since = time.monotonic() - event.seconds
                 unit.progress = StageProgress(image=image, stage=stage, progress=event)
                 report(unit.progress)
 
@@ -338,10 +367,13 @@ class Generator:
             """A stage's result; it is asked once more if its replica dies, and makes the same."""
             unit.progress = None
             try:
-                return await _result(start(), partial(tell, stage))
+                result = await _result(start(), partial(tell, stage))
             except ReplicaDied:
                 unit.progress = None
-                return await _result(start(), partial(tell, stage))
+                result = await _result(start(), partial(tell, stage))
+            if unit.progress:
+                seconds[stage] = time.monotonic() - unit.working_since
+            return result
 
         prior_request = PriorRequest(
             prompt=generation.prompt,
@@ -411,6 +443,9 @@ class Generator:
             text_tokens=tokens.read - source_tokens,
             source_tokens=source_tokens,
             drawn_tokens=tokens.drawn,
+            waiting_s=time.monotonic() - unit.began - sum(seconds.values()),
+            prior_s=seconds["prior"],
+            decoder_s=seconds["decoder"],
         )
         report(made)
         return made
@@ -440,13 +475,39 @@ class Generator:
             ("n", generation.n, 1, limits.max_images),
             ("steps", generation.steps, 1, limits.max_steps),
             ("guidance_scale", generation.guidance_scale, 0, limits.max_guidance_scale),
-            ("seed", generation.seed, 0, MAX_SEED - generation.n + 1),
+            ("seed", generation.seed, 0, MAX_SEED),
             ("partial_images", generation.partial_images, 0, MAX_PARTIAL_IMAGES),
         ):
             if value is not None and not least <= value <= most:
                 raise InvalidParameter(param, f"must be {least} to {most}, not {value}")
         if sources > family.max_sources:
             raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {sources}")
+        if generation.size or not sources:
+            self._work(generation)
+
+    def _work(self, generation: Generation) -> float:
+        """In megapixels × denoising steps × images.
+
+        Raises:
+            InvalidParameter: it is more than one request may ask for.
+        """
+        limits, defaults = self._limits, self.model(generation.model).defaults
+        width, height = generation.size or (defaults.width, defaults.height)
+        if width * height > limits.max_pixels:
+            raise InvalidParameter(
+                "size",
+                f"{width}x{height} has {width * height} pixels; at most {limits.max_pixels} are allowed",
+            )
+        steps = defaults.steps if generation.steps is None else generation.steps
+        work = width * height * steps * generation.n / 1e6
+        if work > limits.max_megapixel_steps:
+            raise InvalidParameter(
+                "n",
+                f"is too large: {generation.n} images of {width}x{height} with {steps} denoising steps are "
+                f"{work:.0f} megapixel-steps, and a request may have {limits.max_megapixel_steps}; ask for "
+                "fewer images or steps, or for a smaller size",
+            )
+        return work
 
 
 async def _result(events: AsyncGenerator[Event | Result, None], tell: Callable[[Event], None]) -> Result:

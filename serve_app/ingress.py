@@ -1,17 +1,23 @@
-"""The HTTP application: every dialect's routes, one place for errors, one cap on bodies."""
+"""The HTTP application: every dialect's routes, who may come in, one place for errors, bounds on bodies."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request
+import yaml
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from serve_app.auth import Authentication, read_keys
 from serve_app.dialects import native, openai
-from serve_app.errors import InvalidParameter, RequestError, too_large
+from serve_app.errors import InvalidParameter, RequestError, too_large, too_slow
+from serve_app.openapi import describe
+from serve_app.telemetry import RequestLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
     from fastapi.responses import JSONResponse
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from serve_app.config import AppConfig
+    from serve_app.config import AppConfig, Limits
     from serve_app.generation import Generator
     from serve_app.lifecycle import Lifecycle
     from serve_app.storage import FileStore
@@ -31,7 +37,11 @@ def create_app(
     lifecycle: Lifecycle,
     files: FileStore,
 ) -> FastAPI:
-    """The application, whose parts are given to it."""
+    """The application, whose parts are given to it.
+
+    Raises:
+        ValueError: a variable of the environment that is to hold an API key is not set.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -42,10 +52,37 @@ def create_app(
         base = str(config.public_url or request.base_url)
         return f"{base.rstrip('/')}/files/{name}"
 
-    app = FastAPI(title="GLM-Image server", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.include_router(openai.router(generator, files, link))
-    app.include_router(native.router(generator, lifecycle, files, config.limits))
-    app.add_middleware(BodyLimit, max_bytes=config.limits.max_body_bytes)
+    app = FastAPI(
+        title="GLM-Image server",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    routers = [
+        openai.router(generator, files, link, config.limits),
+        native.router(generator, lifecycle, files, config.limits),
+    ]
+    for router in routers:
+        app.include_router(router)
+    document = functools.cache(functools.partial(describe, app, routers))
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's way to have another document
+    app.add_middleware(HeadAsGet)
+    # The last one comes first: whoever has no key is refused before anything of a body is read.
+    app.add_middleware(BodyLimit, limits=config.limits)
+    app.add_middleware(
+        Authentication,
+        keys=read_keys(config.auth),
+        open_to_all=config.auth.open,
+        respond=openai.error_response,
+    )
+    app.add_middleware(RequestLog)
+
+    @app.get("/openapi.yaml", include_in_schema=False)
+    def openapi_yaml() -> Response:
+        """The same document as `/openapi.json`."""
+        return Response(yaml.safe_dump(document(), sort_keys=False), media_type="application/yaml")
 
     @app.exception_handler(RequestError)
     @app.exception_handler(InvalidParameter)
@@ -77,23 +114,44 @@ def create_app(
     return app
 
 
-class BodyLimit:
-    """Refuses a body as soon as more than `max_bytes` of it have come in, or are announced."""
+class HeadAsGet:
+    """Has HEAD answered wherever GET is; the HTTP server leaves out the body."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope.get("method") == "HEAD":
+            scope["method"] = "GET"
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses a body as soon as too much of it has come in, or is announced, or it takes too long."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app = app
+        self._max_bytes = limits.max_body_bytes
+        self._timeout_s = limits.body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; count the body's bytes on the way."""
         received = 0
         announced = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        deadline: float | None = asyncio.get_running_loop().time() + self._timeout_s
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, deadline
             if announced.isdigit() and int(announced) > self._max_bytes:
                 raise too_large(self._max_bytes)
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise too_slow(self._timeout_s) from None
+            if not message.get("more_body"):
+                deadline = None  # what comes after the body is that the client has gone
             received += len(message.get("body", b""))
             if received > self._max_bytes:
                 raise too_large(self._max_bytes)

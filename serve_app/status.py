@@ -6,10 +6,11 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, cast
 
 from ray import serve
 from ray.exceptions import RayError
+from typing_extensions import TypedDict  # pydantic's condition up to Python 3.11
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

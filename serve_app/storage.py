@@ -24,12 +24,17 @@ class FileStore:
         await asyncio.to_thread(self._fs.pipe_file, f"{self._root}/{name}", data)
         return name
 
-    async def read(self, name: str) -> bytes | None:
-        """The file of this name, or None: also for anything that is no name of ours, such as a path."""
+    async def size(self, name: str) -> int | None:
+        """Bytes of the file of this name, or None: also for what is no name of ours, such as a path."""
         if not NAME.fullmatch(name):
             return None
         try:
-            data: bytes = await asyncio.to_thread(self._fs.cat_file, f"{self._root}/{name}")
+            size: int = await asyncio.to_thread(self._fs.size, f"{self._root}/{name}")
         except FileNotFoundError:
             return None
+        return size
+
+    async def read(self, name: str, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end` of a file that there is."""
+        data: bytes = await asyncio.to_thread(self._fs.cat_file, f"{self._root}/{name}", start, end)
         return data

@@ -3,19 +3,66 @@
 from __future__ import annotations
 
 import mimetypes
+import re
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve_app.dialects.openai import errors
 from serve_app.errors import RequestError
+from serve_app.status import ModelStatuses
 
 if TYPE_CHECKING:
     from serve_app.config import Limits
     from serve_app.generation import Generator, RunningUnit
     from serve_app.lifecycle import Lifecycle
     from serve_app.storage import FileStore
+
+RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+"""One range: https://www.rfc-editor.org/rfc/rfc9110#name-range-requests. Several may be ignored, and are."""
+
+
+class Alive(BaseModel):
+    """The answer to a probe."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Health(BaseModel):
+    """How the server is."""
+
+    status: Literal["ok"] = "ok"
+    model_loaded: bool = Field(description="Whether any model is.")
+    models: ModelStatuses = Field(description="By model, then by stage.")
+
+
+class Unit(BaseModel):
+    """One image that is being made."""
+
+    request_id: str
+    model: str
+    stage: Literal["waiting", "prior", "decoder"]
+    done: int | None = Field(default=None, description="Tokens drawn, or denoising steps made.")
+    total: int | None = Field(default=None, description="Of how many.")
+    ahead: int | None = Field(default=None, description="While it waits: how many images came before it.")
+    seconds: float = Field(description="Its age.")
+
+
+class Status(BaseModel):
+    """What the server is doing."""
+
+    status: Literal["idle", "loading", "generating"]
+    queue_length: int = Field(description="Images that wait for a stage.")
+    units: list[Unit]
+
+
+class Unloaded(BaseModel):
+    """What was unloaded."""
+
+    status: Literal["unloaded"] = "unloaded"
+    models: ModelStatuses
 
 
 class UnloadQuery(BaseModel):
@@ -32,70 +79,114 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
     """The routes."""
     routes = APIRouter()
 
-    @routes.api_route("/health", methods=["GET", "HEAD"])
-    async def health() -> dict[str, Any]:
+    @routes.get("/health")
+    async def health() -> Health:
         """Whether the server answers, and which models are loaded. Never loads one."""
         models = await lifecycle.statuses()
-        return {
-            "status": "ok",
-            "model_loaded": any(
-                all(status["state"] in ("ready", "generating") for status in stages.values())
-                for stages in models.values()
-            ),
-            "models": models,
-        }
+        loaded = any(
+            all(status["state"] in ("ready", "generating") for status in stages.values())
+            for stages in models.values()
+        )
+        return Health(model_loaded=loaded, models=models)
 
-    @routes.api_route("/livez", methods=["GET", "HEAD"])
-    @routes.api_route("/readyz", methods=["GET", "HEAD"])
-    async def probe() -> dict[str, str]:
+    @routes.get("/livez", operation_id="livez")
+    @routes.get("/readyz", operation_id="readyz")
+    async def probe() -> Alive:
         """For probes: the server answers, and takes requests, whether its models are loaded or not."""
-        return {"status": "ok"}
+        return Alive()
 
-    @routes.api_route("/v1/internal/status", methods=["GET", "HEAD"])
-    async def status() -> dict[str, Any]:
+    @routes.get("/v1/internal/status", response_model_exclude_none=True)
+    async def status() -> Status:
         """What the server is doing: idle, loading or generating, and how far each image is."""
         units = generator.units
         running = [unit for unit in units if unit.progress]
         stages = [stage for model in (await lifecycle.statuses()).values() for stage in model.values()]
+        doing: Literal["idle", "loading", "generating"] = "generating" if units else "idle"
         if not running and any(stage["state"] == "loading" for stage in stages):
             doing = "loading"
-        else:
-            doing = "generating" if units else "idle"
-        return {
-            "status": doing,
-            "queue_length": generator.pending - len(running),
-            "units": [_describe(unit, units) for unit in units],
-        }
+        return Status(
+            status=doing,
+            queue_length=generator.pending - len(running),
+            units=[_describe(unit, units) for unit in units],
+        )
 
-    @routes.api_route("/v1/internal/unload", methods=["GET", "POST"])
-    async def unload(query: Annotated[UnloadQuery, Query()]) -> dict[str, Any]:
+    @routes.api_route("/v1/internal/unload", methods=["GET", "POST"], responses=errors(400, 404, 409, 503))
+    async def unload(query: Annotated[UnloadQuery, Query()]) -> Unloaded:
         """Free the GPUs now; the next request loads again. Safe to call twice."""
-        if query.wait and query.force:
-            raise RequestError("wait and force exclude each other.", param="wait")
         models = [one.name for one in ([generator.model(query.model)] if query.model else generator.models())]
         await lifecycle.unload(models, wait_s=limits.deadline_s if query.wait else 0, force=query.force)
         statuses = await lifecycle.statuses(fresh=True)
-        return {"status": "unloaded", "models": {model: statuses[model] for model in models}}
+        return Unloaded(models={model: statuses[model] for model in models})
 
-    @routes.api_route("/files/{name}", methods=["GET", "HEAD"], response_class=Response)
-    async def file(name: str) -> Response:
-        """A result, by the name in its URL."""
-        data = await files.read(name)
-        if data is None:
+    @routes.get(
+        "/files/{name}",
+        response_class=Response,
+        responses={
+            200: {"content": _IMAGES, "description": "The file."},
+            206: {"content": _IMAGES, "description": "The part of it that `Range` asks for."},
+            **errors(404, 416),
+        },
+    )
+    async def file(name: str, request: Request) -> Response:
+        """A result, by the name in its URL. It never changes."""
+        size = await files.size(name)
+        if size is None:
             raise RequestError("There is no such file.", code="not_found", status=404)
+        headers = {
+            "Accept-Ranges": "bytes",
+            "ETag": f'"{name}"',
+            "X-Content-Type-Options": "nosniff",
+        }
+        start, end = _range(request, size, headers["ETag"])
+        part = (start, end) != (0, size)
+        if part:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         return Response(
-            data, media_type=mimetypes.guess_type(name)[0], headers={"X-Content-Type-Options": "nosniff"}
+            await files.read(name, start, end),
+            status_code=206 if part else 200,
+            media_type=mimetypes.guess_type(name)[0],
+            headers=headers,
         )
 
     return routes
 
 
-def _describe(unit: RunningUnit, units: list[RunningUnit]) -> dict[str, Any]:
-    described: dict[str, Any] = {"request_id": unit.request_id, "model": unit.model}
-    if unit.progress:
-        progress = unit.progress.progress
-        described |= {"stage": unit.progress.stage, "done": progress.done, "total": progress.total}
-    else:
+_IMAGES: dict[str, Any] = {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}
+
+
+def _range(request: Request, size: int, etag: str) -> tuple[int, int]:
+    """From where to before where the client wants a file of `size` bytes; all of it if that is not clear.
+
+    Raises:
+        RequestError: 416, there is nothing there.
+    """
+    match = RANGE.fullmatch(request.headers.get("range", ""))
+    if not match or not any(match.groups()) or request.headers.get("if-range", etag) != etag:
+        return 0, size
+    first, last = match.groups()
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
+    if start >= size:
+        raise RequestError(
+            f"The file has {size} bytes.",
+            param="Range",
+            status=416,
+            headers={"Content-Range": f"bytes */{size}"},
+        )
+    return (start, end) if start < end else (0, size)
+
+
+def _describe(unit: RunningUnit, units: list[RunningUnit]) -> Unit:
+    described = Unit(
+        request_id=unit.request_id,
+        model=unit.model,
+        stage="waiting",
+        seconds=round(time.monotonic() - unit.began, 1),
+    )
+    if not unit.progress:
         ahead = sum(one.model == unit.model for one in units[: units.index(unit)])
-        described |= {"stage": "waiting", "ahead": ahead}
-    return described | {"seconds": round(time.monotonic() - unit.began, 1)}
+        return described.model_copy(update={"ahead": ahead})
+    progress = unit.progress.progress
+    return described.model_copy(
+        update={"stage": unit.progress.stage, "done": progress.done, "total": progress.total}
+    )

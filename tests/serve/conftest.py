@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import signal
@@ -190,6 +191,69 @@ def served(config: Path) -> Iterator[Running]:
             pumping.join()
         _, left = psutil.wait_procs(family, timeout=10)
         assert not left, "the server left processes behind"
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A server that wants a key and has tight limits. Its model `broken` cannot be loaded.
+
+    Attributes:
+        running: the server.
+        key: that is let in.
+        spent_key: likewise, whose work for this minute is used up.
+    """
+
+    running: Running
+    key: str
+    spent_key: str
+
+    @property
+    def url(self) -> str:
+        return self.running.url
+
+
+BODY_TIMEOUT_S = 2
+MEGAPIXEL_STEPS_PER_MINUTE = 60
+
+
+@pytest.fixture(scope="session")
+def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str, str]]:
+    folder = tmp_path_factory.mktemp("guarded")
+    key, spent_key = "the-key", "the-spent-key"
+    keys = [
+        {"id": "by-hash", "sha256": hashlib.sha256(key.encode()).hexdigest()},
+        {"id": "by-variable", "secret_env": "SPENT_KEY"},
+    ]
+    models = [
+        tiny_model("guarded", prior={"min_replicas": 1}, decoder={"min_replicas": 1}),
+        tiny_model("broken", checkpoint=str(folder / "nowhere")),
+    ]
+    limits = {
+        "max_megapixel_steps": MEGAPIXEL_STEPS_PER_MINUTE,
+        "megapixel_steps_per_minute": MEGAPIXEL_STEPS_PER_MINUTE,
+        "body_timeout_s": BODY_TIMEOUT_S,
+    }
+    config = config_file(folder, models, limits=limits, auth={"api_keys": keys})
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SPENT_KEY", spent_key)
+        with served(config) as running:
+            yield running, key, spent_key
+
+
+@pytest.fixture
+def guarded(guarded_server: tuple[Running, str, str]) -> Guarded:
+    """Afterwards all that `spent_key` may have in this minute is asked for, and not waited for."""
+    running, key, spent_key = guarded_server
+    body = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 100, "n": 2, "stream": True}
+    with httpx.stream(
+        "POST",
+        f"{running.url}/v1/images/generations",
+        json=body,
+        headers={"Authorization": f"Bearer {spent_key}"},
+        timeout=120,
+    ) as answer:
+        assert answer.status_code in (200, 429)
+    return Guarded(running, key, spent_key)
 
 
 @pytest.fixture

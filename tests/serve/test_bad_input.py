@@ -58,7 +58,6 @@ CASES: list[tuple[dict[str, Any], int, str | None]] = [
     (body(guidance_scale=21), 400, "guidance_scale"),
     (body(seed=-1), 400, "seed"),
     (body(seed=2**63), 400, "seed"),
-    (body(seed=2**63 - 1, n=2), 400, "seed"),
     (body(prompt=""), 400, "prompt"),
     (body(prompt=" \n"), 400, "prompt"),
     (body(prompt=["a"]), 400, "prompt"),

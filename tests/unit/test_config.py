@@ -16,6 +16,7 @@ from serve_app.config import AppConfig
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 CPU = {"device": "cpu"}
+OPEN = {"auth": {"open": True}}
 MODEL = {"name": "m", "family": "glm_image", "checkpoint": "tiny", "prior": CPU, "decoder": CPU}
 
 
@@ -53,29 +54,59 @@ def test_a_mistake_in_a_model_is_named(change: dict[str, Any], where: str) -> No
 
 def test_models_are_told_apart_by_name() -> None:
     with pytest.raises(ValidationError, match="names must differ"):
-        AppConfig.model_validate({"models": [MODEL, MODEL]})
+        AppConfig.model_validate(OPEN | {"models": [MODEL, MODEL]})
 
 
 def test_a_default_may_not_be_above_the_limits() -> None:
-    with pytest.raises(ValidationError, match=r"default steps of m are above limits.max_steps"):
-        AppConfig.model_validate({"models": [MODEL], "limits": {"max_steps": 49}})
+    with pytest.raises(ValidationError, match=r"default number of steps of m is above limits.max_steps"):
+        AppConfig.model_validate(OPEN | {"models": [MODEL], "limits": {"max_steps": 49}})
 
 
-def test_a_request_that_is_allowed_must_have_a_place() -> None:
-    with pytest.raises(ValidationError, match=r"limits\.max_images is above limits\.max_pending"):
-        AppConfig.model_validate({"models": [MODEL], "limits": {"max_pending": 9}})
+@pytest.mark.parametrize(
+    ("limits", "above"),
+    [
+        ({"max_pending": 9}, "limits.max_images is above limits.max_pending"),
+        ({"max_pending_per_key": 9}, "limits.max_images is above limits.max_pending_per_key"),
+        (
+            {"megapixel_steps_per_minute": 2000},
+            "limits.max_megapixel_steps is above limits.megapixel_steps_per_minute",
+        ),
+        ({"max_pixels": 1024 * 1023}, "default size of m is above limits.max_pixels"),
+        ({"max_megapixel_steps": 52}, "default image's work of m is above limits.max_megapixel_steps"),
+    ],
+)
+def test_a_request_that_is_allowed_must_be_possible(limits: dict[str, int], above: str) -> None:
+    with pytest.raises(ValidationError, match=above):
+        AppConfig.model_validate(OPEN | {"models": [MODEL], "limits": limits})
+
+
+@pytest.mark.parametrize(
+    ("auth", "problem"),
+    [
+        (None, "auth"),
+        ({}, r"no api_keys: make one with `python -m serve_app.auth new NAME`, or set open: true"),
+        ({"api_keys": [{"id": "a"}]}, "either sha256 or secret_env"),
+        ({"api_keys": [{"id": "a", "sha256": "0" * 64, "secret_env": "A"}]}, "either sha256 or secret_env"),
+        ({"api_keys": [{"id": "a", "sha256": "secret"}]}, "sha256"),
+        ({"api_keys": [{"id": "a b", "secret_env": "A"}]}, "id"),
+        ({"api_keys": [{"id": "a", "secret_env": "A"}, {"id": "a", "secret_env": "B"}]}, "must differ"),
+    ],
+)
+def test_who_may_come_in_must_be_said(auth: dict[str, Any] | None, problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        AppConfig.model_validate({"models": [MODEL]} | ({} if auth is None else {"auth": auth}))
 
 
 def test_an_unknown_deployment_option_is_named() -> None:
     model = MODEL | {"decoder": CPU | {"deployment": {"num_replica": 2}}}
     with pytest.raises(TypeError, match="num_replica"):
-        build_app(AppConfig.model_validate({"models": [model]}))
+        build_app(AppConfig.model_validate(OPEN | {"models": [model]}))
 
 
 def test_a_stages_deployment_options_reach_ray_serve() -> None:
     options = {"ray_actor_options": {"num_gpus": 0.5}, "graceful_shutdown_timeout_s": 60}
     decoder = {"deployment": options, "max_replicas": 7, "target_load": 3}
-    app = build_app(AppConfig.model_validate({"models": [MODEL | {"decoder": decoder}]}))
+    app = build_app(AppConfig.model_validate(OPEN | {"models": [MODEL | {"decoder": decoder}]}))
     bound = app._bound_deployment.init_args[1]["m"]["decoder"]._bound_deployment  # type: ignore[misc]
     assert bound.ray_actor_options["num_gpus"] == 0.5
     assert bound._deployment_config.graceful_shutdown_timeout_s == 60
@@ -111,7 +142,7 @@ def reference(model: type[BaseModel], prefix: str = "", described: set[type] | N
         default = "required"
         if not field.is_required():
             value = field.get_default(call_default_factory=True)
-            default = "" if value in (None, {}) or isinstance(value, BaseModel) else f"`{value}`"
+            default = "" if value in (None, {}, ()) or isinstance(value, BaseModel) else f"`{value}`"
         rows.append(f"| `{key}` | {default.replace(str(Path.home()), '~')} | {field.description} |")
         if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in described:
             described.add(kind)

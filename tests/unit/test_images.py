@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,10 +14,12 @@ from PIL import Image, ImageOps
 
 from deployments.families import FAMILIES
 from deployments.types import Pixels
+from serve_app import images
 from serve_app.errors import InvalidParameter
-from serve_app.images import decode_source, encode, legal_size
+from serve_app.images import encode, legal_size
 
 GLM_IMAGE = FAMILIES["glm_image"]
+decode_source = partial(images.decode_source, max_side=8192)
 WHITE = [255, 255, 255]
 sides = st.integers(min_value=16, max_value=8192)
 

@@ -1,0 +1,54 @@
+"""The OpenAPI document: https://spec.openapis.org/oas/v3.1.0. What FastAPI makes of the routes, made true."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+
+from serve_app.auth import OPEN_PATHS
+from serve_app.dialects.openai import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastapi import APIRouter, FastAPI
+
+KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "subscription_key": {"type": "apiKey", "in": "header", "name": "Ocp-Apim-Subscription-Key"},
+}
+
+
+def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
+    """The document of an application and its routers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Duplicate Operation ID")  # mended below
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for route in (route for router in routers for route in router.routes):
+        if isinstance(route, APIRoute) and route.openapi_extra:  # once more: FastAPI makes bounds decimals
+            for method in route.methods or ():
+                document["paths"][route.path][method.lower()] |= route.openapi_extra
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if len(operations) > 1:
+                operation["operationId"] += f"_by_{method}"
+            operation["responses"].pop("422", None)  # FastAPI's own; here it is a 400
+            if OPEN_PATHS.fullmatch(path):
+                operation["security"] = []
+            else:
+                operation["responses"]["401"] = {
+                    "description": errors(401)[401]["description"],
+                    "content": {"application/json": {"schema": ENVELOPE}},
+                }
+    components = document["components"]
+    components["securitySchemes"] = KEYS
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    document["security"] = [{name: []} for name in KEYS]
+    return document
+
+
+ENVELOPE = {"$ref": "#/components/schemas/ErrorResponse"}

@@ -1,0 +1,124 @@
+"""Who is let in: by key, in three kinds of headers, on every route but a few; and before a body is read."""
+
+import hashlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.conftest import Guarded
+
+OPEN = {"/health", "/livez", "/readyz", "/openapi.json", "/openapi.yaml", "/files/{name}"}
+
+
+@pytest.fixture
+def http(guarded: Guarded) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=guarded.url, timeout=60) as http:
+        yield http
+
+
+def test_every_route_but_the_open_ones_wants_a_key(http: httpx.Client) -> None:
+    paths: dict[str, Any] = http.get("/openapi.json").json()["paths"]
+    routes = [(path, method) for path, operations in paths.items() for method in operations]
+    assert len(routes) >= 11
+    asked = {path: http.request(method, path.replace("{name}", "x")) for path, method in routes}
+    for path, answer in asked.items():
+        if path in OPEN:
+            assert answer.status_code in (200, 404), path
+        else:
+            assert answer.status_code == 401, path
+            assert answer.json()["error"]["type"] == "authentication_error"
+            assert answer.headers["www-authenticate"] == "Bearer"
+    assert http.get("/openapi.yaml").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/nowhere", "/v1/../health", "/files/../v1/models", "/HEALTH", "//health"]
+)
+def test_what_is_not_listed_as_open_is_closed(guarded: Guarded, path: str) -> None:
+    with closing(HTTPConnection(guarded.url.removeprefix("http://"), timeout=10)) as connection:
+        connection.request("GET", path)  # just so; httpx would tidy it up
+        assert connection.getresponse().status == 401
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"Authorization": "Bearer {key}"},
+        {"authorization": "bearer {key}"},
+        {"Authorization": "Key {key}"},
+        {"Ocp-Apim-Subscription-Key": "{key}"},
+    ],
+)
+def test_a_key_may_come_in_any_of_three_headers(
+    http: httpx.Client, guarded: Guarded, header: dict[str, str]
+) -> None:
+    for key in (guarded.key, guarded.spent_key):
+        sent = {name: value.format(key=key) for name, value in header.items()}
+        assert http.get("/v1/models", headers=sent).status_code == 200
+    wrong = {name: value.format(key="wrong") for name, value in header.items()}
+    answer = http.get("/v1/models", headers=wrong)
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"Authorization": "{key}"},
+        {"Authorization": "Basic {key}"},
+        {"Authorization": "Bearer{key}"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer {key} {key}"},
+        {"Authorization": "Bearer {sha256}"},
+        {"X-API-Key": "{key}"},
+        {"Cookie": "key={key}"},
+        {"Ocp-Apim-Subscription-Key": ""},
+    ],
+)
+def test_a_key_that_comes_otherwise_is_none(
+    http: httpx.Client, guarded: Guarded, header: dict[str, str]
+) -> None:
+    words = {"key": guarded.key, "sha256": hashlib.sha256(guarded.key.encode()).hexdigest()}
+    sent = {name: value.format(**words) for name, value in header.items()}
+    assert http.get("/v1/models", headers=sent).status_code == 401
+    assert http.get("/v1/models", params={"key": guarded.key, "api_key": guarded.key}).status_code == 401
+
+
+def test_without_a_key_nothing_of_a_body_is_read(guarded: Guarded) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    for headers in ("Content-Length: 10000000", "Transfer-Encoding: chunked"):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            head = f"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
+            connection.sendall(f"{head}\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 401")
+
+
+def test_the_openai_client_says_what_is_wrong(guarded: Guarded) -> None:
+    with (
+        openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong") as sdk,
+        pytest.raises(openai.AuthenticationError, match="The API key is not known here"),
+    ):
+        sdk.images.generate(prompt="a boat")
+
+
+def test_a_key_is_made_by_a_command() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "serve_app.auth", "new", "alice"], capture_output=True, text=True, check=True
+    )
+    lines = [line.strip() for line in run.stdout.splitlines()]
+    digests = [hashlib.sha256(line.encode()).hexdigest() for line in lines]
+    line = next(line for line in lines if line.startswith("- {id: alice, sha256: "))
+    assert line.removeprefix("- {id: alice, sha256: ").removesuffix("}") in digests
+    refused = subprocess.run(
+        [sys.executable, "-m", "serve_app.auth", "new", "a b"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "letters, digits" in refused.stderr

@@ -1,0 +1,220 @@
+"""The edge of a guarded server: slow bodies, shares of keys, files in parts, and what its log says."""
+
+import io
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from tests.serve.conftest import BODY_TIMEOUT_S, Guarded, until
+
+SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 2, "seed": 5}
+CANARY = "canary-8f1e"
+
+
+@pytest.fixture
+def http(guarded: Guarded) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {guarded.key}"}
+    with httpx.Client(base_url=guarded.url, headers=headers, timeout=60) as http:
+        yield http
+
+
+def test_a_body_that_drips_in_is_not_waited_for(guarded: Guarded) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = [
+            "POST /v1/images/generations HTTP/1.1",
+            "Host: x",
+            f"Authorization: Bearer {guarded.key}",
+            "Content-Type: application/json",
+            "Content-Length: 1000",
+        ]
+        connection.sendall("\r\n".join([*head, "", '{"prompt": "']).encode())
+        began = time.monotonic()
+        connection.settimeout(0.2)
+        answer = b""
+        while not answer:
+            assert time.monotonic() - began < BODY_TIMEOUT_S + 10
+            try:
+                answer = connection.recv(4096)
+            except TimeoutError:
+                connection.sendall(b"x")
+        assert time.monotonic() - began >= BODY_TIMEOUT_S
+        connection.settimeout(10)
+        while b"}}" not in answer:
+            answer += connection.recv(4096)
+        head_, _, body = answer.partition(b"\r\n\r\n")
+        assert head_.startswith(b"HTTP/1.1 408")
+        assert json.loads(body)["error"]["code"] == "request_timeout"
+
+
+def test_a_body_in_time_leaves_all_the_time_for_its_images(http: httpx.Client) -> None:
+    answer = http.post("/v1/images/generations", json=SMALL | {"num_inference_steps": 60})
+    assert answer.status_code == 200
+    assert answer.elapsed.total_seconds() > BODY_TIMEOUT_S, "too fast to show anything"
+
+
+def test_who_has_used_up_a_share_is_told_when_to_come_back(guarded: Guarded) -> None:
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.spent_key, max_retries=0) as sdk:
+        with pytest.raises(openai.RateLimitError) as caught:
+            sdk.images.generate(prompt="a boat", size="512x512", extra_body={"num_inference_steps": 100})
+        assert caught.value.type == "rate_limit_error"
+        assert caught.value.code == "rate_limit_exceeded"
+        assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.key, max_retries=0) as sdk:
+        sdk.images.generate(prompt="a boat", size="512x512", extra_body={"num_inference_steps": 2})
+
+
+def test_more_work_than_one_request_may_have_is_refused_with_the_sum(http: httpx.Client) -> None:
+    answer = http.post("/v1/images/generations", json={"prompt": "a boat", "n": 10})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "n"
+    assert "10 images of 1024x1024 with 50 denoising steps are 524 megapixel-steps" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "fields"),
+    [
+        (openai.BadRequestError, 400, {"prompt": ""}),
+        (openai.NotFoundError, 404, {"prompt": "a boat", "model": "dall-e-9"}),
+        (openai.APIStatusError, 413, {"prompt": "x" * 2**20}),
+        (openai.InternalServerError, 500, {"prompt": "a boat", "model": "broken", "size": "512x512"}),
+    ],
+)
+def test_the_openai_client_raises_what_belongs_to_each_status(
+    guarded: Guarded, kind: type[openai.APIStatusError], status: int, fields: dict[str, str]
+) -> None:
+    """With its own retries, which a failed generation is to stop."""
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.key) as sdk:
+        before = answers(guarded, status)
+        with pytest.raises(kind) as caught:
+            sdk.images.generate(**fields)  # type: ignore[call-overload]
+        assert caught.value.status_code == status
+        assert caught.value.request_id
+        until(lambda: answers(guarded, status) > before)
+        assert answers(guarded, status) == before + 1
+
+
+def answers(guarded: Guarded, status: int) -> int:
+    return sum(f"POST /v1/images/generations {status} in" in line for line in guarded.running.log)
+
+
+def test_a_file_can_be_had_in_parts(http: httpx.Client) -> None:
+    (image,) = http.post("/v1/images/generations", json=SMALL).json()["data"]
+    whole = http.get(image["url"])
+    data, size = whole.content, len(whole.content)
+    assert whole.headers["accept-ranges"] == "bytes"
+    for asked, start, end in (
+        ("0-99", 0, 100),
+        (f"100-{size * 2}", 100, size),
+        ("1000-", 1000, size),
+        ("-10", size - 10, size),
+    ):
+        part = http.get(image["url"], headers={"Range": f"bytes={asked}"})
+        assert part.status_code == 206
+        assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{size}"
+        assert part.headers["content-type"] == "image/png"
+        assert part.content == data[start:end]
+    for beyond in (f"{size}-", "-0"):
+        refused = http.get(image["url"], headers={"Range": f"bytes={beyond}"})
+        assert refused.status_code == 416
+        assert refused.headers["content-range"] == f"bytes */{size}"
+        assert refused.json()["error"]["message"]
+    for unclear in (
+        "bytes=5-1",
+        "bytes=-",
+        "bytes=0-1,5-6",
+        "lines=1-2",
+        "bytes=a-b",
+        "bytes=" + "9" * 5000 + "-",
+    ):
+        answer = http.get(image["url"], headers={"Range": unclear})
+        assert (answer.status_code, answer.content) == (200, data)
+    changed = http.get(image["url"], headers={"Range": "bytes=0-9", "If-Range": '"other"'})
+    assert changed.content == data
+    same = http.get(image["url"], headers={"Range": "bytes=0-9", "If-Range": whole.headers["etag"]})
+    assert same.content == data[:10]
+    head = http.head(image["url"])
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(size)
+
+
+def log_lines(guarded: Guarded) -> Iterator[dict[str, object]]:
+    """What Serve has written of the ingress to its own files."""
+    for file in ray_logs(guarded).glob("serve/replica_*Ingress*.log"):
+        yield from (json.loads(line) for line in file.read_text().splitlines())
+
+
+def ray_logs(guarded: Guarded) -> Path:
+    (ingress,) = guarded.running.replicas("Ingress")
+    return Path(ingress.environ()["RAY_TMPDIR"]) / "ray/session_latest/logs"
+
+
+def test_every_request_has_a_line_of_json_that_explains_it(http: httpx.Client, guarded: Guarded) -> None:
+    assert (
+        http.post("/v1/images/generations", json=SMALL, headers={"X-Request-ID": "explained"}).status_code
+        == 200
+    )
+    assert http.get("/v1/models/x", headers={"X-Request-ID": "refused"}).status_code == 404
+
+    def lines() -> dict[object, dict[str, object]]:
+        return {line.get("request_id"): line for line in log_lines(guarded) if "route" in line}
+
+    until(lambda: {"explained", "refused"} <= lines().keys(), 10)
+    made, refused = lines()["explained"], lines()["refused"]
+    assert {
+        key: made[key] for key in ("method", "route", "status", "key_id", "n", "size", "steps", "sources")
+    } == {
+        "method": "POST",
+        "route": "/v1/images/generations",
+        "status": 200,
+        "key_id": "by-hash",
+        "n": 1,
+        "size": [512, 512],
+        "steps": 2,
+        "sources": 0,
+    }
+    stages = [made[key] for key in ("waiting_s", "prior_s", "decoder_s")]
+    assert all(isinstance(seconds, float) and seconds >= 0 for seconds in stages)
+    assert 0 < sum(stages) <= made["seconds"]  # type: ignore[arg-type, operator]
+    assert (refused["route"], refused["status"]) == ("/v1/models/{name}", 404)
+
+
+def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guarded: Guarded) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG", pnginfo=None)
+    picture = file.getvalue()
+    fields = {"prompt": f"a {CANARY}", "size": "512x512", "num_inference_steps": "2"}
+    asked = [
+        http.post("/v1/images/generations", json=SMALL | {"prompt": f"a {CANARY}"}),
+        http.post("/v1/images/generations", json=SMALL | {"prompt": f"a {CANARY}", "model": "broken"}),
+        http.post("/v1/images/generations", json=SMALL | {CANARY: CANARY}),
+        http.post("/v1/images/generations", content=f'{{"prompt": "{CANARY}'.encode()),
+        http.post("/v1/images/edits", data=fields, files={"image": (CANARY, picture)}),
+        http.post("/v1/images/edits", data=fields, files={"image": (CANARY, CANARY.encode())}),
+        http.post(
+            "/v1/images/edits", data=fields | {"user": CANARY * 100}, files={"image": (CANARY, picture)}
+        ),
+        http.get(f"/v1/models/{CANARY}"),
+        http.get(f"/files/{CANARY}.png"),
+        http.get(f"/{CANARY}?{CANARY}={CANARY}"),
+        http.get("/v1/models", headers={"Authorization": f"Bearer {CANARY}"}),
+    ]
+    assert [answer.status_code for answer in asked] == [200, 500, 400, 400, 200, 400, 400, 404, 404, 404, 401]
+    until(lambda: any(" 401 in" in line for line in guarded.running.log))
+    written = "".join(guarded.running.log)
+    for log in ray_logs(guarded).rglob("*"):
+        if log.is_file():
+            written += log.read_text(errors="replace")
+    assert "POST /v1/images/generations 200" in written
+    for secret in (CANARY, guarded.key + '"', "Bearer " + guarded.key):
+        found = re.search(f".*{re.escape(secret)}.*", written)
+        assert not found, found[0]
