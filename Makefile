@@ -3,6 +3,7 @@
 CONFIG = configs/tiny.yaml
 PYTHON ?= python3
 BIN := .venv/bin
+JS := tests/serve/js
 
 .PHONY: help serve test slow check format benchmark lock clean
 
@@ -15,7 +16,7 @@ option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
 serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C
 	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port)
 
-test: .venv/dev.stamp ## Run the tests
+test: .venv/dev.stamp $(JS)/node_modules ## Run the tests
 	$(BIN)/pytest -m "not slow"
 
 slow: .venv/dev.stamp ## Run the tests that take minutes: faults and load
@@ -35,6 +36,7 @@ benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.decoder
 	$(BIN)/python -m tests.benchmarks.server
 	$(BIN)/python -m tests.benchmarks.overhead
+	$(BIN)/python -m tests.benchmarks.edge
 	$(BIN)/python -m tests.benchmarks.lifecycle
 
 # The local part of a version ("+cpu") says which build of torch this machine has, not which one to have.
@@ -54,6 +56,10 @@ clean: ## Remove the environment and the caches
 .venv/dev.stamp: requirements-dev.lock pyproject.toml
 	$(call install,requirements-dev.lock)
 	@touch .venv/serve.stamp
+
+$(JS)/node_modules: $(JS)/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --silent --prefix $(JS) && touch $@; \
+	else echo "npm is missing: the tests of JavaScript clients are skipped."; fi
 
 # A torch that is in .venv already and of the locked version, PyTorch's CPU build say, is kept.
 define install

@@ -143,7 +143,7 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
             serve.run(app, name=application.name, route_prefix=application.route_prefix)
         except RuntimeError as error:
             return _why_not(application.name) or str(error)
-        _greet(http, application.route_prefix)
+        _greet(http, application.route_prefix, needs_key=not application.args.auth.open)
         try:
             stop.wait()
         except KeyboardInterrupt:
@@ -173,14 +173,15 @@ def _why_not(app_name: str) -> str | None:
     return "\n".join(["The server could not start.", *reasons]) if reasons else None
 
 
-def _greet(http: _HTTPOptions, route_prefix: str) -> None:
+def _greet(http: _HTTPOptions, route_prefix: str, *, needs_key: bool) -> None:
     host = "127.0.0.1" if http.host == "0.0.0.0" else http.host  # noqa: S104 - compared, not bound
     host = f"[{host}]" if ":" in host else host
     address = f"http://{host}:{http.port}{route_prefix.rstrip('/')}"
     body = '{"prompt": "a red boat at dawn", "size": "512x512", "num_inference_steps": 8}'
+    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
     print(
         f"\nServing on {address}. Make an image:\n\n"
-        f"  curl {address}/v1/images/generations -H 'Content-Type: application/json' -d '{body}'\n",
+        f"  curl {address}/v1/images/generations{key} -H 'Content-Type: application/json' -d '{body}'\n",
         flush=True,
     )
 

@@ -63,10 +63,11 @@ class Limits(Config):
         description="Seconds for a body to come in; then it gets a 408.",
     )
     max_image_bytes: int = Field(default=50 * 2**20, ge=1024, description="Largest source image, as a file.")
-    max_source_side: int = Field(
-        default=8192,
-        ge=16,
-        description="Longest side of a source image, in pixels; looked at before decoding.",
+    max_source_pixels: int = Field(
+        default=2**25,
+        ge=256,
+        description="Most pixels of a source image, looked at before decoding, which takes up to 17 bytes a "
+        "pixel, for one image at a time.",
     )
 
 

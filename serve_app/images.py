@@ -21,6 +21,7 @@ Image.MAX_IMAGE_PIXELS = None
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 MIN_SOURCE_SIDE = 16
+MAX_SOURCE_SIDE = 8192
 BACKGROUND = (255, 255, 255)
 """What shows behind transparency and beside a source that is too long for the model: white."""
 
@@ -37,24 +38,28 @@ TURNS = {
 """What undoes each value of EXIF's orientation but 1: CIPA DC-008, 4.6.4."""
 
 
-def decode_source(data: bytes, family: Family, max_side: int) -> Pixels:
+def decode_source(data: bytes, family: Family, max_pixels: int) -> Pixels:
     """Decode an image that a user sent and make it one that both stages take as it is.
 
     Turned upright by its EXIF orientation, flattened onto white, padded with white to the family's
     widest aspect, and scaled to a legal size (see `legal_size`). A legal opaque image keeps its pixels.
 
     Raises:
-        InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, or a side not in 16-`max_side`
-            pixels.
+        InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, of more than `max_pixels`, or a
+            side not in 16-8192 pixels.
     """
     try:
         # The first bytes decide, not the declared type; no other of Pillow's decoders is reachable.
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
     except Exception as error:  # Pillow's errors for broken files are of many kinds
         raise _bad_source("is not a PNG, JPEG or WebP image") from error
-    if not all(MIN_SOURCE_SIDE <= side <= max_side for side in image.size):
+    if not all(MIN_SOURCE_SIDE <= side <= MAX_SOURCE_SIDE for side in image.size):
         raise _bad_source(
-            f"is {image.width}x{image.height}; each side must be {MIN_SOURCE_SIDE}-{max_side} pixels"
+            f"is {image.width}x{image.height}; each side must be {MIN_SOURCE_SIDE}-{MAX_SOURCE_SIDE} pixels"
+        )
+    if image.width * image.height > max_pixels:
+        raise _bad_source(
+            f"is {image.width}x{image.height}; at most {max_pixels} pixels are allowed: send a smaller one"
         )
     # MPO, a camera's JPEG with a second picture in it, counts as animated; its first frame is meant.
     if getattr(image, "is_animated", False) and image.format != "MPO":

@@ -398,7 +398,7 @@ def router(
 
     async def with_sources(uploads: list[bytes], generation: Generation) -> Generation:
         loop, family = asyncio.get_running_loop(), generator.model(generation.model).traits
-        decode = partial(images.decode_source, family=family, max_side=limits.max_source_side)
+        decode = partial(images.decode_source, family=family, max_pixels=limits.max_source_pixels)
         sources = tuple([await loop.run_in_executor(decoding, decode, data) for data in uploads])
         height, width, _ = sources[0].shape
         return replace(generation, sources=sources, size=generation.size or (width, height))

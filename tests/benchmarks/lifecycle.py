@@ -120,8 +120,8 @@ def refusals(client: Client, rounds: int) -> None:
         refused = [answer.result() for answer in answers if answer.result().status_code == 429]
         counts.append(len(refused))
         outside += [1000 * answer.elapsed.total_seconds() for answer in refused]
-        logged = [re.search(r"generations 429 ([\d.]+)ms", line) for line in client.running.log[lines:]]
-        inside += [float(line[1]) for line in logged if line]
+        logged = [re.search(r"generations 429 in ([\d.]+) s", line) for line in client.running.log[lines:]]
+        inside += [1000 * float(line[1]) for line in logged if line]
     print(
         f"{asked} requests at once for {MAX_PENDING} places: 429 for {counts}; "
         f"in the ingress {_spread(inside)}; for the client {_spread(outside)}"

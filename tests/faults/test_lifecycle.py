@@ -143,7 +143,6 @@ def test_unloading_can_wait_for_what_is_running(cold: Client) -> None:
     [
         ("wait=banana", 400, "wait: Input should be a valid boolean"),
         ("wiat=true", 400, "wiat: Extra inputs are not permitted"),
-        ("wait=true&force=true", 400, "exclude each other"),
         ("model=nobody", 404, "There is no model 'nobody'"),
     ],
 )

@@ -79,11 +79,13 @@ class Server:
     Attributes:
         url: what it printed as its address.
         printed: everything it printed until it was ready.
+        running: the server.
         checkpoints: the folder of each model.
     """
 
     url: str
     printed: str
+    running: Running
     checkpoints: dict[str, Path]
 
 
@@ -98,7 +100,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ]
     with served(config_file(folder, models)) as running:
         until(lambda: stages(running.url) == {"ready"}, START_TIMEOUT_S)
-        yield Server(running.url, "".join(running.log), checkpoints)
+        yield Server(running.url, "".join(running.log), running, checkpoints)
 
 
 def tiny_model(

@@ -1,5 +1,6 @@
 """The official `openai` client, unmodified, generates and edits."""
 
+import asyncio
 import base64
 import io
 from collections.abc import Iterator
@@ -224,6 +225,32 @@ def test_a_mistake_is_an_ordinary_error_also_where_a_stream_was_asked_for(sdk: o
     with pytest.raises(openai.BadRequestError) as caught:
         sdk.images.generate(prompt="a boat", size="512x512", n=11, stream=True)
     assert caught.value.param == "n"
+
+
+def test_the_asynchronous_client_generates_edits_and_streams_side_by_side(server: Server) -> None:
+    async def main() -> Any:
+        url = f"{server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as sdk:
+
+            async def stream() -> list[Any]:
+                events = await sdk.images.generate(
+                    prompt="a boat", size="512x512", stream=True, partial_images=1, extra_body=EXTRA
+                )
+                return [event async for event in events]
+
+            return await asyncio.gather(
+                sdk.images.generate(
+                    prompt="a boat", size="512x512", response_format="b64_json", extra_body=EXTRA
+                ),
+                sdk.images.edit(image=source("red"), prompt="make it blue", extra_body=EXTRA),
+                stream(),
+            )
+
+    generated, edited, (preview, completed) = asyncio.run(main())
+    assert generated.data[0].b64_json == completed.b64_json
+    assert generated.data[0].revised_prompt == "a boat"
+    assert edited.size == "512x512"
+    assert preview.type == "image_generation.partial_image"
 
 
 def test_work_whose_stream_is_left_stops(server: Server) -> None:

@@ -8,8 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import yaml
 
-from tests.serve.conftest import Server
+from serve_app.__main__ import _closed, _is_local
+from serve_app.config import AppConfig
+from tests.serve.conftest import ROOT, Server
 
 SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 1, "seed": 3}
 LONG = {"prompt": "a boat", "size": "1024x1024", "num_inference_steps": 100}
@@ -41,6 +44,8 @@ def test_health_answers_while_images_are_made(client: httpx.Client, server: Serv
         assert answer.status_code == 200
         health = answer.json()
         busy = health["models"].pop("glm-image")
+        for stage in health["models"]["other"].values():
+            assert stage.pop("done") >= 0
         assert health == {
             "status": "ok",
             "model_loaded": True,
@@ -56,6 +61,25 @@ def test_work_that_nobody_waits_for_is_stopped(client: httpx.Client) -> None:
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/images/generations", json=LONG, timeout=3)
     assert client.post("/v1/images/generations", json=SMALL, timeout=10).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])  # noqa: S104
+def test_who_lets_others_in_must_have_keys(host: str) -> None:
+    run = subprocess.run(
+        ["make", "-s", "serve", f"HOST={host}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "auth.open does not hold, and there are no auth.api_keys; make one with" in run.stderr
+
+
+def test_with_keys_others_are_let_in_by_key_only() -> None:
+    args = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())["applications"][0]["args"]
+    args["auth"]["api_keys"] = [{"id": "a", "sha256": "0" * 64}]
+    config = AppConfig.model_validate(args)
+    assert config.auth.open
+    assert not _closed(config).auth.open
+    for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
+        assert _is_local(host)
 
 
 def test_openapi_describes_the_bodies(client: httpx.Client) -> None:
