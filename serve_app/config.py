@@ -33,7 +33,9 @@ class Limits(Config):
         "requests get a 429 with `Retry-After`.",
     )
     max_pending_per_key: int | None = Field(
-        default=None, ge=1, description="Likewise for the requests with one API key. Unset, no bound."
+        default=None,
+        ge=1,
+        description="Likewise for the requests with one API key, or with none. Unset, no bound.",
     )
     megapixel_steps_per_minute: int | None = Field(
         default=None,

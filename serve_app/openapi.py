@@ -9,7 +9,6 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
 from serve_app.auth import OPEN_PATHS
-from serve_app.dialects.openai import errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
 KEYS = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "subscription_key": {"type": "apiKey", "in": "header", "name": "Ocp-Apim-Subscription-Key"},
+}
+UNAUTHORIZED = {
+    "description": "There is no key, or it is not known.",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}},
 }
 
 
@@ -39,16 +42,10 @@ def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
             if OPEN_PATHS.fullmatch(path):
                 operation["security"] = []
             else:
-                operation["responses"]["401"] = {
-                    "description": errors(401)[401]["description"],
-                    "content": {"application/json": {"schema": ENVELOPE}},
-                }
+                operation["responses"]["401"] = UNAUTHORIZED
     components = document["components"]
     components["securitySchemes"] = KEYS
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
     document["security"] = [{name: []} for name in KEYS]
     return document
-
-
-ENVELOPE = {"$ref": "#/components/schemas/ErrorResponse"}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from deployments.config import ModelConfig
     from serve_app.generation import GeneratedImage, Generation
 
 logger = logging.getLogger("ray.serve")
@@ -22,19 +23,20 @@ PROBES = ("/health", "/livez", "/readyz", "/v1/internal/status")
 """Asked every few seconds: logged for who wants to see all."""
 
 
-def note_generation(request: Request, generation: Generation, *, sources: int) -> None:
-    """Have the request's line say what is to be made."""
+def note_generation(request: Request, generation: Generation, model: ModelConfig) -> None:
+    """Have the request's line say what is made, and by which model."""
+    defaults = model.defaults
     request.state.log |= {
-        "model": generation.model,
-        "size": generation.size,
+        "model": model.name,
+        "size": generation.size or (defaults.width, defaults.height),
         "n": generation.n,
-        "steps": generation.steps,
-        "sources": sources,
+        "steps": defaults.steps if generation.steps is None else generation.steps,
+        "sources": len(generation.sources),
     }
 
 
 def note_images(request: Request, made: list[GeneratedImage]) -> None:
-    """Have the request's line say how long each stage took: of several images, the longest times."""
+    """Have it say, too, how long each stage took: of several images, the longest times."""
     for name in ("waiting_s", "prior_s", "decoder_s"):
         request.state.log[name] = round(max(getattr(image, name) for image in made), 3)
 

@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
@@ -37,7 +38,7 @@ from serve_app.generation import (
 from serve_app.sse import BEGUN, Event, EventStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from deployments.config import ModelConfig
     from deployments.types import Pixels
@@ -334,7 +335,6 @@ def router(
             request_id=_request_id(request),
             key_id=request.state.key_id,
         )
-        telemetry.note_generation(request, generation, sources=len(uploads))
         if fields.partial_images and not fields.stream:
             raise RequestError("Previews come in a stream only: set stream to true.", param="partial_images")
 
@@ -349,12 +349,12 @@ def router(
                 where = {"url": link(request, await files.save(data, output_format))}
             return Image(revised_prompt=fields.prompt, seed=image.seed, **where)
 
-        admitted = partial(
-            generator.admitted,
-            generation,
-            sources=len(uploads),
-            prepare=partial(with_sources, uploads) if uploads else None,
-        )
+        @asynccontextmanager
+        async def admitted() -> AsyncIterator[Generation]:
+            prepare = partial(with_sources, uploads) if uploads else None
+            async with generator.admitted(generation, sources=len(uploads), prepare=prepare) as ready:
+                telemetry.note_generation(request, ready, generator.model(ready.model))
+                yield ready
 
         async def make(tell: Callable[[Any], None]) -> None:
             def report(told: StageProgress | Told) -> None:

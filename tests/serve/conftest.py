@@ -221,7 +221,7 @@ MEGAPIXEL_STEPS_PER_MINUTE = 60
 @pytest.fixture(scope="session")
 def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str, str]]:
     folder = tmp_path_factory.mktemp("guarded")
-    key, spent_key = "the-key", "the-spent-key"
+    key, spent_key = "key-5d0c1e", "key-93ab70"
     keys = [
         {"id": "by-hash", "sha256": hashlib.sha256(key.encode()).hexdigest()},
         {"id": "by-variable", "secret_env": "SPENT_KEY"},

@@ -197,6 +197,7 @@ def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guar
         http.post("/v1/images/generations", json=SMALL | {"prompt": f"a {CANARY}"}),
         http.post("/v1/images/generations", json=SMALL | {"prompt": f"a {CANARY}", "model": "broken"}),
         http.post("/v1/images/generations", json=SMALL | {CANARY: CANARY}),
+        http.post("/v1/images/generations", json=SMALL | {"model": CANARY}),
         http.post("/v1/images/generations", content=f'{{"prompt": "{CANARY}'.encode()),
         http.post("/v1/images/edits", data=fields, files={"image": (CANARY, picture)}),
         http.post("/v1/images/edits", data=fields, files={"image": (CANARY, CANARY.encode())}),
@@ -208,13 +209,26 @@ def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guar
         http.get(f"/{CANARY}?{CANARY}={CANARY}"),
         http.get("/v1/models", headers={"Authorization": f"Bearer {CANARY}"}),
     ]
-    assert [answer.status_code for answer in asked] == [200, 500, 400, 400, 200, 400, 400, 404, 404, 404, 401]
+    assert [answer.status_code for answer in asked] == [
+        200,
+        500,
+        400,
+        404,
+        400,
+        200,
+        400,
+        400,
+        404,
+        404,
+        404,
+        401,
+    ]
     until(lambda: any(" 401 in" in line for line in guarded.running.log))
     written = "".join(guarded.running.log)
     for log in ray_logs(guarded).rglob("*"):
         if log.is_file():
             written += log.read_text(errors="replace")
     assert "POST /v1/images/generations 200" in written
-    for secret in (CANARY, guarded.key + '"', "Bearer " + guarded.key):
+    for secret in (CANARY, guarded.key, guarded.spent_key):
         found = re.search(f".*{re.escape(secret)}.*", written)
         assert not found, found[0]
