@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.dialects.openai import errors
+from serve_app.dialects.openai_schemas import errors
 from serve_app.errors import RequestError
 from serve_app.status import ModelStatuses
 

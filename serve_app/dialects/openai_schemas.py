@@ -1,0 +1,333 @@
+"""The bodies of the OpenAI image API: what is taken and answered, and how the OpenAPI document puts it."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from serve_app import images
+from serve_app.generation import MAX_PARTIAL_IMAGES, MAX_SEED
+
+if TYPE_CHECKING:
+    from deployments.config import ModelConfig
+    from serve_app.config import Limits
+
+MAX_ID_CHARS = 512
+
+Quality = Literal["low", "medium", "high", "xhigh", "max"]
+QUALITIES: dict[str, tuple[Quality, int]] = {
+    "low": ("low", 15),
+    "medium": ("medium", 30),
+    "standard": ("medium", 30),
+    "high": ("high", 50),
+    "hd": ("high", 50),
+    "auto": ("high", 50),
+    "xhigh": ("xhigh", 75),
+    "max": ("max", 100),
+}
+"""What an answer calls it, where three of the words are not allowed, and its denoising steps."""
+HINT = "A hint without an effect here."
+
+
+UNSUPPORTED = {  # what OpenAI's or the documents' clients may send, and why it is refused
+    "negative_prompt": "the model has none; say in the prompt what the image is to show",
+    "cfg_normalization": "the model has none; leave it out or false",
+    "mask": "the model edits the whole image; say in the prompt what is to change",
+    "markup": "the model edits the whole image; say in the prompt what is to change",
+    "svg": "images are PNG, JPEG or WebP",
+    "frame_count": "images do not move",
+    "frame_duration_ms": "images do not move",
+}
+
+
+def may_be_unset(name: str, fields: type[ImageRequest]) -> bool:
+    """Whether null, an empty text and false are no values of a parameter, but leave it out."""
+    return name != "prompt" and (name in fields.model_fields or name in UNSUPPORTED)
+
+
+class ImageRequest(BaseModel):
+    """What generations and edits have in common. Null, an empty text and false mean unset."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(description="What to paint. Put text that is to be rendered in quotation marks.")
+    model: str | None = Field(default=None, description="A name from `/v1/models`; the first one if unset.")
+    n: int | None = Field(
+        default=None,
+        description="How many images; image i has the seed `seed` + i; after the largest comes 0.",
+    )
+    size: str | None = Field(
+        default=None, description="`WIDTHxHEIGHT` in pixels, or `auto`.", examples=["1024x1024"]
+    )
+    response_format: Literal["url", "b64_json"] | None = Field(
+        default=None, description="`url` if unset; a stream is base64 whatever stands here, as OpenAI's is."
+    )
+    output_format: images.ImageFormat | None = Field(default=None, description="`png` if unset.")
+    output_compression: int | None = Field(
+        default=None, ge=0, le=100, description="Quality of JPEG and WebP, 0-100; 100 if unset."
+    )
+    quality: Literal["low", "medium", "standard", "high", "hd", "auto", "xhigh", "max"] | None = Field(
+        default=None,
+        description="Denoising steps, unless they are given: low 15; medium, standard 30; high, hd, auto 50; "
+        "xhigh 75; max 100. The model's default if unset.",
+    )
+    background: Literal["auto", "opaque"] | None = Field(default=None, description="Images are opaque.")
+    num_inference_steps: int | None = Field(default=None, description="Denoising steps.")
+    guidance_scale: float | None = Field(
+        default=None, allow_inf_nan=False, description="Classifier-free guidance; off at 1 and below."
+    )
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="Equal requests with equal seeds get equal images."
+    )
+    style: Literal["vivid", "natural"] | None = Field(default=None, description=HINT)
+    complexity: Literal["low", "medium", "high"] | None = Field(default=None, description=HINT)
+    user: str | None = Field(default=None, max_length=MAX_ID_CHARS, description=HINT)
+    safety_identifier: str | None = Field(default=None, max_length=MAX_ID_CHARS, description=HINT)
+    stream: bool | None = Field(
+        default=None, description="Whether images are sent as server-sent events, each when it is ready."
+    )
+    partial_images: int | None = Field(
+        default=None, description=f"Previews of each image in a stream, 0 to {MAX_PARTIAL_IMAGES}."
+    )
+
+
+class GenerationRequest(ImageRequest):
+    """The body of a generation."""
+
+    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unset(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value  # JSON's 1.0 is 1
+            for name, value in fields.items()
+            if not (may_be_unset(name, cls) and (value is None or value is False or value == ""))
+        }
+
+
+class EditRequest(ImageRequest):
+    """The fields of an edit, beside its files."""
+
+    input_fidelity: Literal["high", "low"] | None = Field(default=None, description=HINT)
+
+    @field_validator("stream", mode="before")
+    @classmethod
+    def _true_or_false(cls, text: str) -> bool:
+        if text != "true":  # false is unset already; pydantic would take yes and on, too
+            raise PydanticCustomError("bool", "Input should be true or false")
+        return True
+
+
+class Image(BaseModel):
+    """One image: where it is, or what it is."""
+
+    url: str | None = None
+    b64_json: str | None = None
+    revised_prompt: str = Field(description="The prompt that was painted: the one that was sent.")
+    seed: int = Field(description="Makes this image again, alone.")
+
+
+class InputTokens(BaseModel):
+    """What was read, by its kind."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens of the prior stage, for all images together."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int = Field(description="Drawn; beside those of the image a smaller one that leads to it.")
+    total_tokens: int
+
+
+class ImagesResponse(BaseModel):
+    """The answer to generations and edits."""
+
+    created: int = Field(description="Seconds since 1970.")
+    data: list[Image]
+    size: str
+    background: Literal["opaque"] = "opaque"
+    quality: Quality | None = Field(default=None, description="If the steps followed from it.")
+    output_format: images.ImageFormat
+    usage: Usage
+
+
+class Error(BaseModel):
+    """What is wrong, and what to do."""
+
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    param: str | None = Field(description="The parameter at fault.")
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """The answer to a request that fails."""
+
+    error: Error
+
+
+class Model(BaseModel):
+    """A model and what it can do."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="Seconds since 1970.")
+    owned_by: str
+    family: str
+    editing: bool
+    max_source_images: int
+    sizes: Sizes
+    defaults: Defaults
+    lossy_options: list[str] = Field(description="Those in use that change pixels.")
+
+
+class Sizes(BaseModel):
+    """Which sides an image may have, in pixels."""
+
+    min: int
+    max: int
+    multiple_of: int
+
+
+class Defaults(BaseModel):
+    """What is taken where a request leaves it out."""
+
+    size: str
+    num_inference_steps: int
+    guidance_scale: float
+
+
+class Models(BaseModel):
+    """The models that there are."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: an answer in this API's envelope for each status."""
+    return {status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase} for status in statuses}
+
+
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The images; a stream of events where `stream` is true.",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "description": "One event; its data is JSON.",
+                    "required": ["event", "data"],
+                    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+                }
+            }
+        },
+    }
+}
+GENERATION_EXAMPLES = {
+    "shortest": {"value": {"prompt": "A red boat at dawn"}},
+    "reproducible": {"value": {"prompt": "A red boat at dawn", "n": 2, "seed": 7, "output_format": "webp"}},
+    "stream": {"value": {"prompt": "A red boat at dawn", "stream": True, "partial_images": 2}},
+}
+
+
+def generation_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
+    """For the OpenAPI document: the JSON body of a generation."""
+    schema = _schema(GenerationRequest, models, limits, unset=(None, "", False))
+    return _body("application/json", schema, GENERATION_EXAMPLES)
+
+
+def edit_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
+    """For the OpenAPI document: the form of an edit."""
+    schema = _schema(EditRequest, models, limits, unset=("", False))
+    schema["properties"]["image"] = {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "minItems": 1,
+        "maxItems": max(model.traits.max_sources for model in models),
+        "description": "PNG, JPEG or WebP; also as `image[]`.",
+    }
+    schema["required"].append("image")
+    return _body("multipart/form-data", schema)
+
+
+def _body(media_type: str, schema: dict[str, Any], examples: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What FastAPI cannot know, since the routes parse bodies themselves."""
+    content = {"schema": schema} | ({"examples": examples} if examples else {})
+    return {"requestBody": {"required": True, "content": {media_type: content}}}
+
+
+def _schema(
+    fields: type[ImageRequest],
+    models: list[ModelConfig],
+    limits: Limits,
+    *,
+    unset: tuple[str | bool | None, ...],
+) -> dict[str, Any]:
+    """The schema of a body, with this server's own bounds."""
+    schema = fields.model_json_schema()
+    bounds: dict[str, dict[str, Any]] = {
+        "model": {"enum": [model.name for model in models]},
+        "n": {"minimum": 1, "maximum": limits.max_images},
+        "size": {"pattern": f"^(auto|{_sizes(models, limits)})$"},
+        "quality": {"enum": [word for word, (_, steps) in QUALITIES.items() if steps <= limits.max_steps]},
+        "num_inference_steps": {"minimum": 1, "maximum": limits.max_steps},
+        "guidance_scale": {"minimum": 0, "maximum": limits.max_guidance_scale},
+        "partial_images": {"minimum": 0, "maximum": MAX_PARTIAL_IMAGES},
+    }
+    for name, field in schema["properties"].items():
+        if name == "prompt":
+            field |= {"minLength": 1, "maxLength": limits.max_prompt_chars, "pattern": r"\S"}
+        else:
+            kind = field["anyOf"][0] | bounds.get(name, {})
+            field["anyOf"] = [kind, {"enum": list(unset), "description": "Unset."}]
+            del field["default"]
+    schema["properties"] |= {
+        name: {"enum": list(unset), "description": f"Not supported: {reason}."}
+        for name, reason in UNSUPPORTED.items()
+    }
+    schema["allOf"] = [
+        _either("output_compression", [100, *unset], "output_format", ["jpeg", "webp"]),
+        _either("partial_images", [0, *unset], "stream", [True]),
+    ]
+    return schema
+
+
+def _either(name: str, values: list[Any], other: str, others: list[Any]) -> dict[str, Any]:
+    """One field has one of these values, or another field is there and has one of those."""
+    return {
+        "anyOf": [
+            {"properties": {name: {"enum": values}}},
+            {"properties": {other: {"enum": others}}, "required": [other]},
+        ]
+    }
+
+
+def _sizes(models: list[ModelConfig], limits: Limits) -> str:
+    """A regular expression of the sizes that can be made, `WIDTHxHEIGHT`."""
+    sides = sorted(
+        {
+            side
+            for family in {model.traits for model in models}
+            for side in range(family.min_side, family.max_side + 1, family.side_multiple)
+        }
+    )
+    widths: dict[tuple[int, ...], list[int]] = {}
+    for width in sides:
+        heights = tuple(height for height in sides if width * height <= limits.max_pixels)
+        if heights:
+            widths.setdefault(heights, []).append(width)
+    return "|".join(
+        f"({'|'.join(map(str, several))})x({'|'.join(map(str, heights))})"
+        for heights, several in widths.items()
+    )
