@@ -137,7 +137,7 @@ class Ingress:
             autoscaling=config.cluster.autoscaling,
         )
         lifecycle = Lifecycle(self._generator, changed, gate, status)
-        self._app = create_app(config, self._generator, lifecycle, FileStore(config.storage.url))
+        self._app = create_app(config, self._generator, lifecycle, FileStore(config.storage))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica."""

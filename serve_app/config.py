@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, HttpUrl, model_validator
 
@@ -121,8 +121,34 @@ class StorageConfig(Config):
 
     url: str = Field(
         default_factory=lambda: str(Path.home() / ".local/share/glm-image-server/files"),
-        description="A folder, or any other URL that fsspec writes to.",
+        description="A folder, or any other URL that fsspec writes to, `s3://bucket/prefix` say.",
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="For fsspec's file system: `endpoint_url` of another S3 than Amazon's, …. Credentials "
+        "come from where Amazon's tools look: the environment, `~/.aws`, the machine's role.",
+    )
+    presigned: bool = Field(
+        default=False,
+        description="Whether URLs in answers lead to the object store itself, signed for `ttl_s`; else to "
+        "`/files/` here.",
+    )
+    ttl_s: int = Field(default=7 * 86_400, ge=1, description="Seconds after which a file is deleted.")
+    max_bytes: int = Field(
+        default=20 * 2**30, ge=0, description="Most bytes of all files; beyond it the oldest are deleted."
+    )
+    min_free_bytes: int = Field(
+        default=2**30,
+        ge=0,
+        description="What is to be left of a folder's disk; below it nothing more is written, and requests "
+        "for a `url` get a 507.",
+    )
+
+    @model_validator(mode="after")
+    def _signs(self) -> Self:
+        if self.presigned and "://" not in self.url:
+            raise ValueError("a folder cannot sign URLs: presigned needs an object store such as s3://")
+        return self
 
 
 class ClusterConfig(Config):

@@ -45,12 +45,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with lifecycle.telling():
+        async with lifecycle.telling(), files.sweeping():
             yield
 
-    def link(request: Request, name: str) -> str:
+    async def link(request: Request, name: str) -> str:
         base = str(config.public_url or request.base_url)
-        return f"{base.rstrip('/')}/files/{name}"
+        return await files.signed_url(name) or f"{base.rstrip('/')}/files/{name}"
 
     app = FastAPI(
         title="GLM-Image server",

@@ -1,40 +1,163 @@
-"""The file store: results under names that cannot be guessed."""
+"""The file store: results under names that cannot be guessed, for a time."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import re
 import secrets
+import shutil
+import time
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from serve_app.errors import NO_RETRY, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from serve_app.config import StorageConfig
+
+logger = logging.getLogger("ray.serve")
 
 NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
+UNFINISHED = re.compile(r"[0-9a-f]{32}\.part")
+UNFINISHED_S = 3600
+"""A file that takes longer to write is none that somebody writes still."""
+SWEEP_S = 60.0
 
 
 class FileStore:
-    """Keeps files in a folder, or behind any other URL that fsspec knows."""
+    """Keeps files in a folder, or behind any other URL that fsspec knows, S3's say.
 
-    def __init__(self, url: str) -> None:
-        self._fs, self._root = url_to_fs(url)
-        self._fs.makedirs(self._root, exist_ok=True)
+    Whoever shares the folder has nothing to fear: only files with names as they are made here are touched.
+    """
+
+    def __init__(self, config: StorageConfig) -> None:
+        self._config = config
+        # Other replicas write too, so what was listed once may not be so any more.
+        self._fs, self._root = url_to_fs(config.url, use_listings_cache=False, **config.options)
+        self._is_folder = isinstance(self._fs, LocalFileSystem)
+        if self._is_folder:
+            self._fs.makedirs(self._root, exist_ok=True)
 
     async def save(self, data: bytes, suffix: str) -> str:
-        """Keep `data` and return its name, of 128 random bits; nobody knows it before it is written."""
-        name = f"{secrets.token_hex(16)}.{suffix}"
-        await asyncio.to_thread(self._fs.pipe_file, f"{self._root}/{name}", data)
+        """Keep `data` and return its name, of 128 random bits; there is all of the file or none.
+
+        Raises:
+            RequestError: 507, there is no room.
+        """
+        return await asyncio.to_thread(self._save, data, suffix)
+
+    def _save(self, data: bytes, suffix: str) -> str:
+        stem = secrets.token_hex(16)
+        name = f"{stem}.{suffix}"
+        if not self._is_folder:  # an object store shows what is complete only
+            self._fs.pipe_file(self._path(name), data)
+            return name
+        unfinished = self._path(f"{stem}.part")
+        try:
+            self._check_room(len(data))
+            self._fs.pipe_file(unfinished, data)
+            self._fs.mv(unfinished, self._path(name))
+        except OSError as error:
+            with suppress(OSError):
+                self._fs.rm_file(unfinished)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full() from error
+            raise
         return name
+
+    async def check_room(self) -> None:
+        """Look whether there is room for files, before work is done for one.
+
+        Raises:
+            RequestError: 507, there is none.
+        """
+        if self._is_folder:
+            await asyncio.to_thread(self._check_room, 0)
+
+    def _check_room(self, size: int) -> None:
+        if shutil.disk_usage(self._root).free - size < self._config.min_free_bytes:
+            raise _full()
 
     async def size(self, name: str) -> int | None:
         """Bytes of the file of this name, or None: also for what is no name of ours, such as a path."""
         if not NAME.fullmatch(name):
             return None
         try:
-            size: int = await asyncio.to_thread(self._fs.size, f"{self._root}/{name}")
+            size: int = await asyncio.to_thread(self._fs.size, self._path(name))
         except FileNotFoundError:
             return None
         return size
 
     async def read(self, name: str, start: int, end: int) -> bytes:
         """The bytes from `start` to before `end` of a file that there is."""
-        data: bytes = await asyncio.to_thread(self._fs.cat_file, f"{self._root}/{name}", start, end)
+        data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(name), start=start, end=end)
         return data
+
+    async def signed_url(self, name: str) -> str | None:
+        """Where the object store itself hands out the file, if that is what the configuration wants."""
+        if not self._config.presigned:
+            return None
+        url: str = await asyncio.to_thread(self._fs.sign, self._path(name), expiration=self._config.ttl_s)
+        return url
+
+    @asynccontextmanager
+    async def sweeping(self) -> AsyncIterator[None]:
+        """Within the block, files that are too old or too many are deleted, the oldest first."""
+        sweeping = asyncio.create_task(self._sweep_on())
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+
+    async def _sweep_on(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self.sweep)
+            except OSError:
+                logger.exception("the file store could not be swept")
+            await asyncio.sleep(min(SWEEP_S, self._config.ttl_s / 4))
+
+    def sweep(self) -> None:
+        """Delete what is too old or too much. Several replicas may do so at once."""
+        now, kept = time.time(), 0
+        found = self._fs.find(self._root, maxdepth=1, detail=True).values()
+        newest_first = sorted(((_modified(info), info) for info in found), key=itemgetter(0), reverse=True)
+        for modified, info in newest_first:
+            path, age = info["name"], now - modified
+            name = path.rpartition("/")[2]
+            if NAME.fullmatch(name):
+                kept += info["size"]
+                superfluous = age > self._config.ttl_s or kept > self._config.max_bytes
+            else:
+                superfluous = UNFINISHED.fullmatch(name) is not None and age > UNFINISHED_S
+            if superfluous:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+def _modified(info: dict[str, Any]) -> float:
+    """When a file was written, by `time.time`: fsspec's file systems put it in their own ways."""
+    modified = next(info[key] for key in ("mtime", "LastModified", "created") if key in info)
+    return modified.timestamp() if isinstance(modified, datetime) else float(modified)
+
+
+def _full() -> RequestError:
+    return RequestError(
+        "The server has no room for files left. Ask for b64_json instead of a url, or tell its operator.",
+        param="response_format",
+        code="storage_full",
+        status=507,
+        headers=NO_RETRY,
+    )

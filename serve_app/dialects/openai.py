@@ -50,7 +50,7 @@ from serve_app.generation import GeneratedImage, Generation, PartialImage, Stage
 from serve_app.sse import BEGUN, Event, EventStream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from deployments.config import ModelConfig
     from deployments.types import Pixels
@@ -86,7 +86,7 @@ def server_error_response() -> JSONResponse:
 
 
 def router(
-    generator: Generator, files: FileStore, link: Callable[[Request, str], str], limits: Limits
+    generator: Generator, files: FileStore, link: Callable[[Request, str], Awaitable[str]], limits: Limits
 ) -> APIRouter:
     """The routes of this API; `link` makes the URL of a stored file."""
     routes = APIRouter(prefix="/v1")
@@ -97,7 +97,7 @@ def router(
         "/images/generations",
         response_model=ImagesResponse,
         response_model_exclude_none=True,
-        responses=STREAM | errors(400, 404, 408, 413, 429, 500, 503, 504),
+        responses=STREAM | errors(400, 404, 408, 413, 429, 500, 503, 504, 507),
         openapi_extra=generation_body(generator.models(), limits),
     )
     async def generations(request: Request) -> ImagesResponse | EventStream[Told]:
@@ -120,7 +120,7 @@ def router(
         "/images/edits",
         response_model=ImagesResponse,
         response_model_exclude_none=True,
-        responses=STREAM | errors(400, 404, 408, 413, 429, 500, 503, 504),
+        responses=STREAM | errors(400, 404, 408, 413, 429, 500, 503, 504, 507),
         openapi_extra=edit_body(generator.models(), limits),
     )
     async def edits(request: Request) -> ImagesResponse | EventStream[Told]:
@@ -168,7 +168,7 @@ def router(
             if fields.response_format == "b64_json":
                 where = {"b64_json": base64.b64encode(data).decode()}
             else:
-                where = {"url": link(request, await files.save(data, output_format))}
+                where = {"url": await link(request, await files.save(data, output_format))}
             return Image(revised_prompt=fields.prompt, seed=image.seed, **where)
 
         @asynccontextmanager
@@ -205,6 +205,8 @@ def router(
 
         if fields.stream:
             return await EventStream.begin(make, event, _error_event)
+        if fields.response_format != "b64_json":
+            await files.check_room()
         async with admitted() as ready:
             made = await generator.run(ready)
             telemetry.note_images(request, made)

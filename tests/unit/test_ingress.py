@@ -1,0 +1,87 @@
+"""The HTTP application without Ray: what the file store has to do with answers."""
+
+import asyncio
+import base64
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+from deployments.config import ModelConfig
+from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
+from serve_app.config import AppConfig
+from serve_app.generation import Generator, Model
+from serve_app.ingress import create_app
+from serve_app.storage import FileStore
+
+
+async def decode(request: DecodeRequest) -> AsyncGenerator[Pixels, None]:
+    yield np.zeros((request.height, request.width, 3), dtype=np.uint8)
+
+
+Make = Callable[..., FastAPI]
+
+
+@pytest.fixture
+def asked() -> list[PriorRequest]:
+    """What the prior stage was asked for."""
+    return []
+
+
+@pytest.fixture
+def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[PriorRequest]) -> Make:
+    async def prior(request: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+        asked.append(request)
+        yield PriorTokens(target=np.zeros((16, 16), dtype=np.int64))
+
+    def app(**storage: Any) -> FastAPI:
+        model = model_config()
+        config = AppConfig.model_validate(
+            {
+                "models": [model.model_dump()],
+                "auth": {"open": True},
+                "storage": {"url": str(tmp_path / "files"), "min_free_bytes": 0} | storage,
+            }
+        )
+        generator = Generator({"m": Model(config=model, prior=prior, decode=decode)}, config.limits)
+        lifecycle: Any = None  # asked by routes that are not tested here
+        return create_app(config, generator, lifecycle, FileStore(config.storage))
+
+    return app
+
+
+def ask(app: FastAPI, **fields: Any) -> httpx.Response:
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here:80") as client:
+            answer = await client.post("/v1/images/generations", json={"prompt": "a boat"} | fields)
+            if answer.status_code == 200 and (url := answer.json()["data"][0].get("url")):
+                assert url.startswith("http://here")
+                return await client.get(url)
+            return answer
+
+    return asyncio.run(post())
+
+
+def test_an_image_is_kept_and_handed_out(make: Make) -> None:
+    file = ask(make())
+    assert file.content.startswith(b"\x89PNG")
+    assert file.headers["content-type"] == "image/png"
+
+
+def test_a_full_disk_refuses_files_before_any_work_and_images_in_answers_come_all_the_same(
+    make: Make, tmp_path: Path, asked: list[PriorRequest]
+) -> None:
+    app = make(min_free_bytes=2**60)
+    refused = ask(app)
+    assert refused.status_code == 507
+    assert refused.headers["x-should-retry"] == "false"
+    assert refused.json()["error"]["code"] == "storage_full"
+    assert asked == []
+    made = ask(app, response_format="b64_json")
+    assert base64.b64decode(made.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
+    assert list((tmp_path / "files").iterdir()) == []
