@@ -69,6 +69,7 @@ def create_app(
     document = functools.cache(functools.partial(describe, app, routers))
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's way to have another document
     app.add_middleware(HeadAsGet)
+    app.add_middleware(HangUpGuard)
     # The last one comes first: whoever has no key is refused before anything of a body is read.
     app.add_middleware(BodyLimit, limits=config.limits)
     app.add_middleware(
@@ -125,6 +126,27 @@ class HeadAsGet:
         if scope.get("method") == "HEAD":
             scope["method"] = "GET"
         await self._app(scope, receive, send)
+
+
+class HangUpGuard:
+    """Refuses the header with which Ray Serve's proxy is told not to notice when the client has gone.
+
+    The work of such a request would go on for nobody. (`parse_disconnect_disabled_header` in Ray's
+    serve/_private/http_util.py.)
+    """
+
+    HEADER = (b"x-request-disconnect-disabled", b"?1")
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        app = self._app
+        if self.HEADER in scope.get("headers", ()):
+            name = self.HEADER[0].decode()
+            app = openai.error_response(RequestError(f"The header {name} is not allowed.", param=name))
+        await app(scope, receive, send)
 
 
 class BodyLimit:

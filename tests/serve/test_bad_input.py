@@ -170,6 +170,11 @@ GROUPS: dict[str, list[Case]] = {
         (raw(b"\xef\xbb\xbf{}"), 400, None),
         (raw(gzip.compress(b"0" * 10_000_000), **{"content-encoding": "gzip"}), 400, None),
         (raw(b'{"prompt": "a"}', **{"x-request-id": "x" * 513}), 400, "X-Request-ID"),
+        (
+            raw(b'{"prompt": "a"}', **{"x-request-disconnect-disabled": "?1"}),
+            400,
+            "x-request-disconnect-disabled",
+        ),
         (raw(b'{"prompt": "a"} {"prompt": "b"}'), 400, None),
     ],
     "forms": [
