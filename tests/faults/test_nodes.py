@@ -53,8 +53,12 @@ def add_gpu(cluster: Cluster) -> Any:
 
 
 def config(folder: Path, **changes: Any) -> AppConfig:
-    models = [tiny_model("m", prior=GPU, decoder=GPU)]
-    return AppConfig.model_validate({"models": models, "storage": {"url": str(folder)}} | changes)
+    settings = {
+        "models": [tiny_model("m", prior=GPU, decoder=GPU)],
+        "auth": {"open": True},
+        "storage": {"url": str(folder)},
+    }
+    return AppConfig.model_validate(settings | changes)
 
 
 @pytest.fixture(scope="module")
