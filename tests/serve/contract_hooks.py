@@ -1,0 +1,24 @@
+"""For schemathesis: images where the OpenAPI document says so."""
+
+import base64
+import io
+
+import schemathesis
+from hypothesis import strategies as st
+from PIL import Image
+
+
+def _file(kind: str, shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (shade, 0, 0)).save(file, kind)
+    return file.getvalue()
+
+
+def _data_url(file: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
+
+
+FILES = st.builds(_file, st.sampled_from(["PNG", "JPEG", "WEBP"]), st.integers(0, 255))
+
+schemathesis.openapi.format("binary", FILES)
+schemathesis.openapi.format("uri", FILES.map(_data_url))
