@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 
 logger = logging.getLogger("ray.serve")
@@ -21,6 +22,10 @@ def release(error: BaseException | None, what: str = "a unit failed") -> None:
         error = error.__cause__ or error.__context__
 
 
+FOLDERS = re.compile(r"(?<![\w:/])/(?:[^\s/'\":]+/)+")
+"""All of an absolute path but its last part; a URL's is none."""
+
+
 class ModelError(Exception):
     """Base of the errors that the model plane raises on purpose."""
 
@@ -33,12 +38,12 @@ class LoadingFailed(ModelError):  # noqa: N818 - what engineers call it
     """An engine could not be loaded.
 
     Attributes:
-        reason: for the person who can mend it.
+        reason: for the person who can mend it; of paths the last part only, since strangers read it too.
     """
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+        self.reason = FOLDERS.sub("…/", reason)
+        super().__init__(self.reason)
 
 
 class UnsupportedOption(ModelError):  # noqa: N818 - the configuration's error, not the model's

@@ -108,7 +108,7 @@ class Loader(Generic[Engine]):
                 torch.set_num_threads(self._cpu_threads)
             engine = self._load(self._tell_progress)
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are to know
-            reason = str(error) or type(error).__name__
+            reason = LoadingFailed(str(error) or type(error).__name__).reason
             release(error, "loading failed")
             self._failed_at = time.time()
             self._tell(lambda: {"state": "failed", "reason": reason})

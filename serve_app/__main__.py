@@ -65,7 +65,10 @@ def main() -> None:
     try:
         file = _ServeFile.model_validate(yaml.safe_load(arguments.config.read_text()))
         (application,) = file.applications
-        if arguments.host and not _is_local(arguments.host):
+        http = file.http_options.model_copy(
+            update={k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
+        )
+        if not _is_local(http.host):
             application.args = _closed(application.args)
         app = _build(application)
     except ValidationError as error:
@@ -73,9 +76,6 @@ def main() -> None:
         parser.error("\n".join([f"{arguments.config}:", *problems]))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{arguments.config}: {error}")
-    http = file.http_options.model_copy(
-        update={k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
-    )
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     try:  # Ray would go on trying for minutes
         socket.create_server((http.host, http.port), family=family).close()

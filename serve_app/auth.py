@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OPEN_PATHS = re.compile(r"/(health|livez|readyz|openapi\.json|openapi\.yaml|files/[^/]*)")
 """What anybody may ask. The names of files cannot be guessed, and whoever was given one may hand it on."""
-BEARER = re.compile(rb"(?:bearer|key) +(.*\S) *", re.IGNORECASE)
+SCHEMES = (b"bearer", b"key")
 
 
 def read_keys(config: AuthConfig) -> dict[str, bytes]:
@@ -96,8 +96,10 @@ class Authentication:
 def _presented(headers: list[tuple[bytes, bytes]]) -> list[bytes]:
     keys = []
     for name, value in headers:
-        if name == b"authorization" and (match := BEARER.fullmatch(value)):
-            keys.append(match[1])
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            if scheme.lower() in SCHEMES:
+                keys.append(key.strip(b" "))
         elif name == b"ocp-apim-subscription-key":
             keys.append(value)
     return keys

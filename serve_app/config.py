@@ -40,8 +40,8 @@ class Limits(Config):
     megapixel_steps_per_minute: int | None = Field(
         default=None,
         ge=1,
-        description="Most work that may be asked for with one API key within a minute, in one ingress "
-        "replica; beyond it requests get a 429 with `Retry-After`. Unset, no bound.",
+        description="Most work that may be asked for with one API key, in one ingress replica, within a "
+        "minute that begins with a request; beyond it there are 429s with `Retry-After`. Unset, no bound.",
     )
     deadline_s: float = Field(
         default=580,
@@ -57,6 +57,11 @@ class Limits(Config):
         default=2**20,
         ge=1024,
         description="Likewise for a body of JSON: several times what the longest prompt takes, escaped.",
+    )
+    max_bodies_bytes: int = Field(
+        default=2**30,
+        ge=1024,
+        description="Most bytes of all bodies together, while their requests last; beyond it they get a 429.",
     )
     body_timeout_s: float = Field(
         default=60,
@@ -98,8 +103,8 @@ class AuthConfig(Config):
 
     open: bool = Field(
         default=False,
-        description="Whether whoever reaches the port may. `make serve` with a `HOST` that is not this "
-        "machine alone takes it as false.",
+        description="Whether whoever reaches the port may. `make serve` takes it as false where that is not "
+        "this machine alone.",
     )
     api_keys: tuple[APIKey, ...] = Field(default=(), description="The keys that are let in.")
 
@@ -114,6 +119,10 @@ class AuthConfig(Config):
                 "if whoever reaches the port may use the server"
             )
         return self
+
+
+MAX_SIGNED_S = 604_800
+"""https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-presigned-url.html"""
 
 
 class StorageConfig(Config):
@@ -146,8 +155,10 @@ class StorageConfig(Config):
 
     @model_validator(mode="after")
     def _signs(self) -> Self:
-        if self.presigned and "://" not in self.url:
-            raise ValueError("a folder cannot sign URLs: presigned needs an object store such as s3://")
+        if self.presigned and not self.url.startswith("s3://"):
+            raise ValueError("presigned needs an s3:// URL: nothing else signs")
+        if self.presigned and self.ttl_s > MAX_SIGNED_S:
+            raise ValueError(f"ttl_s is above {MAX_SIGNED_S}, for which S3 signs at most")
         return self
 
 

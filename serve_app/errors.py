@@ -59,6 +59,16 @@ class InvalidParameter(Exception):  # noqa: N818 - the client's error, not ours
         self.code = code
 
 
+def stopping() -> RequestError:
+    """The server takes on nothing more."""
+    return RequestError(
+        "The server is stopping; try again in a moment.",
+        code="stopping",
+        status=503,
+        headers={"Retry-After": "10"},
+    )
+
+
 def too_slow(limit_s: float) -> RequestError:
     """The body takes longer than `limit_s` seconds to come in."""
     return RequestError(
@@ -66,6 +76,26 @@ def too_slow(limit_s: float) -> RequestError:
         code="request_timeout",
         status=408,
         headers={"Connection": "close"},
+    )
+
+
+def too_much_at_once() -> RequestError:
+    """The bodies of all requests together take too much memory."""
+    return RequestError(
+        "The server holds too many large requests; try again in a moment.",
+        code="busy",
+        status=429,
+        headers={"Retry-After": "5"},
+    )
+
+
+def image_too_large(limit: int) -> RequestError:
+    """A source image's file is larger than `limit` bytes."""
+    return RequestError(
+        f"The image is larger than the {limit} bytes allowed.",
+        param="image",
+        code="request_too_large",
+        status=413,
     )
 
 

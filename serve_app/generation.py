@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
 from serve_app.admission import Admission
-from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError
+from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -168,6 +168,9 @@ class Generator:
         models: by name; the first one is the default.
         limits: what a request may ask for.
         on_change: called when a request is taken on, and when it ends.
+
+    Attributes:
+        draining: whether no more requests are taken on.
     """
 
     def __init__(
@@ -179,7 +182,7 @@ class Generator:
         self._on_change = on_change
         self._running: list[_Running] = []
         self._units: list[RunningUnit] = []
-        self._draining = False
+        self.draining = False
         self._starting = asyncio.Lock()
 
     def models(self) -> list[ModelConfig]:
@@ -235,7 +238,7 @@ class Generator:
 
     async def drain(self) -> None:
         """Take on no more requests, and return when those that were taken on have ended."""
-        self._draining = True
+        self.draining = True
         await self.until_idle(self._models)
 
     @asynccontextmanager
@@ -258,22 +261,21 @@ class Generator:
             InvalidParameter: a parameter is out of its range.
         """
         self._check(generation, sources=sources)
-        if self._draining:
-            raise RequestError(
-                "The server is stopping; try again in a moment.",
-                code="stopping",
-                status=503,
-                headers={"Retry-After": "10"},
-            )
+        if self.draining:
+            raise stopping()
         with self._admission.permit(generation.n, generation.key_id):
             timeout = asyncio.timeout(self._limits.deadline_s)
             running = _Running(model=self.model(generation.model).name, timeout=timeout)
             try:
                 async with timeout:
                     self._running.append(running)
+                    size_is_known = prepare is None or generation.size is not None
+                    if size_is_known:
+                        await self._admission.charge(self._work(generation), generation.key_id)
                     if prepare:
                         generation = await prepare(generation)
-                    await self._admission.charge(self._work(generation), generation.key_id)
+                    if not size_is_known:
+                        await self._admission.charge(self._work(generation), generation.key_id)
                     running.has_begun = True
                     self._on_change()
                     yield generation
@@ -479,7 +481,7 @@ class Generator:
             ("partial_images", generation.partial_images, 0, MAX_PARTIAL_IMAGES),
         ):
             if value is not None and not least <= value <= most:
-                raise InvalidParameter(param, f"must be {least} to {most}, not {value}")
+                raise InvalidParameter(param, f"must be {least} to {most}, not {value!s:.50}")
         if sources > family.max_sources:
             raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {sources}")
         if generation.size or not sources:

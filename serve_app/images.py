@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import ExifTags, Image, ImageOps
 from serve_app.errors import InvalidParameter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from deployments.families import Family
     from deployments.types import Pixels
 
@@ -22,6 +26,13 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 MIN_SOURCE_SIDE = 16
 MAX_SOURCE_SIDE = 8192
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_MARKER = re.compile(rb"\xff[\xc4\xdb\xdd\xe0-\xef\xfe]")
+"""What begins a table, an application's data or a comment."""
+MAX_SCANS = 100
+"""Of a JPEG; progressive ones have about ten, and a thumbnail's and other pictures' are counted too."""
+MAX_PARTS = 20_000
+"""Markers of a JPEG, chunks of a PNG: at the 4 KiB that some encoders write, an image of 80 MB."""
 PNG_LEVEL = 4
 """Of zlib: files are as large as at 6, which is usual (98-104 % for three kinds of 1024×1024 pictures), and
 there in 86, 55 and 32 % of the time."""
@@ -51,6 +62,8 @@ def decode_source(data: bytes, family: Family, max_pixels: int) -> Pixels:
         InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, of more than `max_pixels`, or a
             side not in 16-8192 pixels.
     """
+    if _is_laborious(data):
+        raise _bad_source("has more parts than an image needs; save it anew")
     try:
         # The first bytes decide, not the declared type; no other of Pillow's decoders is reachable.
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
@@ -72,6 +85,27 @@ def decode_source(data: bytes, family: Family, max_pixels: int) -> Pixels:
         return np.asarray(_fit(_flatten(_upright(image)), family))
     except Exception as error:
         raise _bad_source("is broken or incomplete") from error
+
+
+def _is_laborious(data: bytes) -> bool:
+    """Whether a file is made to keep a decoder busy: each scan of a JPEG goes over the whole image."""
+    if data.startswith(b"\xff\xd8"):
+        return data.count(b"\xff\xda") > MAX_SCANS or _has_more(JPEG_MARKER.finditer(data))
+    if data.startswith(PNG_SIGNATURE):
+        return _has_more(_png_chunks(data))
+    return False
+
+
+def _has_more(parts: Iterator[object]) -> bool:
+    return next(islice(parts, MAX_PARTS, None), None) is not None
+
+
+def _png_chunks(data: bytes) -> Iterator[int]:
+    """Where each begins."""
+    at = len(PNG_SIGNATURE)
+    while at < len(data):
+        yield at
+        at += 12 + int.from_bytes(data[at : at + 4])
 
 
 def legal_size(width: int, height: int, family: Family) -> tuple[int, int]:

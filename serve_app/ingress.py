@@ -13,11 +13,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from serve_app import telemetry
 from serve_app.auth import Authentication, read_keys
 from serve_app.dialects import native, openai
-from serve_app.errors import InvalidParameter, RequestError, too_large, too_slow
+from serve_app.errors import InvalidParameter, RequestError, too_large, too_much_at_once, too_slow
 from serve_app.openapi import describe
-from serve_app.telemetry import RequestLog
+from serve_app.outbound import Outbound
+from serve_app.sources import SourceReader
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -57,11 +59,13 @@ def create_app(
         version="1",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
         generate_unique_id_function=lambda route: route.name,
     )
+    reader = SourceReader(Outbound(config.outbound), files, config.limits.max_image_bytes)
     routers = [
-        openai.router(generator, files, link, config.limits),
+        openai.router(generator, files, reader, link, config.limits),
         native.router(generator, lifecycle, files, config.limits),
     ]
     for router in routers:
@@ -78,16 +82,21 @@ def create_app(
         open_to_all=config.auth.open,
         respond=openai.error_response,
     )
-    app.add_middleware(RequestLog)
+    app.add_middleware(telemetry.RequestLog)
+
+    @functools.cache
+    def document_as_yaml() -> str:
+        return yaml.safe_dump(document(), sort_keys=False)
 
     @app.get("/openapi.yaml", include_in_schema=False)
     def openapi_yaml() -> Response:
         """The same document as `/openapi.json`."""
-        return Response(yaml.safe_dump(document(), sort_keys=False), media_type="application/yaml")
+        return Response(document_as_yaml(), media_type="application/yaml")
 
     @app.exception_handler(RequestError)
     @app.exception_handler(InvalidParameter)
-    async def request_error(_: Request, error: RequestError | InvalidParameter) -> JSONResponse:
+    async def request_error(request: Request, error: RequestError | InvalidParameter) -> JSONResponse:
+        telemetry.note_error(request, error.code)
         return openai.error_response(error)
 
     @app.exception_handler(RequestValidationError)
@@ -116,14 +125,14 @@ def create_app(
 
 
 class HeadAsGet:
-    """Has HEAD answered wherever GET is; the HTTP server leaves out the body."""
+    """Has HEAD answered wherever GET is; the HTTP server leaves out the body. It never unloads."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
-        if scope.get("method") == "HEAD":
+        if scope.get("method") == "HEAD" and not scope["path"].endswith("/unload"):
             scope["method"] = "GET"
         await self._app(scope, receive, send)
 
@@ -150,12 +159,17 @@ class HangUpGuard:
 
 
 class BodyLimit:
-    """Refuses a body as soon as too much of it has come in, or is announced, or it takes too long."""
+    """Refuses a body as soon as too much of it has come in, or is announced, or it takes too long.
+
+    All bodies together are bounded too: they come in before there is a place for their requests.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
         self._max_bytes = limits.max_body_bytes
+        self._max_together = limits.max_bodies_bytes
         self._timeout_s = limits.body_timeout_s
+        self._together = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; count the body's bytes on the way."""
@@ -174,9 +188,16 @@ class BodyLimit:
                 raise too_slow(self._timeout_s) from None
             if not message.get("more_body"):
                 deadline = None  # what comes after the body is that the client has gone
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self._together += size
             if received > self._max_bytes:
                 raise too_large(self._max_bytes)
+            if self._together > self._max_together:
+                raise too_much_at_once()
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._together -= received

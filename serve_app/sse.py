@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.responses import StreamingResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncGenerator, Awaitable
 
     from starlette.types import Receive, Scope, Send
 
@@ -20,6 +21,8 @@ KEEP_ALIVE_S = 15.0
 Item = TypeVar("Item")
 Event = tuple[str, dict[str, Any]]
 """Its name and its data."""
+AllSent = Callable[[], Coroutine[Any, Any, None]]
+"""Waits until all that was told is sent."""
 
 
 class _Begun:
@@ -55,23 +58,24 @@ class EventStream(StreamingResponse, Generic[Item]):
     @classmethod
     async def begin(
         cls,
-        work: Callable[[Callable[[Item | _Begun], None]], Coroutine[Any, Any, None]],
+        work: Callable[[Callable[[Item | _Begun], None], AllSent], Coroutine[Any, Any, None]],
         render: Callable[[Item], Awaitable[Event]],
         render_error: Callable[[Exception], Event],
     ) -> EventStream[Item]:
         """Start the work; returns when it has told `BEGUN`. What it raises before is raised here.
 
         Args:
-            work: is given the function by which it tells.
+            work: is given the function by which it tells, and one by which it can wait until all is sent.
             render: the event for what was told.
             render_error: the last event, for what the work raised.
         """
         told: asyncio.Queue[Item | _Begun | None] = asyncio.Queue()
-        working = asyncio.create_task(work(told.put_nowait))
+        working = asyncio.create_task(work(told.put_nowait, told.join))
         working.add_done_callback(lambda _: told.put_nowait(None))
         try:
             if await told.get() is None:
                 await working
+            told.task_done()
             return cls(working, told, render, render_error)
         except BaseException:
             working.cancel()
@@ -96,6 +100,7 @@ class EventStream(StreamingResponse, Generic[Item]):
                 break
             if not isinstance(item, _Begun):
                 yield _encoded(await self._render(item))
+            self._told.task_done()
         if error := self._working.exception():
             if not isinstance(error, Exception):
                 raise error

@@ -9,10 +9,12 @@ import re
 import secrets
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
+from functools import partial
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -20,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from serve_app.errors import NO_RETRY, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from serve_app.config import StorageConfig
 
@@ -31,6 +33,7 @@ UNFINISHED = re.compile(r"[0-9a-f]{32}\.part")
 UNFINISHED_S = 3600
 """A file that takes longer to write is none that somebody writes still."""
 SWEEP_S = 60.0
+Result = TypeVar("Result")
 
 
 class FileStore:
@@ -43,6 +46,7 @@ class FileStore:
         self._config = config
         # Other replicas write too, so what was listed once may not be so any more.
         self._fs, self._root = url_to_fs(config.url, use_listings_cache=False, **config.options)
+        self._threads = ThreadPoolExecutor(thread_name_prefix="files")
         self._is_folder = isinstance(self._fs, LocalFileSystem)
         if self._is_folder:
             self._fs.makedirs(self._root, exist_ok=True)
@@ -51,9 +55,24 @@ class FileStore:
         """Keep `data` and return its name, of 128 random bits; there is all of the file or none.
 
         Raises:
-            RequestError: 507, there is no room.
+            RequestError: 507, there is no room; 500, it cannot be written, which the log explains.
         """
-        return await asyncio.to_thread(self._save, data, suffix)
+        try:
+            return await self._in_thread(self._save, data, suffix)
+        except RequestError:
+            raise
+        except Exception as error:
+            logger.exception("a file could not be written")
+            raise RequestError(
+                "The image was made and could not be kept; the server's log says why.",
+                code="storage_failed",
+                status=500,
+                headers=NO_RETRY,
+            ) from error
+
+    async def _in_thread(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Threads of the store's own: whoever waits for it keeps nobody else waiting."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))
 
     def _save(self, data: bytes, suffix: str) -> str:
         stem = secrets.token_hex(16)
@@ -81,7 +100,7 @@ class FileStore:
             RequestError: 507, there is none.
         """
         if self._is_folder:
-            await asyncio.to_thread(self._check_room, 0)
+            await self._in_thread(self._check_room, 0)
 
     def _check_room(self, size: int) -> None:
         if shutil.disk_usage(self._root).free - size < self._config.min_free_bytes:
@@ -92,21 +111,24 @@ class FileStore:
         if not NAME.fullmatch(name):
             return None
         try:
-            size: int = await asyncio.to_thread(self._fs.size, self._path(name))
+            size: int = await self._in_thread(self._fs.size, self._path(name))
         except FileNotFoundError:
             return None
         return size
 
-    async def read(self, name: str, start: int, end: int) -> bytes:
-        """The bytes from `start` to before `end` of a file that there is."""
-        data: bytes = await asyncio.to_thread(self._fs.cat_file, self._path(name), start=start, end=end)
+    async def read(self, name: str, start: int, end: int) -> bytes | None:
+        """The bytes from `start` to before `end` of a file, or None: it may have been swept."""
+        try:
+            data: bytes = await self._in_thread(self._fs.cat_file, self._path(name), start=start, end=end)
+        except FileNotFoundError:
+            return None
         return data
 
     async def signed_url(self, name: str) -> str | None:
         """Where the object store itself hands out the file, if that is what the configuration wants."""
         if not self._config.presigned:
             return None
-        url: str = await asyncio.to_thread(self._fs.sign, self._path(name), expiration=self._config.ttl_s)
+        url: str = await self._in_thread(self._fs.sign, self._path(name), expiration=self._config.ttl_s)
         return url
 
     @asynccontextmanager
@@ -121,8 +143,8 @@ class FileStore:
     async def _sweep_on(self) -> None:
         while True:
             try:
-                await asyncio.to_thread(self.sweep)
-            except OSError:
+                await self._in_thread(self.sweep)
+            except Exception:  # S3's are of many kinds, and the next time may be better
                 logger.exception("the file store could not be swept")
             await asyncio.sleep(min(SWEEP_S, self._config.ttl_s / 4))
 
@@ -140,8 +162,12 @@ class FileStore:
             else:
                 superfluous = UNFINISHED.fullmatch(name) is not None and age > UNFINISHED_S
             if superfluous:
-                with suppress(FileNotFoundError):
+                try:
                     self._fs.rm_file(path)
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    logger.warning("a file could not be deleted: %s", error.strerror)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

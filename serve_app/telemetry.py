@@ -41,6 +41,11 @@ def note_images(request: Request, made: list[GeneratedImage]) -> None:
         request.state.log[name] = round(max(getattr(image, name) for image in made), 3)
 
 
+def note_error(request: Request, code: str) -> None:
+    """Have it say what went wrong, which a stream's status does not."""
+    request.state.log["error"] = code
+
+
 class RequestLog:
     """Writes the lines."""
 

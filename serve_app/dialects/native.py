@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mimetypes
 import re
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.dialects.openai_schemas import errors
-from serve_app.errors import RequestError
+from serve_app.errors import RequestError, stopping
 from serve_app.status import ModelStatuses
 
 if TYPE_CHECKING:
@@ -89,10 +88,16 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
         )
         return Health(model_loaded=loaded, models=models)
 
-    @routes.get("/livez", operation_id="livez")
-    @routes.get("/readyz", operation_id="readyz")
-    async def probe() -> Alive:
-        """For probes: the server answers, and takes requests, whether its models are loaded or not."""
+    @routes.get("/livez")
+    async def livez() -> Alive:
+        """For probes: the server answers."""
+        return Alive()
+
+    @routes.get("/readyz", responses=errors(503))
+    async def readyz() -> Alive:
+        """For probes: the server takes requests, whether its models are loaded or not."""
+        if generator.draining:
+            raise stopping()
         return Alive()
 
     @routes.get("/v1/internal/status", response_model_exclude_none=True)
@@ -110,9 +115,14 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
             units=[_describe(unit, units) for unit in units],
         )
 
-    @routes.api_route("/v1/internal/unload", methods=["GET", "POST"], responses=errors(400, 404, 409, 503))
-    async def unload(query: Annotated[UnloadQuery, Query()]) -> Unloaded:
+    @routes.api_route(
+        "/v1/internal/unload", methods=["GET", "POST"], responses=errors(400, 403, 404, 409, 503)
+    )
+    async def unload(query: Annotated[UnloadQuery, Query()], request: Request) -> Unloaded:
         """Free the GPUs now; the next request loads again. Safe to call twice."""
+        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            # A browser would even take it for an image's address.
+            raise RequestError("Other sites' pages may not unload.", code="cross_site", status=403)
         models = [one.name for one in ([generator.model(query.model)] if query.model else generator.models())]
         await lifecycle.unload(models, wait_s=limits.deadline_s if query.wait else 0, force=query.force)
         statuses = await lifecycle.statuses(fresh=True)
@@ -131,7 +141,7 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
         """A result, by the name in its URL. It never changes."""
         size = await files.size(name)
         if size is None:
-            raise RequestError("There is no such file.", code="not_found", status=404)
+            raise _no_file()
         headers = {
             "Accept-Ranges": "bytes",
             "ETag": f'"{name}"',
@@ -141,14 +151,17 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
         part = (start, end) != (0, size)
         if part:
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-        return Response(
-            await files.read(name, start, end),
-            status_code=206 if part else 200,
-            media_type=mimetypes.guess_type(name)[0],
-            headers=headers,
-        )
+        data = await files.read(name, start, end)
+        if data is None:
+            raise _no_file()
+        media_type = f"image/{name.rpartition('.')[2]}"
+        return Response(data, status_code=206 if part else 200, media_type=media_type, headers=headers)
 
     return routes
+
+
+def _no_file() -> RequestError:
+    return RequestError("There is no such file.", code="not_found", status=404)
 
 
 _IMAGES: dict[str, Any] = {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}

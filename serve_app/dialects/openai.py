@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -25,12 +25,15 @@ from starlette.datastructures import UploadFile
 
 from serve_app import images, telemetry
 from serve_app.dialects.openai_schemas import (
+    MAX_FIELDS,
+    MAX_FILES,
     MAX_ID_CHARS,
     QUALITIES,
     STREAM,
     UNSUPPORTED,
     Defaults,
-    EditRequest,
+    EditByReference,
+    EditForm,
     GenerationRequest,
     Image,
     ImageRequest,
@@ -45,9 +48,9 @@ from serve_app.dialects.openai_schemas import (
     generation_body,
     may_be_unset,
 )
-from serve_app.errors import InvalidParameter, RequestError, too_large
+from serve_app.errors import InvalidParameter, RequestError, image_too_large, too_large
 from serve_app.generation import GeneratedImage, Generation, PartialImage, StageProgress
-from serve_app.sse import BEGUN, Event, EventStream
+from serve_app.sse import BEGUN, AllSent, Event, EventStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -56,15 +59,14 @@ if TYPE_CHECKING:
     from deployments.types import Pixels
     from serve_app.config import Limits
     from serve_app.generation import Generator
+    from serve_app.sources import SourceReader
     from serve_app.storage import FileStore
 
 logger = logging.getLogger("ray.serve")
 
 Told = PartialImage | GeneratedImage
+Fields = TypeVar("Fields", bound=ImageRequest)
 
-MAX_FILES = 16
-"""OpenAI's own bound; what a model takes may be less."""
-MAX_FIELDS = 64
 STARTED = int(time.time())
 OUR_NAMES_FOR = {"steps": "num_inference_steps", "sources": "image"}
 """Where this API's word for a parameter is not the server's own."""
@@ -86,7 +88,11 @@ def server_error_response() -> JSONResponse:
 
 
 def router(
-    generator: Generator, files: FileStore, link: Callable[[Request, str], Awaitable[str]], limits: Limits
+    generator: Generator,
+    files: FileStore,
+    reader: SourceReader,
+    link: Callable[[Request, str], Awaitable[str]],
+    limits: Limits,
 ) -> APIRouter:
     """The routes of this API; `link` makes the URL of a stored file."""
     routes = APIRouter(prefix="/v1")
@@ -102,19 +108,8 @@ def router(
     )
     async def generations(request: Request) -> ImagesResponse | EventStream[Told]:
         """Make images from text."""
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":
-            raise RequestError("Send this request as application/json.", code="invalid_content_type")
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limits.max_json_bytes:
-                raise too_large(limits.max_json_bytes)
-        try:
-            fields = GenerationRequest.model_validate_json(body)
-        except ValidationError as error:
-            raise _first_error(error) from None
-        return await answer(request, fields, [], "image_generation")
+        fields = await _read_json(request, GenerationRequest, limits.max_json_bytes)
+        return await answer(request, fields, "image_generation")
 
     @routes.post(
         "/images/edits",
@@ -124,14 +119,36 @@ def router(
         openapi_extra=edit_body(generator.models(), limits),
     )
     async def edits(request: Request) -> ImagesResponse | EventStream[Told]:
-        """Make images from text and one to four images."""
+        """Make images from text and one to four images: a form with files, or JSON with URLs."""
+        if _media_type(request) == "application/json":
+            by_reference = await _read_json(request, EditByReference, limits.max_body_bytes)
+            urls = [image.image_url for image in by_reference.images]
+
+            async def fetched() -> list[bytes]:
+                return [await reader.read(url) for url in urls]
+
+            try:
+                return await answer(request, by_reference, "image_edit", sources=len(urls), read=fetched)
+            except InvalidParameter as error:
+                if error.param != "sources":
+                    raise
+                raise RequestError(f"images {error.problem}.", param="images", code=error.code) from error
         fields, uploads = await _read_form(request, limits)
         if not uploads:
             raise RequestError("Send at least one file as `image` or `image[]`.", param="image")
-        return await answer(request, fields, uploads, "image_edit")
+
+        async def uploaded() -> list[bytes]:
+            return uploads
+
+        return await answer(request, fields, "image_edit", sources=len(uploads), read=uploaded)
 
     async def answer(
-        request: Request, fields: ImageRequest, uploads: list[bytes], kind: str
+        request: Request,
+        fields: ImageRequest,
+        kind: str,
+        *,
+        sources: int = 0,
+        read: Callable[[], Awaitable[list[bytes]]] | None = None,
     ) -> ImagesResponse | EventStream[Told]:
         output_format = fields.output_format or "png"
         compression = 100 if fields.output_compression is None else fields.output_compression
@@ -173,12 +190,12 @@ def router(
 
         @asynccontextmanager
         async def admitted() -> AsyncIterator[Generation]:
-            prepare = partial(with_sources, uploads) if uploads else None
-            async with generator.admitted(generation, sources=len(uploads), prepare=prepare) as ready:
+            prepare = partial(with_sources, read) if read else None
+            async with generator.admitted(generation, sources=sources, prepare=prepare) as ready:
                 telemetry.note_generation(request, ready, generator.model(ready.model))
                 yield ready
 
-        async def make(tell: Callable[[Any], None]) -> None:
+        async def make(tell: Callable[[Any], None], all_sent: AllSent) -> None:
             def report(told: StageProgress | Told) -> None:
                 if not isinstance(told, StageProgress):
                     tell(told)
@@ -186,6 +203,7 @@ def router(
             async with admitted() as ready:
                 tell(BEGUN)
                 telemetry.note_images(request, await generator.run(ready, report))
+                await all_sent()  # the place is taken, and the server not drained, until then
 
         async def event(told: Told) -> Event:
             height, width, _ = told.pixels.shape
@@ -204,7 +222,7 @@ def router(
             )
 
         if fields.stream:
-            return await EventStream.begin(make, event, _error_event)
+            return await EventStream.begin(make, event, partial(_error_event, request))
         if fields.response_format != "b64_json":
             await files.check_room()
         async with admitted() as ready:
@@ -220,10 +238,12 @@ def router(
                 usage=_usage(made),
             )
 
-    async def with_sources(uploads: list[bytes], generation: Generation) -> Generation:
+    async def with_sources(read: Callable[[], Awaitable[list[bytes]]], generation: Generation) -> Generation:
         loop, family = asyncio.get_running_loop(), generator.model(generation.model).traits
         decode = partial(images.decode_source, family=family, max_pixels=limits.max_source_pixels)
+        uploads = await read()
         sources = tuple([await loop.run_in_executor(decoding, decode, data) for data in uploads])
+        uploads.clear()  # what they were decoded from is not to be held while the images are made
         height, width, _ = sources[0].shape
         return replace(generation, sources=sources, size=generation.size or (width, height))
 
@@ -244,10 +264,12 @@ def _event(kind: str, data: dict[str, Any]) -> Event:
     return kind, {"type": kind} | data
 
 
-def _error_event(error: Exception) -> Event:
+def _error_event(request: Request, error: Exception) -> Event:
     if isinstance(error, RequestError | InvalidParameter):
+        telemetry.note_error(request, error.code)
         response = error_response(error)
     else:
+        telemetry.note_error(request, "server_error")
         logger.error("a stream failed", exc_info=error)
         response = server_error_response()
     return "error", json.loads(bytes(response.body))
@@ -284,10 +306,27 @@ def _describe(model: ModelConfig) -> Model:
     )
 
 
-async def _read_form(request: Request, limits: Limits) -> tuple[EditRequest, list[bytes]]:
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _read_json(request: Request, fields: type[Fields], max_bytes: int) -> Fields:
+    """The fields of a JSON body."""
+    if _media_type(request) != "application/json":
+        raise RequestError("Send this request as application/json.", code="invalid_content_type")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large(max_bytes)
+    try:
+        return await asyncio.to_thread(fields.model_validate_json, body)
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
+async def _read_form(request: Request, limits: Limits) -> tuple[EditForm, list[bytes]]:
     """The fields and the source images of a multipart body."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise RequestError("Send this request as multipart/form-data.", code="invalid_content_type")
     texts: dict[str, str] = {}
     uploads: list[bytes] = []
     try:
@@ -297,23 +336,18 @@ async def _read_form(request: Request, limits: Limits) -> tuple[EditRequest, lis
                     if name not in ("image", "image[]"):
                         raise _unknown(name)
                     if (value.size or 0) > limits.max_image_bytes:
-                        raise RequestError(
-                            f"The image is larger than the {limits.max_image_bytes} bytes allowed.",
-                            param="image",
-                            code="request_too_large",
-                            status=413,
-                        )
+                        raise image_too_large(limits.max_image_bytes)
                     uploads.append(await value.read())
                 elif name in ("image", "image[]"):
                     raise RequestError("image must be a file (with curl: -F image=@FILE).", param="image")
                 elif name in texts:
                     raise RequestError(f"{name:.100} is given twice.", param=name[:100])
-                elif not (may_be_unset(name, EditRequest) and value in ("", "false")):
+                elif not (may_be_unset(name, EditForm) and value in ("", "false")):
                     texts[name] = value
     except (ValueError, LookupError) as error:  # a charset that Starlette does not expect
         raise RequestError("The form cannot be decoded; send it as UTF-8.") from error
     try:
-        return EditRequest.model_validate_strings(texts), uploads
+        return EditForm.model_validate_strings(texts), uploads
     except ValidationError as error:
         raise _first_error(error) from None
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from serve_app.config import Limits
 
 MAX_ID_CHARS = 512
+MAX_FIELDS = 64
+MAX_FILES = 16
+"""OpenAI's own bound; what a model takes may be less."""
 
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
 QUALITIES: dict[str, tuple[Quality, int]] = {
@@ -45,7 +48,8 @@ UNSUPPORTED = {  # what OpenAI's or the documents' clients may send, and why it 
 
 def may_be_unset(name: str, fields: type[ImageRequest]) -> bool:
     """Whether null, an empty text and false are no values of a parameter, but leave it out."""
-    return name != "prompt" and (name in fields.model_fields or name in UNSUPPORTED)
+    field = fields.model_fields.get(name)
+    return name in UNSUPPORTED or (field is not None and not field.is_required())
 
 
 class ImageRequest(BaseModel):
@@ -93,17 +97,13 @@ class ImageRequest(BaseModel):
         default=None, description=f"Previews of each image in a stream, 0 to {MAX_PARTIAL_IMAGES}."
     )
 
-
-class GenerationRequest(ImageRequest):
-    """The body of a generation."""
-
-    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
-
     @model_validator(mode="before")
     @classmethod
     def _without_unset(cls, fields: object) -> object:
         if not isinstance(fields, dict):
             return fields
+        if len(fields) > MAX_FIELDS:  # each unknown one would be an error of its own
+            raise PydanticCustomError("too_many", "Input should have at most 64 fields")
         return {
             name: int(value) if isinstance(value, float) and value.is_integer() else value  # JSON's 1.0 is 1
             for name, value in fields.items()
@@ -111,10 +111,35 @@ class GenerationRequest(ImageRequest):
         }
 
 
+class GenerationRequest(ImageRequest):
+    """The body of a generation."""
+
+    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
+
+
 class EditRequest(ImageRequest):
-    """The fields of an edit, beside its files."""
+    """What the two kinds of edits have in common."""
 
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description=HINT)
+
+
+class ImageReference(BaseModel):
+    """Where a source image is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image_url: str
+
+
+class EditByReference(EditRequest):
+    """The body of an edit whose source images stand elsewhere."""
+
+    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
+    images: list[ImageReference] = Field(min_length=1, max_length=MAX_FILES)
+
+
+class EditForm(EditRequest):
+    """The fields of an edit, beside its files."""
 
     @field_validator("stream", mode="before")
     @classmethod
@@ -244,27 +269,44 @@ GENERATION_EXAMPLES = {
 def generation_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
     """For the OpenAPI document: the JSON body of a generation."""
     schema = _schema(GenerationRequest, models, limits, unset=(None, "", False))
-    return _body("application/json", schema, GENERATION_EXAMPLES)
+    return _body({"application/json": {"schema": schema, "examples": GENERATION_EXAMPLES}})
 
 
 def edit_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
-    """For the OpenAPI document: the form of an edit."""
-    schema = _schema(EditRequest, models, limits, unset=("", False))
-    schema["properties"]["image"] = {
+    """For the OpenAPI document: an edit as a form, or as JSON."""
+    several = {
         "type": "array",
-        "items": {"type": "string", "format": "binary"},
         "minItems": 1,
         "maxItems": max(model.traits.max_sources for model in models),
+    }
+    form = _schema(EditForm, models, limits, unset=("", False))
+    form["properties"]["image"] = several | {
+        "items": {"type": "string", "format": "binary"},
         "description": "PNG, JPEG or WebP; also as `image[]`.",
     }
-    schema["required"].append("image")
-    return _body("multipart/form-data", schema)
+    form["required"].append("image")
+    by_reference = _schema(EditByReference, models, limits, unset=(None, "", False))
+    by_reference["properties"]["images"] = several | {
+        "items": {
+            "type": "object",
+            "properties": {
+                "image_url": {
+                    "type": "string",
+                    "format": "uri",
+                    "description": "Of a PNG, JPEG or WebP: http, https, or data with base64.",
+                }
+            },
+            "required": ["image_url"],
+            "additionalProperties": False,
+        }
+    }
+    del by_reference["$defs"]
+    return _body({"multipart/form-data": {"schema": form}, "application/json": {"schema": by_reference}})
 
 
-def _body(media_type: str, schema: dict[str, Any], examples: dict[str, Any] | None = None) -> dict[str, Any]:
+def _body(content: dict[str, Any]) -> dict[str, Any]:
     """What FastAPI cannot know, since the routes parse bodies themselves."""
-    content = {"schema": schema} | ({"examples": examples} if examples else {})
-    return {"requestBody": {"required": True, "content": {media_type: content}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _schema(
@@ -288,7 +330,7 @@ def _schema(
     for name, field in schema["properties"].items():
         if name == "prompt":
             field |= {"minLength": 1, "maxLength": limits.max_prompt_chars, "pattern": r"\S"}
-        else:
+        elif "anyOf" in field:
             kind = field["anyOf"][0] | bounds.get(name, {})
             field["anyOf"] = [kind, {"enum": list(unset), "description": "Unset."}]
             del field["default"]

@@ -161,7 +161,7 @@ def test_a_model_that_cannot_be_loaded_says_why_and_harms_no_other(cold: Client)
         error = answer.json()["error"]
         assert error["code"] == "model_loading_failed"
         assert re.fullmatch(
-            r"Model loading failed: checkpoint '.*/nowhere' is not a folder .*", error["message"]
+            r"Model loading failed: checkpoint '…/nowhere' is not a folder .*", error["message"]
         )
     until(lambda: cold.stages("broken")["prior"]["state"] == "failed")
     assert "is not a folder" in cold.stages("broken")["prior"]["reason"]
@@ -268,6 +268,8 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has(tmp_path: Path, sign
             running.send_signal(sign)
             until(lambda: any("Stopping" in line for line in running.log))
             late = first_refused(client)
+            assert client.get("/readyz").status_code == 503
+            assert client.get("/livez").status_code == 200
             assert [answer.result().status_code for answer in answers] == [200] * 8
         assert late.status_code == 503
         assert int(late.headers["retry-after"]) > 0

@@ -1,5 +1,6 @@
 """Bad input gets a quick answer in the envelope, and the server goes on."""
 
+import base64
 import gzip
 import io
 import re
@@ -52,6 +53,13 @@ def animated(kind: str) -> bytes:
     return file.getvalue()
 
 
+def referring(*images: Any, **fields: Any) -> dict[str, Any]:
+    return {"url": EDITS, "json": {"prompt": "a boat", "num_inference_steps": 1, "images": images} | fields}
+
+
+PICTURE = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -59,6 +67,15 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def header_only(width: int, height: int) -> bytes:
     """A PNG that says how large it is, and has nothing."""
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+def many_scans() -> bytes:
+    """A JPEG of some kilobytes that is decoded thousands of times."""
+    file = io.BytesIO()
+    Image.new("L", (4096, 4096)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * 10_000 + data[-2:]
 
 
 def text_bomb() -> bytes:
@@ -139,6 +156,7 @@ GROUPS: dict[str, list[Case]] = {
         (body(seed=1.5), 400, "seed"),
         (body(seed="7"), 400, "seed"),
         (body(n=1e300), 400, "n"),
+        (body(n=10**4000), 400, "n"),
         (body(n=[1]), 400, "n"),
         (body(size="512x512\n"), 400, "size"),
         (body(size="512X512"), 400, "size"),
@@ -159,7 +177,7 @@ GROUPS: dict[str, list[Case]] = {
         (raw(b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"), 400, None),
         (raw(b'{"prompt": "' + b"x" * (65 * 2**20) + b'"}'), 413, None),
         (raw(b"{" + b",".join(b'"k%d": 1' % i for i in range(100_000)) + b"}"), 413, None),
-        (raw(b"{" + b",".join(b'"k%d": 1' % i for i in range(50_000)) + b"}"), 400, "prompt"),
+        (raw(b"{" + b",".join(b'"k%d": 1' % i for i in range(50_000)) + b"}"), 400, None),
         (raw(b"[" * 1000 + b"]" * 1000), 400, None),
         (raw(b'{"a":' * 10_000 + b"1" + b"}" * 10_000), 400, None),
         (raw(b'{"prompt": "a", "guidance_scale": -Infinity}'), 400, "guidance_scale"),
@@ -221,6 +239,33 @@ GROUPS: dict[str, list[Case]] = {
         (form(png(), **{"seed[]": "1"}), 400, "seed[]"),
         (form(png(), size="٥١٢x512"), 400, "size"),
     ],
+    "references": [
+        (referring(), 400, "images"),
+        (referring(5), 400, "images.0"),
+        (referring({"file_id": "x"}), 400, "images.0.image_url"),
+        (referring({"image_url": PICTURE, "file_id": "x"}), 400, "images.0.file_id"),
+        (referring({"image_url": 5}), 400, "images.0.image_url"),
+        (referring({"image_url": ""}), 400, "images"),
+        (referring({"image_url": "boat.png"}), 400, "images"),
+        (referring({"image_url": "file:///etc/passwd"}), 400, "images"),
+        (referring({"image_url": "ftp://example.org/boat.png"}), 400, "images"),
+        (referring({"image_url": "http://127.0.0.1:8000/boat.png"}), 400, "images"),
+        (referring({"image_url": "http://localhost/files/" + "0" * 32 + ".png"}), 400, "images"),
+        (referring({"image_url": "http://169.254.169.254/latest/meta-data"}), 400, "images"),
+        (referring({"image_url": "http://[::ffff:10.0.0.1]/boat.png"}), 400, "images"),
+        (referring({"image_url": "http://2130706433/boat.png"}), 400, "images"),
+        (referring({"image_url": "https://user:secret@example.org/boat.png"}), 400, "images"),
+        (referring({"image_url": "data:image/png,boat"}), 400, "images"),
+        (referring({"image_url": "data:image/png;base64,***"}), 400, "images"),
+        (referring({"image_url": "data:image/png;base64,"}), 400, "images"),
+        (referring({"image_url": "data:image/png;base64," + "A" * 100}), 400, "images"),
+        (referring({"image_url": "data:image/png;base64," + "A" * (68 * 2**20)}), 413, None),
+        (referring(*[{"image_url": PICTURE}] * 5), 400, "images"),
+        (referring(*[{"image_url": PICTURE}] * 17), 400, "images"),
+        (referring({"image_url": PICTURE}, size="500x500"), 400, "size"),
+        (referring({"image_url": PICTURE}, mask={"image_url": PICTURE}), 400, "mask"),
+        (referring({"image_url": PICTURE}, image=PICTURE), 400, "image"),
+    ],
     "images": [
         (form(header_only(30_000, 30_000)), 400, "image"),
         (form(header_only(2**31 - 1, 2**31 - 1)), 400, "image"),
@@ -250,10 +295,13 @@ GROUPS: dict[str, list[Case]] = {
         (form(b"\x00" * 10_000_000), 400, "image"),
         (form(b"\x89PNG\r\n\x1a\n" + b"\x00" * (51 * 2**20)), 413, "image"),
         (form(text_bomb()), 400, "image"),
+        (form(many_scans()), 400, "image"),
+        (form(b"\xff\xd8" + b"\xff\xfe\x00\x02" * 500_000 + file_of("JPEG")[2:]), 400, "image"),
+        (form(png()[:33] + chunk(b"teSt", b"") * 500_000 + png()[33:]), 400, "image"),
         (form(png(), b"not an image"), 400, "image"),
     ],
     "routes": [
-        ({"url": EDITS, "json": GOOD}, 400, None),
+        ({"url": EDITS, "json": GOOD}, 400, "images"),
         ({"url": GENERATIONS, "data": GOOD}, 400, None),
         ({"url": GENERATIONS, "content": b"{}", "headers": {"content-type": "text/plain"}}, 400, None),
         ({"url": "/v1/images/variations", "json": GOOD}, 404, None),
@@ -270,6 +318,7 @@ GROUPS: dict[str, list[Case]] = {
         (get("/files/C:%5cwindows%5cwin.ini"), 404, None),
         (get("/files/" + "x" * 10_000), 404, None),
         (get("/files/"), 404, None),
+        (get("/v1/models/"), 404, None),
         (get("/files/file:%2f%2f%2fetc%2fpasswd"), 404, None),
         (get("/v1/models/x"), 404, "model"),
         (get("/v1/models/%00"), 404, "model"),
@@ -280,6 +329,7 @@ GROUPS: dict[str, list[Case]] = {
         (get("/v1/internal/unload?wait=maybe"), 400, "wait"),
         (get("/v1/internal/unload?force=2"), 400, "force"),
         (get("/v1/internal/unload?foo=bar"), 400, "foo"),
+        (get("/v1/internal/unload") | {"headers": {"sec-fetch-site": "cross-site"}}, 403, None),
         (get("/v1/internal/unload?wait=true&wait=x"), 400, "wait"),
         (get(GENERATIONS), 405, None),
         (get(EDITS), 405, None),

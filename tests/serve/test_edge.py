@@ -1,5 +1,6 @@
 """The edge of a guarded server: slow bodies, shares of keys, files in parts, and what its log says."""
 
+import base64
 import io
 import json
 import re
@@ -142,6 +143,7 @@ def test_a_file_can_be_had_in_parts(http: httpx.Client) -> None:
     assert changed.content == data
     same = http.get(image["url"], headers={"Range": "bytes=0-9", "If-Range": whole.headers["etag"]})
     assert same.content == data[:10]
+    assert http.head("/v1/internal/unload").status_code == 405
     head = http.head(image["url"])
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == str(size)
@@ -186,15 +188,19 @@ def test_every_request_has_a_line_of_json_that_explains_it(http: httpx.Client, g
     assert all(isinstance(seconds, float) and seconds >= 0 for seconds in stages)
     assert 0 < sum(stages) <= made["seconds"]  # type: ignore[arg-type, operator]
     assert (refused["route"], refused["status"]) == ("/v1/models/{name}", 404)
+    assert refused["error"] == "model_not_found"
 
 
 def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guarded: Guarded) -> None:
     file = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(file, "PNG", pnginfo=None)
+    Image.effect_noise((64, 64), 80).save(file, "PNG")
     picture = file.getvalue()
     fields = {"prompt": f"a {CANARY}", "size": "512x512", "num_inference_steps": "2"}
+    shown = SMALL | {"response_format": "b64_json"}
+    sent = base64.b64encode(picture).decode()
+    by_url = {"prompt": "a boat", "num_inference_steps": 2, "size": "512x512"}
     asked = [
-        http.post("/v1/images/generations", json=SMALL | {"prompt": f"a {CANARY}"}),
+        http.post("/v1/images/generations", json=shown | {"prompt": f"a {CANARY}"}),
         http.post("/v1/images/generations", json=SMALL | {"prompt": f"a {CANARY}", "model": "broken"}),
         http.post("/v1/images/generations", json=SMALL | {CANARY: CANARY}),
         http.post("/v1/images/generations", json=SMALL | {"model": CANARY}),
@@ -204,24 +210,21 @@ def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guar
         http.post(
             "/v1/images/edits", data=fields | {"user": CANARY * 100}, files={"image": (CANARY, picture)}
         ),
+        http.post(
+            "/v1/images/edits", json=by_url | {"images": [{"image_url": f"data:image/png;base64,{sent}"}]}
+        ),
+        http.post(
+            "/v1/images/edits", json=by_url | {"images": [{"image_url": f"http://127.0.0.1/{CANARY}"}]}
+        ),
         http.get(f"/v1/models/{CANARY}"),
         http.get(f"/files/{CANARY}.png"),
         http.get(f"/{CANARY}?{CANARY}={CANARY}"),
         http.get("/v1/models", headers={"Authorization": f"Bearer {CANARY}"}),
     ]
     assert [answer.status_code for answer in asked] == [
-        200,
-        500,
-        400,
-        404,
-        400,
-        200,
-        400,
-        400,
-        404,
-        404,
-        404,
-        401,
+        *(200, 500, 400, 404, 400),
+        *(200, 400, 400, 200, 400),
+        *(404, 404, 404, 401),
     ]
     until(lambda: any(" 401 in" in line for line in guarded.running.log))
     written = "".join(guarded.running.log)
@@ -229,6 +232,8 @@ def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guar
         if log.is_file():
             written += log.read_text(errors="replace")
     assert "POST /v1/images/generations 200" in written
-    for secret in (CANARY, guarded.key, guarded.spent_key):
+    received = asked[0].json()["data"][0]["b64_json"]
+    images = (sent[100:150], received[1000:1050], repr(picture[50:70])[2:-1])
+    for secret in (CANARY, guarded.key, guarded.spent_key, *images):
         found = re.search(f".*{re.escape(secret)}.*", written)
         assert not found, found[0]

@@ -110,6 +110,23 @@ def test_edit_four_images(sdk: openai.OpenAI) -> None:
     assert opened(base64.b64decode(answer.data[0].b64_json or "")).size == (512, 512)
 
 
+def test_an_edit_by_json_takes_images_by_url(sdk: openai.OpenAI, server: Server) -> None:
+    """OpenAI's API has this, its clients have not: https://platform.openai.com/docs/api-reference/images."""
+    red = source("red")
+
+    def edited(url: str) -> Any:
+        body = {"prompt": "make it blue", "response_format": "b64_json", "images": [{"image_url": url}]}
+        return httpx.post(f"{server.url}/v1/images/edits", json=body | EXTRA, timeout=60).json()
+
+    by_form = sdk.images.edit(image=red, prompt="make it blue", response_format="b64_json", extra_body=EXTRA)
+    assert by_form.data is not None
+    by_data = edited(f"data:image/png;base64,{base64.b64encode(red).decode()}")
+    assert by_data["data"][0]["b64_json"] == by_form.data[0].b64_json
+    kept = sdk.images.generate(prompt="a boat", size="512x512", extra_body=EXTRA)
+    assert kept.data is not None
+    assert edited(kept.data[0].url or "")["size"] == "512x512"
+
+
 def test_models(sdk: openai.OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["glm-image", "other"]
     assert sdk.models.retrieve("other").id == "other"

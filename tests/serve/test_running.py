@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -70,6 +71,17 @@ def test_who_lets_others_in_must_have_keys(host: str) -> None:
     )
     assert run.returncode != 0
     assert "auth.open does not hold, and there are no auth.api_keys; make one with" in run.stderr
+
+
+def test_a_file_that_lets_others_in_must_have_keys(tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    config["http_options"]["host"] = "0.0.0.0"  # noqa: S104 - it does not come to that
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["make", "-s", "serve", f"CONFIG={tmp_path}/config.yaml"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "there are no auth.api_keys" in run.stderr
+    assert not _is_local("")
 
 
 def test_with_keys_others_are_let_in_by_key_only() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from serve_app import sse
-from serve_app.sse import BEGUN, Event, EventStream
+from serve_app.sse import BEGUN, AllSent, Event, EventStream
 
 Tell = Callable[[Any], None]
 
@@ -20,7 +20,7 @@ def render_error(error: Exception) -> Event:
     return "error", {"error": str(error)}
 
 
-async def sent(work: Callable[[Tell], Any], leave_after: int | None = None) -> list[bytes]:
+async def sent(work: Callable[[Tell, AllSent], Any], leave_after: int | None = None) -> list[bytes]:
     """The chunks of the body; the client leaves after so many of them."""
     stream: EventStream[str] = await EventStream.begin(work, render, render_error)
     chunks: list[bytes] = []
@@ -42,7 +42,7 @@ async def sent(work: Callable[[Tell], Any], leave_after: int | None = None) -> l
 
 
 def test_what_is_told_is_sent_in_its_order() -> None:
-    async def work(tell: Tell) -> None:
+    async def work(tell: Tell, _: AllSent) -> None:
         for item in (BEGUN, "one", "two\nlines"):
             tell(item)
 
@@ -52,11 +52,39 @@ def test_what_is_told_is_sent_in_its_order() -> None:
     ]
 
 
+def test_work_can_wait_until_all_is_sent() -> None:
+    done: list[str] = []
+
+    async def work(tell: Tell, all_sent: AllSent) -> None:
+        tell(BEGUN)
+        tell("one")
+        tell("two")
+        await all_sent()
+        done.append("work")
+
+    async def slowly(message: str) -> tuple[str, dict[str, Any]]:
+        await asyncio.sleep(0.01)
+        done.append(message)
+        return "told", {"text": message}
+
+    async def main() -> None:
+        stream: EventStream[str] = await EventStream.begin(work, slowly, render_error)
+
+        async def send(message: Any) -> None:
+            if b"two" in message.get("body", b""):
+                done.append("sent")
+
+        await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert done == ["one", "two", "sent", "work"]
+
+
 def test_an_error_before_the_beginning_is_raised_and_one_after_it_is_the_last_event() -> None:
-    async def early(_: Tell) -> None:
+    async def early(_: Tell, __: AllSent) -> None:
         raise ValueError("early")
 
-    async def late(tell: Tell) -> None:
+    async def late(tell: Tell, _: AllSent) -> None:
         tell(BEGUN)
         tell("one")
         raise ValueError("late")
@@ -69,7 +97,7 @@ def test_an_error_before_the_beginning_is_raised_and_one_after_it_is_the_last_ev
 def test_while_nothing_is_told_the_connection_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
 
-    async def work(tell: Tell) -> None:
+    async def work(tell: Tell, _: AllSent) -> None:
         tell(BEGUN)
         await asyncio.sleep(0.1)
         tell("one")
@@ -84,7 +112,7 @@ def test_while_nothing_is_told_the_connection_is_kept_alive(monkeypatch: pytest.
 def test_work_ends_when_the_client_leaves(leave_after: int) -> None:
     ended = []
 
-    async def work(tell: Tell) -> None:
+    async def work(tell: Tell, _: AllSent) -> None:
         tell(BEGUN)
         tell("one")
         try:

@@ -122,6 +122,39 @@ def test_files_are_swept_again_and_again(make: Make) -> None:
     asyncio.run(main())
 
 
+def test_a_failure_does_not_end_the_sweeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(StorageConfig(url=str(tmp_path), ttl_s=1))
+    times: list[int] = []
+
+    def sweep() -> None:
+        times.append(1)
+        raise RuntimeError("botocore's own kind")
+
+    monkeypatch.setattr(store, "sweep", sweep)
+
+    async def main() -> None:
+        async with store.sweeping(), asyncio.timeout(20):
+            while len(times) < 2:  # noqa: ASYNC110 - nobody is told
+                await asyncio.sleep(0.02)
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_written_is_not_worth_a_retry(tmp_path: Path) -> None:
+    store = FileStore(StorageConfig(url=str(tmp_path / "files"), min_free_bytes=0))
+    (tmp_path / "files").rmdir()
+    (tmp_path / "files").write_text("no folder")
+    with pytest.raises(RequestError) as caught:
+        asyncio.run(store.save(DATA, "png"))
+    assert caught.value.status == 500
+    assert caught.value.code == "storage_failed"
+    assert caught.value.headers["x-should-retry"] == "false"
+
+
+def test_a_file_that_is_swept_while_it_is_asked_for_is_not_there(make: Make) -> None:
+    assert asyncio.run(make().read("0" * 32 + ".png", 0, 10)) is None
+
+
 def test_nobody_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FileStore(StorageConfig(url=str(tmp_path), min_free_bytes=0))
     seen: list[list[str]] = []
@@ -177,5 +210,7 @@ def test_an_object_store_hands_out_files_itself_if_that_is_wanted(s3: dict[str, 
     assert signed is not None
     assert "Signature=" in signed
     assert httpx.get(signed).content == DATA
-    with pytest.raises(ValidationError, match="a folder cannot sign URLs"):
-        StorageConfig(url="files", presigned=True)
+    with pytest.raises(ValidationError, match="nothing else signs"):
+        StorageConfig(url="file:///files", presigned=True)
+    with pytest.raises(ValidationError, match="signs at most"):
+        StorageConfig(url="s3://files", presigned=True, ttl_s=604_801)

@@ -1,0 +1,57 @@
+"""Source images by URL: sent along in it, kept here already, or fetched."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from typing import TYPE_CHECKING
+
+from serve_app.errors import InvalidParameter, image_too_large
+from serve_app.outbound import OutboundError
+
+if TYPE_CHECKING:
+    from serve_app.outbound import Outbound
+    from serve_app.storage import FileStore
+
+DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
+"""https://www.rfc-editor.org/rfc/rfc2397; what kind of image it is shows in the image."""
+OUR_FILE = re.compile(r"https?://[^/?#]+(?:/[^?#]*)?/files/([^/?#]+)", re.IGNORECASE)
+
+
+class SourceReader:
+    """Reads source images, of no more than `max_bytes` each."""
+
+    def __init__(self, outbound: Outbound, files: FileStore, max_bytes: int) -> None:
+        self._outbound = outbound
+        self._files = files
+        self._max_bytes = max_bytes
+
+    async def read(self, url: str) -> bytes:
+        """The file behind a URL; what it holds is not looked at.
+
+        Raises:
+            InvalidParameter: it cannot be had.
+            RequestError: 413, it is too large.
+        """
+        if match := DATA_URL.match(url):
+            if (len(url) - match.end()) * 3 / 4 > self._max_bytes + 2:  # up to two bytes of padding
+                raise image_too_large(self._max_bytes)
+            return await asyncio.to_thread(_decoded, url, match.end())
+        # Whoever knows the name of a file may have it, whatever the host is called from where the client is.
+        if (match := OUR_FILE.fullmatch(url)) and (size := await self._files.size(match[1])) is not None:
+            file = await self._files.read(match[1], 0, size)
+            if file is not None:
+                return file
+        try:
+            return await self._outbound.fetch(url, max_bytes=self._max_bytes)
+        except OutboundError as error:
+            raise InvalidParameter("sources", error.problem, code="invalid_image_url") from error
+
+
+def _decoded(url: str, start: int) -> bytes:
+    try:
+        return base64.b64decode(url[start:], validate=True)
+    except ValueError as error:
+        problem = "has a data URL that is not base64"
+        raise InvalidParameter("sources", problem, code="invalid_image_url") from error
