@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, HttpUrl, model_validator
 
 from deployments.config import Config, ModelConfig
+
+HostPort = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[1-9][0-9]{0,4}$")]
 
 
 class Limits(Config):
@@ -162,6 +164,22 @@ class StorageConfig(Config):
         return self
 
 
+class OutboundConfig(Config):
+    """Connections that users ask for: to fetch the images that they name by URL."""
+
+    allow: tuple[HostPort, ...] = Field(
+        default=(),
+        description="`host:port` entries, with the host as users write it, that may be reached although "
+        "they are not public.",
+    )
+    timeout_s: float = Field(
+        default=30,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that one fetch may take, redirects included.",
+    )
+
+
 class ClusterConfig(Config):
     """The Ray cluster that it runs on."""
 
@@ -182,6 +200,9 @@ class AppConfig(Config):
         default_factory=ClusterConfig, description="The Ray cluster that it runs on."
     )
     storage: StorageConfig = Field(default_factory=StorageConfig, description="Where results are kept.")
+    outbound: OutboundConfig = Field(
+        default_factory=OutboundConfig, description="Connections that users ask for."
+    )
     public_url: HttpUrl | None = Field(
         default=None, description="Base of the URLs in answers; unset, what the client used."
     )

@@ -1,21 +1,43 @@
-"""The planes stay apart: `deployments` knows nothing of `serve_app`, and `serve_app` loads no torch."""
+"""The planes stay apart: `deployments` knows nothing of `serve_app`, and `serve_app` loads no torch.
+
+And of `serve_app`, one module alone opens connections to elsewhere.
+"""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+CLIENTS = {"aiohttp", "ftplib", "http.client", "httpx", "requests", "smtplib", "urllib.request", "urllib3"}
+CONNECTING = {"connect", "connect_ex", "create_connection", "open_connection", "sock_connect"}
 
 
-def imported_packages(file: Path) -> set[str]:
+def imported_names(file: Path) -> set[str]:
+    """Modules, and what is imported from them as `module.name`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").partition(".")[0])
+            names |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
     return names
+
+
+def imported_packages(file: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_names(file)}
+
+
+def opens_connections(file: Path) -> bool:
+    names = imported_names(file)
+    nodes = ast.walk(ast.parse(file.read_text()))
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {name.rpartition(".")[2] for name in names}
+    return bool(used & CONNECTING) or any(
+        f"{name}.".startswith(f"{client}.") for name in names for client in CLIENTS
+    )
 
 
 def test_the_model_plane_imports_neither_the_api_plane_nor_http() -> None:
@@ -41,3 +63,29 @@ def test_the_api_plane_loads_no_torch() -> None:
     assert "serve_app.app" in modules
     program = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 0
+
+
+def test_there_is_one_way_out() -> None:
+    files = sorted((ROOT / "serve_app").rglob("*.py"))
+    assert [file.name for file in files if opens_connections(file)] == ["outbound.py"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import aiohttp",
+        "import urllib.request as r",
+        "from urllib import request",
+        "from urllib.request import urlopen",
+        "from http.client import HTTPConnection",
+        "def get():\n    from httpx import Client",
+        "import socket\nsocket.create_connection(('h', 80))",
+        "from socket import create_connection",
+        "import asyncio\nasyncio.open_connection('h', 80)",
+        "loop.create_connection(make, 'h', 80)",
+    ],
+)
+def test_another_way_out_would_be_seen(tmp_path: Path, program: str) -> None:
+    file = tmp_path / "module.py"
+    file.write_text(program)
+    assert opens_connections(file)

@@ -1,0 +1,192 @@
+"""The only way out: whatever opens a connection that a user asked for opens it here."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import TYPE_CHECKING
+
+import aiohttp
+from aiohttp.http import HttpProcessingError
+from yarl import URL
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from serve_app.config import OutboundConfig
+
+MAX_REDIRECTS = 5
+REDIRECTS = {301, 302, 303, 307, 308}
+
+HOST = re.compile(r"[A-Za-z0-9._:-]+")
+"""Names (IDNA's too, once encoded) and addresses; no scope (`%eth0`), and no NUL, at which C would stop."""
+HEADERS = {"User-Agent": "glm-image-server", "Accept": "image/*", "Accept-Encoding": "identity"}
+
+NAT64 = ip_network("64:ff9b::/96")
+"""How networks of IPv6 alone write the IPv4 address of others: as the last 32 bits."""
+GLOBAL_UNICAST = ip_network("2000::/3")
+"""What of IPv6 is given out to the public. Mapped and compatible IPv4 and site-local lie outside."""
+NOT_PUBLIC = tuple(
+    map(
+        ip_network,
+        (
+            # Missing from `is_global` of some of the Pythons that this runs on.
+            "192.0.0.0/24",  # IETF's; Oracle's metadata among them
+            "3fff::/20",  # documentation
+            # 6to4, by which hardly any images are reached, but the IPv4 addresses that it wraps would be.
+            "192.88.99.0/24",
+            "2002::/16",
+            # Azure's virtual machines reach their host by it.
+            "168.63.129.16/32",
+        ),
+    )
+)
+
+BAD_URL = "must be an http or https URL without credentials, and so must all that it redirects to"
+NO_PUBLIC_ADDRESS = "does not lead to a public address"
+"""Said of names that there are not, too: what answers inside, and under which name, is nobody's business."""
+
+
+class OutboundError(Exception):
+    """What a URL leads to cannot be had, or may not be.
+
+    Attributes:
+        problem: goes on from the URL's name: "could not be reached". It tells nothing of the network inside.
+    """
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+class Outbound:
+    """Fetches for users, who may lead it to public addresses, and to what `allow` names.
+
+    A host is looked up once for each request and redirect, all its addresses are checked, and the first of
+    these is dialled. Nothing is kept from one to the next: no connection, no cookie.
+    """
+
+    def __init__(self, config: OutboundConfig) -> None:
+        self._timeout_s = config.timeout_s
+        self._allow = {_place(URL(f"http://{entry}")) for entry in config.allow}
+        # Users choose the name servers, too. Ones that never answer hold up none but these threads.
+        self._lookups = ThreadPoolExecutor(thread_name_prefix="lookup")
+
+    async def fetch(self, url: str, *, max_bytes: int) -> bytes:
+        """GET an image, of at most `max_bytes` bytes, by way of at most 5 redirects.
+
+        Raises:
+            OutboundError: the URL or a redirect leads where it may not; the answer has another status than
+                200, another type than `image/*` or `application/octet-stream`, an encoding, or too many
+                bytes; it is none; or it has not come in within `timeout_s`.
+        """
+        target = _parse(url)
+        async with self._in_time():
+            for _ in range(1 + MAX_REDIRECTS):
+                async with self._get(target) as answer:
+                    location = answer.headers.get("Location")
+                    if answer.status not in REDIRECTS or location is None:
+                        return await _image(answer, max_bytes)
+                    target = _redirected(target, location)
+        raise OutboundError(f"redirects more than {MAX_REDIRECTS} times")
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except TimeoutError as error:
+            raise OutboundError(f"took longer than {self._timeout_s:g} s") from error
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            raise OutboundError("could not be reached, or gave no valid answer") from error
+
+    @asynccontextmanager
+    async def _get(self, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
+        # The address takes the name's place, so that there is nothing left that could be looked up again. To
+        # the server, and to TLS, which checks it, the name is told as it was.
+        pinned = url.with_host(await self._address(url))
+        headers = HEADERS | {"Host": url.host_port_subcomponent or ""}
+        async with (
+            aiohttp.ClientSession(
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(),  # there is one for all, above
+                trust_env=False,
+            ) as session,
+            session.get(
+                pinned, headers=headers, allow_redirects=False, server_hostname=url.raw_host
+            ) as answer,
+        ):
+            yield answer
+
+    async def _address(self, url: URL) -> str:
+        host, port = _place(url)
+        if not HOST.fullmatch(host):
+            raise OutboundError(NO_PUBLIC_ADDRESS)
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
+        except (OSError, ValueError) as error:  # the latter for labels that are too long, say
+            raise OutboundError(NO_PUBLIC_ADDRESS) from error
+        addresses = [ip_address(socket_address[0]) for *_, socket_address in found]
+        if (host, port) not in self._allow and not all(map(_is_public, addresses)):
+            raise OutboundError(NO_PUBLIC_ADDRESS)
+        return str(addresses[0])
+
+
+def _parse(text: str, base: URL | None = None) -> URL:
+    try:
+        url = URL(text) if base is None else base.join(URL(text))
+    except ValueError as error:
+        raise OutboundError(BAD_URL) from error
+    if url.scheme not in ("http", "https") or not all(_place(url)) or url.user or url.password:
+        raise OutboundError(BAD_URL)
+    return url
+
+
+def _redirected(url: URL, location: str) -> URL:
+    target = _parse(location, url)
+    if url.scheme == "https" and target.scheme == "http":
+        raise OutboundError("redirects from https to http")
+    return target
+
+
+def _place(url: URL) -> tuple[str, int]:
+    """Host, in lower case and encoded by IDNA, and port; empty or 0 if there is none."""
+    return url.raw_host or "", url.port or 0
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    if address in NAT64:
+        address = IPv4Address(int(address) & 0xFFFFFFFF)
+    if isinstance(address, IPv6Address) and address not in GLOBAL_UNICAST:
+        return False
+    return (
+        address.is_global
+        and not address.is_multicast
+        and not any(address in network for network in NOT_PUBLIC)
+    )
+
+
+async def _image(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    if answer.status != 200:
+        raise OutboundError(f"was answered with status {answer.status}, not 200")
+    kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if not kind.startswith("image/") and kind not in ("application/octet-stream", ""):
+        raise OutboundError("is not an image by its Content-Type")
+    if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise OutboundError("comes with a Content-Encoding, which was not asked for")
+    too_large = f"has more than the {max_bytes} bytes allowed"
+    if (answer.content_length or 0) > max_bytes:
+        raise OutboundError(too_large)
+    body = bytearray()
+    async for chunk in answer.content.iter_any():
+        body += chunk
+        if len(body) > max_bytes:
+            raise OutboundError(too_large)
+    return bytes(body)
