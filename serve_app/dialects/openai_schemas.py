@@ -46,7 +46,7 @@ UNSUPPORTED = {  # what OpenAI's or the documents' clients may send, and why it 
 }
 
 
-def may_be_unset(name: str, fields: type[ImageRequest]) -> bool:
+def may_be_unset(name: str, fields: type[BaseModel]) -> bool:
     """Whether null, an empty text and false are no values of a parameter, but leave it out."""
     field = fields.model_fields.get(name)
     return name in UNSUPPORTED or (field is not None and not field.is_required())
@@ -97,6 +97,10 @@ class ImageRequest(BaseModel):
         default=None, description=f"Previews of each image in a stream, 0 to {MAX_PARTIAL_IMAGES}."
     )
 
+
+class _FromJSON(BaseModel):
+    """What is told apart in JSON alone; a form has texts only."""
+
     @model_validator(mode="before")
     @classmethod
     def _without_unset(cls, fields: object) -> object:
@@ -111,7 +115,7 @@ class ImageRequest(BaseModel):
         }
 
 
-class GenerationRequest(ImageRequest):
+class GenerationRequest(_FromJSON, ImageRequest):
     """The body of a generation."""
 
     moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
@@ -131,7 +135,7 @@ class ImageReference(BaseModel):
     image_url: str
 
 
-class EditByReference(EditRequest):
+class EditByReference(_FromJSON, EditRequest):
     """The body of an edit whose source images stand elsewhere."""
 
     moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)

@@ -61,7 +61,7 @@ def test_what_is_not_listed_as_open_is_closed(guarded: Guarded, path: str) -> No
 def test_a_key_may_come_in_any_of_three_headers(
     http: httpx.Client, guarded: Guarded, header: dict[str, str]
 ) -> None:
-    for key in (guarded.key, guarded.spent_key):
+    for key in (guarded.key, guarded.other_key):
         sent = {name: value.format(key=key) for name, value in header.items()}
         assert http.get("/v1/models", headers=sent).status_code == 200
     wrong = {name: value.format(key="wrong") for name, value in header.items()}

@@ -63,7 +63,8 @@ def test_a_body_in_time_leaves_all_the_time_for_its_images(http: httpx.Client) -
 
 
 def test_who_has_used_up_a_share_is_told_when_to_come_back(guarded: Guarded) -> None:
-    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.spent_key, max_retries=0) as sdk:
+    guarded.use_up_other_key()
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.other_key, max_retries=0) as sdk:
         with pytest.raises(openai.RateLimitError) as caught:
             sdk.images.generate(prompt="a boat", size="512x512", extra_body={"num_inference_steps": 100})
         assert caught.value.type == "rate_limit_error"
@@ -234,6 +235,6 @@ def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guar
     assert "POST /v1/images/generations 200" in written
     received = asked[0].json()["data"][0]["b64_json"]
     images = (sent[100:150], received[1000:1050], repr(picture[50:70])[2:-1])
-    for secret in (CANARY, guarded.key, guarded.spent_key, *images):
+    for secret in (CANARY, guarded.key, guarded.other_key, *images):
         found = re.search(f".*{re.escape(secret)}.*", written)
         assert not found, found[0]

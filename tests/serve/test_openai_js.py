@@ -18,10 +18,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_javascript_client_works(guarded: Guarded) -> None:
+    guarded.use_up_other_key()
     run = subprocess.run(
         ["node", "--test", "--test-reporter=tap", "openai.test.js"],
         cwd=FOLDER,
-        env=os.environ | {"BASE_URL": guarded.url, "KEY": guarded.key, "SPENT_KEY": guarded.spent_key},
+        env=os.environ | {"BASE_URL": guarded.url, "KEY": guarded.key, "SPENT_KEY": guarded.other_key},
         capture_output=True,
         text=True,
         timeout=150,
