@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
 KEYS = {
-    "bearer": {"type": "http", "scheme": "bearer"},
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "`Authorization: Key KEY` is taken as well as `Authorization: Bearer KEY`.",
+    },
     "subscription_key": {"type": "apiKey", "in": "header", "name": "Ocp-Apim-Subscription-Key"},
 }
 UNAUTHORIZED = {
