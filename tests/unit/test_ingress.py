@@ -1,4 +1,4 @@
-"""The HTTP application without Ray: what the file store has to do with answers."""
+"""The HTTP application without Ray: the file store's part in answers, and all bodies together."""
 
 import asyncio
 import base64
@@ -38,12 +38,13 @@ def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[P
         asked.append(request)
         yield PriorTokens(target=np.zeros((16, 16), dtype=np.int64))
 
-    def app(**storage: Any) -> FastAPI:
+    def app(limits: dict[str, int] | None = None, **storage: Any) -> FastAPI:
         model = model_config()
         config = AppConfig.model_validate(
             {
                 "models": [model.model_dump()],
                 "auth": {"open": True},
+                "limits": limits or {},
                 "storage": {"url": str(tmp_path / "files"), "min_free_bytes": 0} | storage,
             }
         )
@@ -85,3 +86,13 @@ def test_a_full_disk_refuses_files_before_any_work_and_images_in_answers_come_al
     made = ask(app, response_format="b64_json")
     assert base64.b64decode(made.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
     assert list((tmp_path / "files").iterdir()) == []
+
+
+def test_all_bodies_together_are_bounded_and_forgotten_when_their_requests_end(make: Make) -> None:
+    app = make(limits={"max_bodies_bytes": 4000})
+    for _ in range(3):
+        assert ask(app, user="x" * 500).status_code == 200
+    refused = ask(app, prompt="x" * 4000)
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"]
+    assert ask(app, prompt="x" * 3000).status_code == 200
