@@ -9,8 +9,6 @@ from pydantic import Field, HttpUrl, model_validator
 
 from deployments.config import Config, ModelConfig
 
-HostPort = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[1-9][0-9]{0,4}$")]
-
 
 class Limits(Config):
     """What a request may ask for."""
@@ -58,7 +56,8 @@ class Limits(Config):
     max_json_bytes: int = Field(
         default=2**20,
         ge=1024,
-        description="Likewise for a body of JSON: several times what the longest prompt takes, escaped.",
+        description="Likewise for a generation's body: several times what the longest prompt takes, escaped. "
+        "An edit's holds images.",
     )
     max_bodies_bytes: int = Field(
         default=2**30,
@@ -162,6 +161,9 @@ class StorageConfig(Config):
         if self.presigned and self.ttl_s > MAX_SIGNED_S:
             raise ValueError(f"ttl_s is above {MAX_SIGNED_S}, for which S3 signs at most")
         return self
+
+
+HostPort = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[1-9][0-9]{0,4}$")]
 
 
 class OutboundConfig(Config):

@@ -25,11 +25,11 @@ from starlette.datastructures import UploadFile
 
 from serve_app import images, telemetry
 from serve_app.dialects.openai_schemas import (
+    ANSWERS,
     MAX_FIELDS,
     MAX_FILES,
     MAX_ID_CHARS,
     QUALITIES,
-    STREAM,
     UNSUPPORTED,
     Defaults,
     EditByReference,
@@ -96,14 +96,14 @@ def router(
 ) -> APIRouter:
     """The routes of this API; `link` makes the URL of a stored file."""
     routes = APIRouter(prefix="/v1")
-    # One image at a time: a hostile one takes hundreds of megabytes, and health has threads of its own.
+    # One image at a time: a hostile one takes hundreds of megabytes; and nothing else waits for it.
     decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     @routes.post(
         "/images/generations",
         response_model=ImagesResponse,
         response_model_exclude_none=True,
-        responses=STREAM | errors(400, 404, 408, 413, 429, 500, 503, 504, 507),
+        responses=ANSWERS,
         openapi_extra=generation_body(generator.models(), limits),
     )
     async def generations(request: Request) -> ImagesResponse | EventStream[Told]:
@@ -115,7 +115,7 @@ def router(
         "/images/edits",
         response_model=ImagesResponse,
         response_model_exclude_none=True,
-        responses=STREAM | errors(400, 404, 408, 413, 429, 500, 503, 504, 507),
+        responses=ANSWERS,
         openapi_extra=edit_body(generator.models(), limits),
     )
     async def edits(request: Request) -> ImagesResponse | EventStream[Told]:

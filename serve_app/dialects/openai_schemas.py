@@ -248,7 +248,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
-STREAM: dict[int | str, dict[str, Any]] = {
+_STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The images; a stream of events where `stream` is true.",
         "content": {
@@ -263,6 +263,8 @@ STREAM: dict[int | str, dict[str, Any]] = {
         },
     }
 }
+ANSWERS = _STREAM | errors(400, 404, 408, 413, 429, 500, 503, 504, 507)
+"""To generations and edits, by status."""
 GENERATION_EXAMPLES = {
     "shortest": {"value": {"prompt": "A red boat at dawn"}},
     "reproducible": {"value": {"prompt": "A red boat at dawn", "n": 2, "seed": 7, "output_format": "webp"}},
