@@ -148,7 +148,7 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
             stop.wait()
         except KeyboardInterrupt:
             print("Stopping when running requests have ended; Ctrl-C again stops at once.", flush=True)
-            serve.get_app_handle(application.name).drain.remote().result()
+            serve.get_app_handle(application.name).broadcast("drain").results()
             # What has ended may be on its way still: unlike `serve.shutdown` this leaves the proxy alone.
             serve.delete(application.name)
     except KeyboardInterrupt:

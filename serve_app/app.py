@@ -20,6 +20,7 @@ from deployments.errors import EngineFault
 from deployments.prior import PriorStage
 from deployments.scaling import RENEWAL_S, GateKeeper, ScalingPolicy
 from serve_app.config import AppConfig
+from serve_app.database import Database
 from serve_app.errors import ReplicaDied, RequestError
 from serve_app.generation import Generator, Model
 from serve_app.ingress import create_app
@@ -47,7 +48,8 @@ def build_app(args: AppConfig) -> Application:
     # The ingress logs its requests itself, see `serve_app.telemetry`; Serve puts JSON into its files only.
     log = {"encoding": "JSON", "enable_access_log": False}
     options = GOING | {"max_ongoing_requests": 10_000, "logging_config": log}
-    return serve.deployment(**options)(serve.ingress()(Ingress)).bind(args, stages)
+    ingress = serve.deployment(**(options | args.ingress.deployment))(serve.ingress()(Ingress))
+    return ingress.bind(args, stages)
 
 
 def lacking_gpus(config: AppConfig) -> str | None:
@@ -109,7 +111,7 @@ def _autoscaling(model: str, stage: StageConfig, at_once: int) -> AutoscalingCon
 
 
 class Ingress:
-    """The API plane, in one replica."""
+    """The API plane."""
 
     def __init__(self, config: AppConfig, stages: dict[str, dict[str, DeploymentHandle[Any]]]) -> None:
         changed = asyncio.Event()
@@ -137,15 +139,16 @@ class Ingress:
             autoscaling=config.cluster.autoscaling,
         )
         lifecycle = Lifecycle(self._generator, changed, gate, status)
-        self._app = create_app(config, self._generator, lifecycle, FileStore(config.storage))
+        files, database = FileStore(config.storage), Database(config.database.url)
+        self._app = create_app(config, self._generator, lifecycle, files, database)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica."""
         return self._app
 
     async def drain(self) -> None:
-        """Take on no more requests, and return when those that were taken on have ended."""
-        await self._generator.drain()
+        """Take on nothing more; return when requests have ended and jobs are back in the queue."""
+        await asyncio.gather(self._generator.drain(), self._app.state.runner.stop())
 
 
 def _caller(method: DeploymentHandle[Any]) -> Callable[[Any], AsyncGenerator[Any, None]]:

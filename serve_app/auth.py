@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from serve_app.config import AuthConfig
 
-OPEN_PATHS = re.compile(r"/(health|livez|readyz|openapi\.json|openapi\.yaml|files/[^/]*)")
+OPEN_PATHS = re.compile(
+    r"/(health|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*)"
+)
 """What anybody may ask. The names of files cannot be guessed, and whoever was given one may hand it on."""
 SCHEMES = (b"bearer", b"key")
 

@@ -50,6 +50,17 @@ class Limits(Config):
         description="Seconds a request may take, loading included; then it gets a 504 and its work is "
         "stopped. OpenAI's clients give up after 600.",
     )
+    max_jobs: int = Field(
+        default=1000,
+        ge=1,
+        description="Most jobs that have not ended, in the whole database; beyond it there are 429s.",
+    )
+    job_deadline_s: float = Field(
+        default=3600,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds a job may take from its beginning, loading included; then it fails.",
+    )
     max_body_bytes: int = Field(
         default=64 * 2**20, ge=1024, description="Largest request body; more is refused while it comes in."
     )
@@ -163,11 +174,33 @@ class StorageConfig(Config):
         return self
 
 
+class DatabaseConfig(Config):
+    """Where jobs are kept."""
+
+    url: str = Field(
+        default_factory=lambda: f"sqlite:///{Path.home()}/.local/share/glm-image-server/jobs.db",
+        pattern=r"^(sqlite:///.|postgresql://)",
+        description="SQLAlchemy's URL of an SQLite file, `sqlite:///PATH`, or of a PostgreSQL database, "
+        "`postgresql://USER@HOST/NAME`, which several ingress replicas may share. What it leaves out comes "
+        "from the environment: `PGPASSWORD`, `PGPASSFILE`, ….",
+    )
+
+
+class IngressConfig(Config):
+    """The API plane."""
+
+    deployment: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of its Ray Serve deployment, passed through: `num_replicas`, "
+        "`ray_actor_options`, …. More than one replica takes PostgreSQL and storage that all of them reach.",
+    )
+
+
 HostPort = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[1-9][0-9]{0,4}$")]
 
 
 class OutboundConfig(Config):
-    """Connections that users ask for: to fetch the images that they name by URL."""
+    """Connections that users ask for: for the images that they name by URL, and for webhooks."""
 
     allow: tuple[HostPort, ...] = Field(
         default=(),
@@ -178,7 +211,7 @@ class OutboundConfig(Config):
         default=30,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that one fetch may take, redirects included.",
+        description="Seconds that one may take, redirects included.",
     )
 
 
@@ -202,6 +235,8 @@ class AppConfig(Config):
         default_factory=ClusterConfig, description="The Ray cluster that it runs on."
     )
     storage: StorageConfig = Field(default_factory=StorageConfig, description="Where results are kept.")
+    database: DatabaseConfig = Field(default_factory=DatabaseConfig, description="Where jobs are kept.")
+    ingress: IngressConfig = Field(default_factory=IngressConfig, description="The API plane.")
     outbound: OutboundConfig = Field(
         default_factory=OutboundConfig, description="Connections that users ask for."
     )
@@ -214,6 +249,10 @@ class AppConfig(Config):
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"there must be a model, and model names must differ, not {names}")
+        replicas = self.ingress.deployment
+        several = replicas.get("num_replicas", 1) != 1 or "autoscaling_config" in replicas
+        if several and self.database.url.startswith("sqlite"):
+            raise ValueError("several ingress replicas need a database.url of PostgreSQL: SQLite is for one")
         limits = self.limits
         for low, high in (
             ("max_images", "max_pending"),

@@ -26,7 +26,7 @@ def main() -> None:
         handle = serve.get_app_handle(name)
     except (ConnectionError, RayServeException) as error:
         parser.error(str(error))
-    handle.drain.remote().result()
+    handle.broadcast("drain").results()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
+MAX_DRAWN_SEED = 2**52
+"""JavaScript holds integers below 2**53: the seeds of the images that follow are to be among them too."""
 PACE_S = 0.002
 """Between the beginnings of two units: each keeps the event loop for about so long."""
 
@@ -62,6 +64,17 @@ class Generation:
     sources: tuple[Pixels, ...] = ()
     request_id: str = ""
     key_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Generation):
+    """A generation whose parameters are all there: it makes the same images whenever it is run."""
+
+    model: str
+    size: tuple[int, int]
+    steps: int
+    guidance_scale: float
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +219,23 @@ class Generator:
             )
         return self._models[name].config
 
+    def resolved(self, generation: Generation) -> Resolved:
+        """The generation with what it leaves out filled in: the model's defaults, and a seed that is drawn.
+
+        Raises:
+            RequestError: 404, there is no such model.
+        """
+        config = self.model(generation.model)
+        defaults, given = config.defaults, vars(generation)
+        left_out = {
+            "model": config.name,
+            "size": (defaults.width, defaults.height),
+            "steps": defaults.steps,
+            "guidance_scale": defaults.guidance_scale,
+            "seed": secrets.randbelow(MAX_DRAWN_SEED),
+        }
+        return Resolved(**given | {name: value for name, value in left_out.items() if given[name] is None})
+
     @property
     def units(self) -> list[RunningUnit]:
         """What is being made, the oldest first."""
@@ -244,7 +274,7 @@ class Generator:
     @asynccontextmanager
     async def admitted(
         self, generation: Generation, *, sources: int = 0, prepare: Prepare | None = None
-    ) -> AsyncIterator[Generation]:
+    ) -> AsyncIterator[Resolved]:
         """Check a request and hold a place for it; within the block it is run and delivered.
 
         Args:
@@ -253,58 +283,69 @@ class Generator:
             prepare: adds them, which is not begun without a place.
 
         Yields:
-            The request, prepared.
+            The request, prepared and resolved.
 
         Raises:
             RequestError: 404, there is no such model; 429, there is no place, or the key's work is used up;
                 503, the server is stopping or the request was called off; 504, its time is over.
             InvalidParameter: a parameter is out of its range.
         """
-        self._check(generation, sources=sources)
+        self.check(generation, sources=sources)
+        with self._admission.permit(generation.n, generation.key_id):
+            async with self._taken_on(generation, self._limits.deadline_s) as running:
+                size_is_known = prepare is None or generation.size is not None
+                if size_is_known:
+                    await self.charge(generation)
+                if prepare:
+                    generation = await prepare(generation)
+                if not size_is_known:
+                    await self.charge(generation)
+                self._begin(running)
+                yield self.resolved(generation)
+
+    @asynccontextmanager
+    async def resumed(self, generation: Generation) -> AsyncIterator[None]:
+        """Within the block a job is run, for which no place is held: it was taken on when it was submitted.
+
+        Raises:
+            RequestError: 404, its model is gone; 503, the server is stopping or the job was called off; 504,
+                its time is over.
+        """
+        async with self._taken_on(generation, self._limits.job_deadline_s) as running:
+            self._begin(running)
+            yield
+
+    async def charge(self, generation: Generation) -> None:
+        """Count a request's work, which is about to be taken on.
+
+        Raises:
+            RequestError: 429, it is too much for one minute.
+            InvalidParameter: it is more than one request may ask for.
+        """
+        await self._admission.charge(self._work(generation), generation.key_id)
+
+    @asynccontextmanager
+    async def _taken_on(self, generation: Generation, deadline_s: float) -> AsyncIterator[_Running]:
         if self.draining:
             raise stopping()
-        with self._admission.permit(generation.n, generation.key_id):
-            timeout = asyncio.timeout(self._limits.deadline_s)
-            running = _Running(model=self.model(generation.model).name, timeout=timeout)
-            try:
-                async with timeout:
-                    self._running.append(running)
-                    size_is_known = prepare is None or generation.size is not None
-                    if size_is_known:
-                        await self._admission.charge(self._work(generation), generation.key_id)
-                    if prepare:
-                        generation = await prepare(generation)
-                    if not size_is_known:
-                        await self._admission.charge(self._work(generation), generation.key_id)
-                    running.has_begun = True
-                    self._on_change()
-                    yield generation
-            except TimeoutError:
-                if not timeout.expired():
-                    raise
-                raise self._stopped(running) from None
-            finally:
-                self._running.remove(running)
-                self._on_change()
-                running.ended.set()
+        timeout = asyncio.timeout(deadline_s)
+        running = _Running(model=self.model(generation.model).name, timeout=timeout)
+        try:
+            async with timeout:
+                self._running.append(running)
+                yield running
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            raise _stopped(running, deadline_s) from None
+        finally:
+            self._running.remove(running)
+            self._on_change()
+            running.ended.set()
 
-    def _stopped(self, running: _Running) -> RequestError:
-        """Why a request was stopped before its end."""
-        if running.called_off:
-            return RequestError(
-                f"The request was stopped: {running.model} was unloaded by hand.",
-                code="unloaded",
-                status=503,
-                headers=NO_RETRY,
-            )
-        return RequestError(
-            f"The request took longer than the {self._limits.deadline_s:g} s allowed and was stopped. If "
-            "the model was still loading, try again later; else ask for fewer images or steps, or for a "
-            "smaller size.",
-            code="deadline_exceeded",
-            status=504,
-            headers=NO_RETRY,
-        )
+    def _begin(self, running: _Running) -> None:
+        running.has_begun = True
+        self._on_change()
 
     async def run(self, generation: Generation, report: Report = lambda _: None) -> list[GeneratedImage]:
         """Make the images of an admitted request, side by side. Cancelling stops all of them.
@@ -318,40 +359,20 @@ class Generator:
                 keep dying over it.
             InvalidParameter: the request is too long for the model.
         """
-        config = self.model(generation.model)
-        seed = generation.seed
-        if seed is None:
-            seed = secrets.randbelow(2**53 - generation.n)  # JavaScript holds no larger integers
+        resolved = self.resolved(generation)
         try:
             async with asyncio.TaskGroup() as group:
                 units = [
-                    group.create_task(
-                        self._unit(
-                            generation,
-                            self._models[config.name],
-                            seed=(seed + i) % (MAX_SEED + 1),
-                            image=i,
-                            report=report,
-                        )
-                    )
-                    for i in range(generation.n)
+                    group.create_task(self._unit(resolved, image, report)) for image in range(resolved.n)
                 ]
         except BaseExceptionGroup as failures:  # one unit failed, and the group has stopped the others
             raise failures.exceptions[0] from None
         return [unit.result() for unit in units]
 
-    async def _unit(
-        self,
-        generation: Generation,
-        model: Model,
-        *,
-        seed: int,
-        image: int,
-        report: Report,
-    ) -> GeneratedImage:
-        defaults = model.config.defaults
-        width, height = generation.size or (defaults.width, defaults.height)
-
+    async def _unit(self, generation: Resolved, image: int, report: Report) -> GeneratedImage:
+        model = self._models[generation.model]
+        width, height = generation.size
+        seed = (generation.seed + image) % (MAX_SEED + 1)
         unit = RunningUnit(model=model.config.name, request_id=generation.request_id, began=time.monotonic())
         asked_at = time.time()
         seconds: dict[Stage, float] = {"prior": 0, "decoder": 0}
@@ -394,12 +415,8 @@ class Generator:
                 width=width,
                 height=height,
                 seed=seed,
-                steps=defaults.steps if generation.steps is None else generation.steps,
-                guidance_scale=(
-                    defaults.guidance_scale
-                    if generation.guidance_scale is None
-                    else generation.guidance_scale
-                ),
+                steps=generation.steps,
+                guidance_scale=generation.guidance_scale,
                 previews=generation.partial_images,
                 tokens=tokens,
                 sources=generation.sources,
@@ -457,7 +474,19 @@ class Generator:
         await self._starting.acquire()
         asyncio.get_running_loop().call_later(PACE_S, self._starting.release)
 
-    def _check(self, generation: Generation, *, sources: int) -> None:
+    def check(self, generation: Generation, *, sources: int) -> None:
+        """Look whether a request may be taken on.
+
+        Args:
+            generation: its source images may be missing still.
+            sources: how many there will be.
+
+        Raises:
+            RequestError: 404, there is no such model; 503, the server is stopping.
+            InvalidParameter: a parameter is out of its range.
+        """
+        if self.draining:
+            raise stopping()
         model = self.model(generation.model)
         limits, family = self._limits, model.traits
         if not generation.prompt.strip():
@@ -493,23 +522,41 @@ class Generator:
         Raises:
             InvalidParameter: it is more than one request may ask for.
         """
-        limits, defaults = self._limits, self.model(generation.model).defaults
-        width, height = generation.size or (defaults.width, defaults.height)
+        limits, resolved = self._limits, self.resolved(generation)
+        width, height = resolved.size
         if width * height > limits.max_pixels:
             raise InvalidParameter(
                 "size",
                 f"{width}x{height} has {width * height} pixels; at most {limits.max_pixels} are allowed",
             )
-        steps = defaults.steps if generation.steps is None else generation.steps
-        work = width * height * steps * generation.n / 1e6
+        work = width * height * resolved.steps * resolved.n / 1e6
         if work > limits.max_megapixel_steps:
             raise InvalidParameter(
                 "n",
-                f"is too large: {generation.n} images of {width}x{height} with {steps} denoising steps are "
-                f"{work:.0f} megapixel-steps, and a request may have {limits.max_megapixel_steps}; ask for "
-                "fewer images or steps, or for a smaller size",
+                f"is too large: {generation.n} images of {width}x{height} with {resolved.steps} denoising "
+                f"steps are {work:.0f} megapixel-steps, and a request may have {limits.max_megapixel_steps}; "
+                "ask for fewer images or steps, or for a smaller size",
             )
         return work
+
+
+def _stopped(running: _Running, deadline_s: float) -> RequestError:
+    """Why a request was stopped before its end."""
+    if running.called_off:
+        return RequestError(
+            f"The request was stopped: {running.model} was unloaded by hand.",
+            code="unloaded",
+            status=503,
+            headers=NO_RETRY,
+        )
+    return RequestError(
+        f"The request took longer than the {deadline_s:g} s allowed and was stopped. If "
+        "the model was still loading, try again later; else ask for fewer images or steps, or for a "
+        "smaller size.",
+        code="deadline_exceeded",
+        status=504,
+        headers=NO_RETRY,
+    )
 
 
 async def _result(events: AsyncGenerator[Event | Result, None], tell: Callable[[Event], None]) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -124,15 +125,28 @@ def legal_size(width: int, height: int, family: Family) -> tuple[int, int]:
     return legal_width, legal_height
 
 
-def encode(pixels: Pixels, image_format: ImageFormat, quality: int) -> bytes:
-    """Encode an image; `quality`, 0-100, is of JPEG and WebP, and PNG is always lossless."""
+@dataclass(frozen=True)
+class Encoding:
+    """How an image becomes a file.
+
+    Attributes:
+        format: of the file.
+        quality: of JPEG and WebP, 0-100; PNG is always lossless.
+    """
+
+    format: ImageFormat = "png"
+    quality: int = 100
+
+
+def encode(pixels: Pixels, encoding: Encoding) -> bytes:
+    """The image as a file."""
     file = io.BytesIO()
     options = {
         "png": {"compress_level": PNG_LEVEL},
-        "jpeg": {"quality": max(quality, 1)},
-        "webp": {"quality": quality},
-    }[image_format]
-    Image.fromarray(pixels).save(file, image_format, **options)
+        "jpeg": {"quality": max(encoding.quality, 1)},
+        "webp": {"quality": encoding.quality},
+    }[encoding.format]
+    Image.fromarray(pixels).save(file, encoding.format, **options)
     return file.getvalue()
 
 

@@ -15,11 +15,17 @@ from starlette.exceptions import HTTPException
 
 from serve_app import telemetry
 from serve_app.auth import Authentication, read_keys
-from serve_app.dialects import native, openai
+from serve_app.dialects import jobs, native, openai
+from serve_app.dialects.openai_requests import RequestReader
 from serve_app.errors import InvalidParameter, RequestError, too_large, too_much_at_once, too_slow
+from serve_app.job_runner import JobRunner
+from serve_app.jobs import JobStore
+from serve_app.links import Links
 from serve_app.openapi import describe
 from serve_app.outbound import Outbound
+from serve_app.signing import Signer
 from serve_app.sources import SourceReader
+from serve_app.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from serve_app.config import AppConfig, Limits
+    from serve_app.database import Database
     from serve_app.generation import Generator
     from serve_app.lifecycle import Lifecycle
     from serve_app.storage import FileStore
@@ -38,6 +45,7 @@ def create_app(
     generator: Generator,
     lifecycle: Lifecycle,
     files: FileStore,
+    database: Database,
 ) -> FastAPI:
     """The application, whose parts are given to it.
 
@@ -47,12 +55,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with lifecycle.telling(), files.sweeping():
+        async with lifecycle.telling(), files.sweeping(), webhooks.delivering(), runner.working():
             yield
-
-    async def link(request: Request, name: str) -> str:
-        base = str(config.public_url or request.base_url)
-        return await files.signed_url(name) or f"{base.rstrip('/')}/files/{name}"
+        database.close()
 
     app = FastAPI(
         title="GLM-Image server",
@@ -63,19 +68,27 @@ def create_app(
         lifespan=lifespan,
         generate_unique_id_function=lambda route: route.name,
     )
-    reader = SourceReader(Outbound(config.outbound), files, config.limits.max_image_bytes)
+    limits, outbound, links = config.limits, Outbound(config.outbound), Links(files, config.public_url)
+    sources = SourceReader(outbound, files, limits)
+    reader = RequestReader(generator, sources, limits)
+    store = JobStore(database, max_jobs=limits.max_jobs, ttl_s=config.storage.ttl_s)
+    runner = JobRunner(store, generator, files, sources, outbound)
+    signer, views = Signer(database), jobs.Views(files, links)
+    webhooks = Webhooks(store, outbound, signer, {jobs.API: views.message}, config.outbound.timeout_s)
     routers = [
-        openai.router(generator, files, reader, link, config.limits),
-        native.router(generator, lifecycle, files, config.limits),
+        openai.router(generator, files, reader, links, limits),
+        jobs.router(generator, runner, store, reader, views, links, signer, limits),
+        native.router(generator, lifecycle, files, limits),
     ]
     for router in routers:
         app.include_router(router)
+    app.state.runner = runner
     document = functools.cache(functools.partial(describe, app, routers))
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's way to have another document
     app.add_middleware(HeadAsGet)
     app.add_middleware(HangUpGuard)
     # The last one comes first: whoever has no key is refused before anything of a body is read.
-    app.add_middleware(BodyLimit, limits=config.limits)
+    app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(
         Authentication,
         keys=read_keys(config.auth),
@@ -124,15 +137,19 @@ def create_app(
     return app
 
 
+NOT_BY_HEAD = ("/unload", "/events")
+"""What a look must not do, and what would not end."""
+
+
 class HeadAsGet:
-    """Has HEAD answered wherever GET is; the HTTP server leaves out the body. It never unloads."""
+    """Has HEAD answered where GET is; the HTTP server leaves out the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
-        if scope.get("method") == "HEAD" and not scope["path"].endswith("/unload"):
+        if scope.get("method") == "HEAD" and not scope["path"].endswith(NOT_BY_HEAD):
             scope["method"] = "GET"
         await self._app(scope, receive, send)
 

@@ -59,7 +59,8 @@ class Lifecycle:
             with suppress(RayError, TimeoutError):
                 await self._gate.ask("need", ingress, needed)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), RENEWAL_S if needed else None)
+                async with asyncio.timeout(RENEWAL_S if needed else None):
+                    await self._changed.wait()
 
     async def statuses(self, *, fresh: bool = False) -> ModelStatuses:
         """Each stage's, see `StatusReader.read`; asking wakes no model."""
@@ -92,7 +93,8 @@ class Lifecycle:
         if force:
             self._generator.call_off(models)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._generator.until_idle(models), UNLOAD_S if force else wait_s)
+            async with asyncio.timeout(UNLOAD_S if force else wait_s):
+                await self._generator.until_idle(models)
         if running := self._generator.count(models):
             raise RequestError(
                 f"{running} generations are running. Unload with ?wait=true when they have ended, or with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from serve_app.config import OutboundConfig
 
@@ -25,7 +26,7 @@ REDIRECTS = {301, 302, 303, 307, 308}
 
 HOST = re.compile(r"[A-Za-z0-9._:-]+")
 """Names (IDNA's too, once encoded) and addresses; no scope (`%eth0`), and no NUL, at which C would stop."""
-HEADERS = {"User-Agent": "glm-image-server", "Accept": "image/*", "Accept-Encoding": "identity"}
+HEADERS = {"User-Agent": "glm-image-server", "Accept-Encoding": "identity"}
 
 NAT64 = ip_network("64:ff9b::/96")
 """How networks of IPv6 alone write the IPv4 address of others: as the last 32 bits."""
@@ -65,7 +66,7 @@ class OutboundError(Exception):
 
 
 class Outbound:
-    """Fetches for users, who may lead it to public addresses, and to what `allow` names.
+    """Fetches for users and tells them things: at public addresses, and where `allow` names.
 
     A host is looked up once for each request and redirect, all its addresses are checked, and the first of
     these is dialled. Nothing is kept from one to the next: no connection, no cookie.
@@ -88,12 +89,37 @@ class Outbound:
         target = _parse(url)
         async with self._in_time():
             for _ in range(1 + MAX_REDIRECTS):
-                async with self._get(target) as answer:
+                async with self._request("GET", target, HEADERS | {"Accept": "image/*"}) as answer:
                     location = answer.headers.get("Location")
                     if answer.status not in REDIRECTS or location is None:
                         return await _image(answer, max_bytes)
                     target = _redirected(target, location)
         raise OutboundError(f"redirects more than {MAX_REDIRECTS} times")
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        """POST a message; returns the answer's status. Its body is not read, a redirect not followed.
+
+        Args:
+            url: where to.
+            body: the message.
+            headers: of it; whatever of them a user chose has no line breaks.
+
+        Raises:
+            OutboundError: the URL leads where it may not, or there was no answer within `timeout_s`.
+        """
+        target = _parse(url)
+        async with self._in_time(), self._request("POST", target, {**HEADERS, **headers}, body) as answer:
+            return answer.status
+
+    async def check(self, url: str) -> None:
+        """Look whether a URL leads where it may.
+
+        Raises:
+            OutboundError: it does not.
+        """
+        target = _parse(url)
+        async with self._in_time():
+            await self._address(target)
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
@@ -106,11 +132,12 @@ class Outbound:
             raise OutboundError("could not be reached, or gave no valid answer") from error
 
     @asynccontextmanager
-    async def _get(self, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _request(
+        self, method: str, url: URL, headers: Mapping[str, str], body: bytes | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         # The address takes the name's place, so that there is nothing left that could be looked up again. To
         # the server, and to TLS, which checks it, the name is told as it was.
         pinned = url.with_host(await self._address(url))
-        headers = HEADERS | {"Host": url.host_port_subcomponent or ""}
         async with (
             aiohttp.ClientSession(
                 auto_decompress=False,
@@ -118,8 +145,13 @@ class Outbound:
                 timeout=aiohttp.ClientTimeout(),  # there is one for all, above
                 trust_env=False,
             ) as session,
-            session.get(
-                pinned, headers=headers, allow_redirects=False, server_hostname=url.raw_host
+            session.request(
+                method,
+                pinned,
+                headers={**headers, "Host": url.host_port_subcomponent or ""},
+                data=body and io.BytesIO(body),  # bytes that are many would make aiohttp warn
+                allow_redirects=False,
+                server_hostname=url.raw_host,
             ) as answer,
         ):
             yield answer

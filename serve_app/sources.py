@@ -1,16 +1,23 @@
-"""Source images by URL: sent along in it, kept here already, or fetched."""
+"""Source images: by URL, sent along in it, kept here already, or fetched; and decoding them."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from serve_app import images
 from serve_app.errors import InvalidParameter, image_too_large
 from serve_app.outbound import OutboundError
 
 if TYPE_CHECKING:
+    from deployments.families import Family
+    from serve_app.config import Limits
+    from serve_app.generation import Generation
     from serve_app.outbound import Outbound
     from serve_app.storage import FileStore
 
@@ -20,12 +27,15 @@ OUR_FILE = re.compile(r"https?://[^/?#]+(?:/[^?#]*)?/files/([^/?#]+)", re.IGNORE
 
 
 class SourceReader:
-    """Reads source images, of no more than `max_bytes` each."""
+    """Reads source images, of no more than `limits.max_image_bytes` each, and decodes them."""
 
-    def __init__(self, outbound: Outbound, files: FileStore, max_bytes: int) -> None:
+    def __init__(self, outbound: Outbound, files: FileStore, limits: Limits) -> None:
         self._outbound = outbound
         self._files = files
-        self._max_bytes = max_bytes
+        self._max_bytes = limits.max_image_bytes
+        self._max_pixels = limits.max_source_pixels
+        # One image at a time: a hostile one takes hundreds of megabytes; and nothing else waits for it.
+        self._decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     async def read(self, url: str) -> bytes:
         """The file behind a URL; what it holds is not looked at.
@@ -47,6 +57,24 @@ class SourceReader:
             return await self._outbound.fetch(url, max_bytes=self._max_bytes)
         except OutboundError as error:
             raise InvalidParameter("sources", error.problem, code="invalid_image_url") from error
+
+    async def add(self, generation: Generation, files: list[bytes], family: Family) -> Generation:
+        """The generation with its source images and, if it had no size, the first one's.
+
+        Args:
+            generation: without them.
+            files: as they were sent; emptied, since they are not to be held while the images are made.
+            family: of the model that is to take them.
+
+        Raises:
+            InvalidParameter: one is no image that can be taken, see `serve_app.images.decode_source`.
+        """
+        loop = asyncio.get_running_loop()
+        decode = partial(images.decode_source, family=family, max_pixels=self._max_pixels)
+        sources = tuple([await loop.run_in_executor(self._decoding, decode, data) for data in files])
+        files.clear()
+        height, width, _ = sources[0].shape
+        return replace(generation, sources=sources, size=generation.size or (width, height))
 
 
 def _decoded(url: str, start: int) -> bytes:

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from serve_app.errors import NO_RETRY, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from serve_app.config import StorageConfig
 
@@ -124,6 +124,14 @@ class FileStore:
             return None
         return data
 
+    async def delete(self, names: Iterable[str]) -> None:
+        """Delete files; those that there are not any more are gone as well. The log says what stays."""
+        await self._in_thread(self._delete, list(names))
+
+    def _delete(self, names: list[str]) -> None:
+        for name in filter(NAME.fullmatch, names):
+            self._remove(self._path(name))
+
     async def signed_url(self, name: str) -> str | None:
         """Where the object store itself hands out the file, if that is what the configuration wants."""
         if not self._config.presigned:
@@ -162,12 +170,17 @@ class FileStore:
             else:
                 superfluous = UNFINISHED.fullmatch(name) is not None and age > UNFINISHED_S
             if superfluous:
-                try:
-                    self._fs.rm_file(path)
-                except FileNotFoundError:
-                    pass
-                except OSError as error:
-                    logger.warning("a file could not be deleted: %s", error.strerror)
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        try:
+            self._fs.rm_file(path)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # noqa: BLE001 - S3's are of many kinds
+            logger.warning(
+                "a file could not be deleted: %s", getattr(error, "strerror", type(error).__name__)
+            )
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -181,7 +194,8 @@ def _modified(info: dict[str, Any]) -> float:
 
 def _full() -> RequestError:
     return RequestError(
-        "The server has no room for files left. Ask for b64_json instead of a url, or tell its operator.",
+        "The server has no room for files left. Ask for b64_json instead of a url, and not by a job, or tell "
+        "its operator.",
         param="response_format",
         code="storage_full",
         status=507,

@@ -14,25 +14,26 @@ if TYPE_CHECKING:
     from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from deployments.config import ModelConfig
-    from serve_app.generation import GeneratedImage, Generation
+    from serve_app.generation import GeneratedImage, Resolved
+    from serve_app.jobs import Job
 
 logger = logging.getLogger("ray.serve")
 
+DESCRIPTION = ("model", "size", "n", "steps")
+"""What may be told of a generation."""
 PROBES = ("/health", "/livez", "/readyz", "/v1/internal/status")
 """Asked every few seconds: logged for who wants to see all."""
 
 
-def note_generation(request: Request, generation: Generation, model: ModelConfig) -> None:
+def note_generation(request: Request, generation: Resolved) -> None:
     """Have the request's line say what is made, and by which model."""
-    defaults = model.defaults
-    request.state.log |= {
-        "model": model.name,
-        "size": generation.size or (defaults.width, defaults.height),
-        "n": generation.n,
-        "steps": defaults.steps if generation.steps is None else generation.steps,
-        "sources": len(generation.sources),
-    }
+    request.state.log |= {name: getattr(generation, name) for name in DESCRIPTION}
+    request.state.log["sources"] = len(generation.sources)
+
+
+def note_job(request: Request, job: Job) -> None:
+    """Have it say likewise what is to be made, by a job."""
+    request.state.log |= _describe(job)
 
 
 def note_images(request: Request, made: list[GeneratedImage]) -> None:
@@ -44,6 +45,18 @@ def note_images(request: Request, made: list[GeneratedImage]) -> None:
 def note_error(request: Request, code: str) -> None:
     """Have it say what went wrong, which a stream's status does not."""
     request.state.log["error"] = code
+
+
+def log_job(job: Job, outcome: str, seconds: float, error: str | None) -> None:
+    """A job's line, when it has ended or is no longer run here."""
+    facts = {"outcome": outcome, "error": error, "seconds": round(seconds, 3), "attempt": job.attempts}
+    facts |= {"key_id": job.key_id} | _describe(job)
+    logger.info("job %s %s in %.3f s", job.id, outcome, seconds, extra=facts)
+
+
+def _describe(job: Job) -> dict[str, Any]:
+    facts = {name: job.request[name] for name in DESCRIPTION}
+    return facts | {"job": job.id, "sources": len(job.sources)}
 
 
 class RequestLog:

@@ -1,9 +1,19 @@
 """What all tests share: tests that lack something on this machine are skipped, but never in CI."""
 
 import os
+import secrets
 import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psycopg
 import pytest
+
+from serve_app.database import Database
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile needs g++ (Debian: apt-get install g++)"
@@ -16,3 +26,92 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if os.environ.get("FAIL_ON_SKIP") and reporter and reporter.stats.get("skipped"):
         reporter.write_line("a test was skipped, and FAIL_ON_SKIP is set", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _postgresql(program: str) -> str:
+    """Where Debian has put it: of the server's programs, some versions may be installed side by side."""
+    found = [shutil.which(program), *map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))]
+    if path := next(filter(None, found), None):
+        return path
+    pytest.skip("needs PostgreSQL (Debian: apt-get install postgresql)")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Callable[[], str]]:
+    """A PostgreSQL of the tests' own; makes a new database and returns its URL."""
+    user = "postgres" if os.geteuid() == 0 else None  # it does not run as root
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as folder:
+        if user:
+            shutil.chown(folder, user)
+        data = f"{folder}/data"
+        subprocess.run(
+            [_postgresql("initdb"), "-D", data, "-U", "tests", "-A", "trust", "--no-sync"],
+            user=user,
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+        settings = (
+            "fsync=off",
+            "listen_addresses=127.0.0.1",
+            f"port={port}",
+            f"unix_socket_directories={folder}",
+        )
+        log = Path(folder, "log")
+        with (
+            log.open("w") as output,
+            subprocess.Popen(
+                [_postgresql("postgres"), "-D", data, *(f"-c{setting}" for setting in settings)],
+                user=user,
+                cwd=folder,
+                stderr=output,
+            ) as server,
+        ):
+            address = f"postgresql://tests@127.0.0.1:{port}"
+            try:
+                while not _answers(f"{address}/postgres"):
+                    assert server.poll() is None, log.read_text()
+
+                def make() -> str:
+                    name = f"d{secrets.token_hex(4)}"
+                    with psycopg.connect(f"{address}/postgres", autocommit=True) as connection:
+                        connection.execute(f"CREATE DATABASE {name}".encode())
+                    return f"{address}/{name}"
+
+                yield make
+            finally:
+                server.send_signal(signal.SIGINT)  # which waits for no client
+                server.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        psycopg.connect(url, connect_timeout=2).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty database, of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.db"
+    make: Callable[[], str] = request.getfixturevalue("postgresql")
+    return make()
+
+
+@pytest.fixture
+def open_database() -> Iterator[Callable[[str], Database]]:
+    """Opens databases by their URLs, and closes them."""
+    opened: list[Database] = []
+
+    def open_it(url: str) -> Database:
+        opened.append(Database(url))
+        return opened[-1]
+
+    yield open_it
+    for database in opened:
+        database.close()

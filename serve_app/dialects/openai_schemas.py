@@ -10,8 +10,11 @@ from pydantic_core import PydanticCustomError
 
 from serve_app import images
 from serve_app.generation import MAX_PARTIAL_IMAGES, MAX_SEED
+from serve_app.jobs import Priority
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     from deployments.config import ModelConfig
     from serve_app.config import Limits
 
@@ -153,6 +156,36 @@ class EditForm(EditRequest):
         return True
 
 
+class JobFields(BaseModel):
+    """What a job has beside its generation or edit."""
+
+    webhook_url: str | None = Field(
+        default=None,
+        max_length=2048,
+        description="Where to POST the job when it has ended: http or https, at a public address.",
+    )
+    priority: Priority | None = Field(
+        default=None, description="Jobs with `low` begin when there are no others; `normal` if unset."
+    )
+    start_within_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which it fails if it has not begun.",
+    )
+
+
+class JobRequest(JobFields, _FromJSON, EditRequest):
+    """The body of a job: a generation's or, with `images`, an edit's."""
+
+    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
+    images: list[ImageReference] | None = Field(default=None, min_length=1, max_length=MAX_FILES)
+
+
+class EditJobForm(JobFields, EditForm):
+    """The fields of an edit that is to be a job, beside its files."""
+
+
 class Image(BaseModel):
     """One image: where it is, or what it is."""
 
@@ -190,11 +223,33 @@ class ImagesResponse(BaseModel):
     usage: Usage
 
 
+def usage(images: Collection[Mapping[str, Any]]) -> Usage:
+    """The sum of what images took: the fields of `GeneratedImage` that end in `_tokens`."""
+    text, source, drawn = (
+        sum(image[f"{kind}_tokens"] for image in images) for kind in ("text", "source", "drawn")
+    )
+    return Usage(
+        input_tokens=text + source,
+        input_tokens_details=InputTokens(text_tokens=text, image_tokens=source),
+        output_tokens=drawn,
+        total_tokens=text + source + drawn,
+    )
+
+
+ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+
+
+def error_type(status: int) -> ErrorType:
+    """What this API calls the errors of an HTTP status."""
+    special: dict[int, ErrorType] = {401: "authentication_error", 429: "rate_limit_error"}
+    return special.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
 class Error(BaseModel):
     """What is wrong, and what to do."""
 
     message: str
-    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    type: ErrorType
     param: str | None = Field(description="The parameter at fault.")
     code: str
 
@@ -280,18 +335,29 @@ def generation_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]
 
 def edit_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
     """For the OpenAPI document: an edit as a form, or as JSON."""
+    return _form_or_json(EditForm, EditByReference, models, limits)
+
+
+def job_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
+    """For the OpenAPI document: a job as a form, or as JSON."""
+    return _form_or_json(EditJobForm, JobRequest, models, limits)
+
+
+def _form_or_json(
+    form_type: type[ImageRequest], json_type: type[ImageRequest], models: list[ModelConfig], limits: Limits
+) -> dict[str, Any]:
     several = {
         "type": "array",
         "minItems": 1,
         "maxItems": max(model.traits.max_sources for model in models),
     }
-    form = _schema(EditForm, models, limits, unset=("", False))
+    form = _schema(form_type, models, limits, unset=("", False))
     form["properties"]["image"] = several | {
         "items": {"type": "string", "format": "binary"},
         "description": "PNG, JPEG or WebP; also as `image[]`.",
     }
     form["required"].append("image")
-    by_reference = _schema(EditByReference, models, limits, unset=(None, "", False))
+    by_reference = _schema(json_type, models, limits, unset=(None, "", False))
     by_reference["properties"]["images"] = several | {
         "items": {
             "type": "object",
@@ -332,6 +398,7 @@ def _schema(
         "num_inference_steps": {"minimum": 1, "maximum": limits.max_steps},
         "guidance_scale": {"minimum": 0, "maximum": limits.max_guidance_scale},
         "partial_images": {"minimum": 0, "maximum": MAX_PARTIAL_IMAGES},
+        "webhook_url": {"format": "webhook"},
     }
     for name, field in schema["properties"].items():
         if name == "prompt":
@@ -344,10 +411,11 @@ def _schema(
         name: {"enum": list(unset), "description": f"Not supported: {reason}."}
         for name, reason in UNSUPPORTED.items()
     }
-    schema["allOf"] = [
-        _either("output_compression", [100, *unset], "output_format", ["jpeg", "webp"]),
-        _either("partial_images", [0, *unset], "stream", [True]),
-    ]
+    schema["allOf"] = [_either("output_compression", [100, *unset], "output_format", ["jpeg", "webp"])]
+    if issubclass(fields, JobFields):
+        schema["properties"]["stream"] = {"enum": list(unset), "description": "Follow the job's events."}
+    else:
+        schema["allOf"].append(_either("partial_images", [0, *unset], "stream", [True]))
     return schema
 
 

@@ -24,7 +24,7 @@ from ray import serve
 from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
 from serve_app.app import Ingress
 from serve_app.config import AppConfig
-from serve_app.images import encode
+from serve_app.images import Encoding, encode
 from tests.serve.conftest import tiny_model
 
 KEY = "the-key"
@@ -63,7 +63,7 @@ class Bare:
                 prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, tokens=tokens
             )
         async for pixels in self._decoder.decode.remote(request):
-            size = len(encode(pixels, "png", 100))
+            size = len(encode(pixels, Encoding()))
         return {"size": size}
 
 

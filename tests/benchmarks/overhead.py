@@ -24,7 +24,7 @@ from deployments.config import ModelConfig
 from deployments.glm_image.decoder import Decoder
 from deployments.glm_image.prior import PriorEngine
 from deployments.types import DecodeRequest, PriorRequest
-from serve_app.images import encode
+from serve_app.images import Encoding, encode
 from tests.serve.conftest import served
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def direct() -> Callable[[], None]:
         request = DecodeRequest(
             prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, tokens=tokens
         )
-        encode(decoder.decode(request, call), "png", 100)
+        encode(decoder.decode(request, call), Encoding())
 
     return generate
 

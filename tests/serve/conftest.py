@@ -120,7 +120,11 @@ def tiny_model(
 def config_file(folder: Path, models: list[dict[str, Any]], **args: Any) -> Path:
     """configs/tiny.yaml with other models and settings, and files that go with the test."""
     config = _tiny_config()
-    config["applications"][0]["args"] |= {"models": models, "storage": {"url": str(folder / "files")}} | args
+    kept = {
+        "storage": {"url": str(folder / "files")},
+        "database": {"url": f"sqlite:///{folder}/jobs.db"},
+    }
+    config["applications"][0]["args"] |= {"models": models} | kept | args
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
 

@@ -16,7 +16,7 @@ from deployments.families import FAMILIES
 from deployments.types import Pixels
 from serve_app import images
 from serve_app.errors import InvalidParameter
-from serve_app.images import encode, legal_size
+from serve_app.images import Encoding, encode, legal_size
 
 GLM_IMAGE = FAMILIES["glm_image"]
 decode_source = partial(images.decode_source, max_pixels=2**25)
@@ -205,7 +205,7 @@ small_jpeg = file_of(Image.fromarray(noise(64, 64)), "JPEG", exif=exif)
 
 def test_png_is_lossless() -> None:
     pixels = noise(64, 48)
-    image = Image.open(io.BytesIO(encode(pixels, "png", 100)))
+    image = Image.open(io.BytesIO(encode(pixels, Encoding())))
     assert image.format == "PNG"
     assert np.array_equal(np.asarray(image), pixels)
 
@@ -213,6 +213,6 @@ def test_png_is_lossless() -> None:
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])
 def test_quality_trades_size_for_likeness(image_format: Literal["jpeg", "webp"]) -> None:
     pixels = noise(128, 128)
-    low, high = (encode(pixels, image_format, quality) for quality in (0, 100))
+    low, high = (encode(pixels, Encoding(image_format, quality)) for quality in (0, 100))
     assert Image.open(io.BytesIO(high)).format == image_format.upper()
     assert len(low) < len(high) / 2

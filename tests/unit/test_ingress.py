@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from deployments.config import ModelConfig
 from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
 from serve_app.config import AppConfig
+from serve_app.database import Database
 from serve_app.generation import Generator, Model
 from serve_app.ingress import create_app
 from serve_app.storage import FileStore
@@ -50,7 +51,8 @@ def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[P
         )
         generator = Generator({"m": Model(config=model, prior=prior, decode=decode)}, config.limits)
         lifecycle: Any = None  # asked by routes that are not tested here
-        return create_app(config, generator, lifecycle, FileStore(config.storage))
+        database = Database(f"sqlite:///{tmp_path}/jobs.db")
+        return create_app(config, generator, lifecycle, FileStore(config.storage), database)
 
     return app
 

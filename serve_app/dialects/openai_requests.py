@@ -1,0 +1,254 @@
+"""Requests in the OpenAI image API's words, read and put into this server's own."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+
+from serve_app.dialects.openai_schemas import (
+    MAX_FIELDS,
+    MAX_FILES,
+    MAX_ID_CHARS,
+    QUALITIES,
+    UNSUPPORTED,
+    ImageRequest,
+    Quality,
+    may_be_unset,
+)
+from serve_app.errors import InvalidParameter, RequestError, image_too_large, too_large
+from serve_app.generation import Generation
+from serve_app.images import Encoding
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from fastapi import Request
+
+    from serve_app.config import Limits
+    from serve_app.generation import Generator, Prepare
+    from serve_app.sources import SourceReader
+
+Fields = TypeVar("Fields", bound=ImageRequest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Generic[Fields]):
+    """A request that was read.
+
+    Attributes:
+        fields: as they came.
+        generation: what is to be made; source images are missing still.
+        encoding: how images are to be sent.
+        quality: what the steps followed from, if they did.
+        sources: how many source images there are.
+        prepare: reads them; None if there are none.
+        sources_param: what the request calls them.
+    """
+
+    fields: Fields
+    generation: Generation
+    encoding: Encoding
+    quality: Quality | None
+    sources: int = 0
+    prepare: Prepare | None = None
+    sources_param: str = "image"
+
+    @contextmanager
+    def naming_sources(self) -> Iterator[None]:
+        """Within the block, errors call the source images what the request does.
+
+        Raises:
+            RequestError: instead of an `InvalidParameter` of theirs.
+        """
+        try:
+            yield
+        except InvalidParameter as error:
+            if error.param != "sources":
+                raise
+            param = self.sources_param
+            raise RequestError(f"{param} {error.problem}.", param=param, code=error.code) from error
+
+
+class RequestReader:
+    """Reads the bodies of generations and edits.
+
+    Args:
+        generator: knows the models.
+        reader: gets and decodes source images.
+        limits: what a request may ask for.
+    """
+
+    def __init__(self, generator: Generator, reader: SourceReader, limits: Limits) -> None:
+        self._generator = generator
+        self._reader = reader
+        self._limits = limits
+
+    async def json(
+        self, request: Request, fields_type: type[Fields], max_bytes: int | None = None
+    ) -> Asked[Fields]:
+        """A JSON body, of an edit if it has `images`.
+
+        Raises:
+            RequestError: it cannot be read, or is not valid.
+        """
+        fields = await _read_json(request, fields_type, max_bytes or self._limits.max_json_bytes)
+        urls = [image.image_url for image in getattr(fields, "images", None) or ()]
+
+        async def fetched() -> list[bytes]:
+            return [await self._reader.read(url) for url in urls]
+
+        return self._asked(request, fields, "images", len(urls), fetched)
+
+    async def form(self, request: Request, fields_type: type[Fields]) -> Asked[Fields]:
+        """An edit's form with files.
+
+        Raises:
+            RequestError: it cannot be read, or is not valid.
+        """
+        fields, uploads = await _read_form(request, fields_type, self._limits)
+        if not uploads:
+            raise RequestError("Send at least one file as `image` or `image[]`.", param="image")
+
+        async def uploaded() -> list[bytes]:
+            return uploads
+
+        return self._asked(request, fields, "image", len(uploads), uploaded)
+
+    def _asked(
+        self,
+        request: Request,
+        fields: Fields,
+        sources_param: str,
+        sources: int,
+        read: Callable[[], Awaitable[list[bytes]]],
+    ) -> Asked[Fields]:
+        compression = 100 if fields.output_compression is None else fields.output_compression
+        encoding = Encoding(fields.output_format or "png", compression)
+        if encoding.format == "png" and compression < 100:
+            raise RequestError("PNG is lossless; choose jpeg or webp.", param="output_compression")
+        steps, quality = fields.num_inference_steps, None
+        if steps is None and fields.quality:
+            quality, steps = QUALITIES[fields.quality]
+            if steps > self._limits.max_steps:
+                raise RequestError(
+                    f"{fields.quality} takes {steps} denoising steps, and {self._limits.max_steps} are "
+                    "allowed.",
+                    param="quality",
+                )
+        generation = Generation(
+            model=fields.model,
+            prompt=fields.prompt,
+            size=_size(fields.size),
+            n=1 if fields.n is None else fields.n,
+            steps=steps,
+            guidance_scale=fields.guidance_scale,
+            seed=fields.seed,
+            partial_images=fields.partial_images or 0,
+            request_id=_request_id(request),
+            key_id=request.state.key_id,
+        )
+
+        async def prepare(generation: Generation) -> Generation:
+            family = self._generator.model(generation.model).traits
+            return await self._reader.add(generation, await read(), family)
+
+        return Asked(
+            fields=fields,
+            generation=generation,
+            encoding=encoding,
+            quality=quality,
+            sources=sources,
+            prepare=prepare if sources else None,
+            sources_param=sources_param,
+        )
+
+
+def media_type(request: Request) -> str:
+    """What the body is, by its header."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _read_json(request: Request, fields: type[Fields], max_bytes: int) -> Fields:
+    """The fields of a JSON body."""
+    if media_type(request) != "application/json":
+        raise RequestError("Send this request as application/json.", code="invalid_content_type")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large(max_bytes)
+    try:
+        return await asyncio.to_thread(fields.model_validate_json, body)
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
+async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> tuple[Fields, list[bytes]]:
+    """The fields and the source images of a multipart body."""
+    texts: dict[str, str] = {}
+    uploads: list[bytes] = []
+    try:
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    if name not in ("image", "image[]"):
+                        raise _unknown(name)
+                    if (value.size or 0) > limits.max_image_bytes:
+                        raise image_too_large(limits.max_image_bytes)
+                    uploads.append(await value.read())
+                elif name in ("image", "image[]"):
+                    raise RequestError("image must be a file (with curl: -F image=@FILE).", param="image")
+                elif name in texts:
+                    raise RequestError(f"{name:.100} is given twice.", param=name[:100])
+                elif not (may_be_unset(name, fields) and value in ("", "false")):
+                    texts[name] = value
+    except (ValueError, LookupError) as error:  # a charset that Starlette does not expect
+        raise RequestError("The form cannot be decoded; send it as UTF-8.") from error
+    try:
+        return fields.model_validate_strings(texts), uploads
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
+def _request_id(request: Request) -> str:
+    """The client's, or else the one that Serve has made; Serve sends it back."""
+    request_id = request.headers.get("x-request-id", "")
+    if len(request_id) > MAX_ID_CHARS:
+        raise RequestError(f"X-Request-ID may have {MAX_ID_CHARS} characters.", param="X-Request-ID")
+    return request_id
+
+
+def _size(size: str | None) -> tuple[int, int] | None:
+    if size in (None, "auto"):
+        return None
+    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
+    if match is None:
+        raise RequestError("Give the size as WIDTHxHEIGHT, 1024x1024 say, or as auto.", param="size")
+    return int(match[1]), int(match[2])
+
+
+def _first_error(error: ValidationError) -> RequestError:
+    """What pydantic found first; its messages never repeat the value."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    param = ".".join(str(part) for part in first["loc"]) or None
+    if first["type"] == "extra_forbidden":
+        return _unknown(str(param))
+    if first["type"] == "missing":
+        return RequestError(f"{param} is required.", param=param, code="missing_required_parameter")
+    return RequestError(f"{param or 'The JSON body'}: {first['msg']}.", param=param)
+
+
+def _unknown(param: str) -> RequestError:
+    name = param.partition("[")[0]  # a form's svg[model]
+    reason = f": {UNSUPPORTED[name]}" if name in UNSUPPORTED else ""
+    return RequestError(
+        f"The parameter {param!r:.100} is not supported{reason}.",
+        param=param[:100],
+        code="unsupported_parameter" if reason else "unknown_parameter",
+    )

@@ -1,0 +1,449 @@
+"""Runs the jobs: takes them from the store in their order, makes their images, tells how they get on."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+import uuid
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from serve_app import images, telemetry
+from serve_app.errors import InvalidParameter, RequestError
+from serve_app.generation import GeneratedImage, Generation, PartialImage, StageProgress
+from serve_app.images import Encoding
+from serve_app.jobs import NewJob, Running
+from serve_app.outbound import OutboundError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+
+    from deployments.types import Pixels
+    from serve_app.generation import Generator, Prepare, Resolved
+    from serve_app.jobs import Job, JobStore, Priority, State
+    from serve_app.outbound import Outbound
+    from serve_app.sources import SourceReader
+    from serve_app.storage import FileStore
+
+logger = logging.getLogger("ray.serve")
+
+LOOK_S = 1.0
+"""How often to look for jobs that other ingresses were given, or have left."""
+RENEW_S = 0.5
+EXPIRE_S = 60.0
+STOP_S = 30.0
+"""For what is just being stored."""
+MAX_LOG_LINES = 200
+NOT_STORED = {"sources", "request_id", "key_id"}
+"""Of a generation; a job has them elsewhere."""
+
+
+def stored(generation: Resolved) -> dict[str, Any]:
+    """A generation, but for its source images, as a job keeps it."""
+    return {name: value for name, value in vars(generation).items() if name not in NOT_STORED}
+
+
+def _fingerprint(what: Submission, generation: Generation) -> str:
+    """Equal for equal requests, whatever seed is drawn for them and by which address they came."""
+    asked = {name: value for name, value in vars(generation).items() if name not in NOT_STORED}
+    rest = (what.api, vars(what.encoding), what.answer, what.priority, what.start_within_s, what.webhook_url)
+    digest = hashlib.sha256(json.dumps([asked, *rest], sort_keys=True).encode())
+    for source in generation.sources:
+        digest.update(f"{source.shape}".encode())
+        digest.update(source.tobytes())
+    return digest.hexdigest()
+
+
+def restored(job: Job) -> Generation:
+    """A job's generation, without its source images."""
+    width, height = job.request["size"]
+    return Generation(**job.request | {"size": (width, height)}, request_id=job.id, key_id=job.key_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What is to become a job. See `NewJob` for what is not said here.
+
+    Attributes:
+        generation: its source images are missing still.
+        sources: how many there are.
+        prepare: adds them.
+        encoding: how images become files.
+        base_url: below which URLs were that the client used.
+    """
+
+    api: str
+    generation: Generation
+    sources: int
+    prepare: Prepare | None
+    encoding: Encoding
+    answer: Mapping[str, Any]
+    base_url: str
+    priority: Priority
+    start_within_s: float | None
+    idempotency_key: str | None
+    webhook_url: str | None
+
+
+@dataclass(eq=False, kw_only=True)
+class _Run:
+    """A job that runs here.
+
+    Attributes:
+        job: as it was when it began.
+        told: what there is to tell of it.
+        task: makes it.
+        is_news: whether there is something that was not told yet.
+        stopped: why it is to stop: it is no longer to be run, or not by this server.
+        is_ending: whether it has come too far for that.
+        saves: its images on their way into the store, which nothing stops.
+        previewing: its previews likewise.
+    """
+
+    job: Job
+    told: Running
+    task: asyncio.Task[None] | None = None
+    is_news: bool = True
+    stopped: Literal["", "not ours", "later"] = ""
+    is_ending: bool = False
+    saves: list[asyncio.Task[tuple[str, int]]] = field(default_factory=list)
+    previewing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def stop(self, why: Literal["not ours", "later"]) -> None:
+        if not self.is_ending and not self.stopped and self.task:
+            self.stopped = why
+            self.task.cancel()
+
+    def log(self, message: str) -> None:
+        if len(self.told.log) < MAX_LOG_LINES:
+            self.told.log.append({"at": time.time(), "message": message})
+            self.is_news = True
+
+
+class JobRunner:
+    """Runs as many jobs at a time as keep each model's stages busy.
+
+    Args:
+        store: where they are.
+        generator: makes the images.
+        files: where source images and results are.
+        reader: decodes source images.
+        outbound: the way of webhooks.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        generator: Generator,
+        files: FileStore,
+        reader: SourceReader,
+        outbound: Outbound,
+    ) -> None:
+        self._store = store
+        self._generator = generator
+        self._files = files
+        self._reader = reader
+        self._outbound = outbound
+        self._worker = uuid.uuid4().hex
+        self._running: dict[str, _Run] = {}
+        self._wake = asyncio.Event()
+        self._loops: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Within the block jobs are run; what still runs at its end goes back into the queue."""
+        self._loops = [
+            asyncio.create_task(_again_and_again(what))
+            for what in (self._begin_some, self._tell, self._tidy, self._expire)
+        ]
+        try:
+            yield
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Begin with no more jobs, and put those that run back into the queue."""
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        runs = list(self._running.values())
+        for run in runs:
+            run.stop("later")
+        if tasks := [run.task for run in runs if run.task]:
+            await asyncio.wait(tasks, timeout=STOP_S)
+        with suppress(RequestError):  # whose leases will run out
+            await self._store.release(self._worker)
+
+    async def submit(self, what: Submission) -> tuple[Job, bool]:
+        """Check a request and make it a job; returns that, and whether it is new, see `JobStore.submit`.
+
+        Raises:
+            RequestError: 400, its webhook leads nowhere; 404, there is no such model; 422, its idempotency
+                key was used for another request; 429, there are too many jobs, or the key's work is used up;
+                503, the server is stopping; 507, there is no room for files.
+            InvalidParameter: a parameter is out of its range.
+        """
+        generation = what.generation
+        self._generator.check(generation, sources=what.sources)
+        await self._files.check_room()
+        if what.webhook_url is not None:
+            await self._check_webhook(what.webhook_url)
+        if what.idempotency_key is None:
+            await self._store.check_room()
+        if what.prepare:
+            generation = await what.prepare(generation)
+        resolved = self._generator.resolved(generation)
+        new = NewJob(
+            key_id=generation.key_id,
+            api=what.api,
+            fingerprint=_fingerprint(what, generation),
+            model=resolved.model,
+            request=stored(resolved),
+            encoding=vars(what.encoding),
+            answer={**what.answer, "base_url": what.base_url},
+            priority=what.priority,
+            start_within_s=what.start_within_s,
+            idempotency_key=what.idempotency_key,
+            webhook_url=what.webhook_url,
+        )
+        if known := await self._store.known(new):
+            return known, False
+        await self._generator.charge(resolved)
+        sources = [
+            await self._files.save(await asyncio.to_thread(images.encode, source, Encoding()), "png")
+            for source in generation.sources
+        ]
+        is_new = False
+        try:
+            job, is_new = await self._store.submit(replace(new, sources=sources))
+        finally:
+            if not is_new:
+                await self._files.delete(sources)
+        self._wake.set()
+        return job, is_new
+
+    async def _check_webhook(self, url: str) -> None:
+        try:
+            await self._outbound.check(url)
+        except OutboundError as error:
+            raise RequestError(f"webhook_url {error.problem}.", param="webhook_url") from error
+
+    async def cancel(self, key_id: str, job_id: str) -> Job:
+        """Cancel a job, see `JobStore.cancel`; one that runs here stops within a token or a step."""
+        job = await self._store.cancel(key_id, job_id)
+        if job.state == "cancelled":
+            await self._forget(job)
+        elif run := self._running.get(job_id):
+            run.stop("not ours")
+        return job
+
+    async def _begin_some(self) -> None:
+        """Begin with jobs while there is room; then wait until there may be some again."""
+        self._wake.clear()
+        while models := self._with_room():
+            job = await self._store.claim(self._worker, models)
+            if job is None:
+                break
+            await self._forget(job, sources=False)  # what whoever began before has left
+            told = Running(id=job.id, progress=[None] * job.request["n"], previews=[], log=job.log)
+            run = self._running[job.id] = _Run(job=job, told=told)
+            run.log("began" if job.attempts == 1 else f"began again, for the {job.attempts}th time")
+            run.task = asyncio.create_task(self._run(run))
+            run.task.add_done_callback(partial(self._has_ended, job.id))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await self._wake.wait()
+
+    def _has_ended(self, job_id: str, _: asyncio.Task[None]) -> None:
+        del self._running[job_id]
+        self._wake.set()
+
+    def _with_room(self) -> list[str]:
+        """The models whose stages can have more to do: a batch of the prior's, and one image a decoder."""
+        return [
+            model.name
+            for model in self._generator.models()
+            if sum(run.job.request["n"] for run in self._running.values() if run.job.model == model.name)
+            < model.prior.rows * model.prior.max_replicas + model.decoder.max_replicas
+        ]
+
+    async def _tell(self) -> None:
+        """Renew the leases, store what there is to tell, and stop what is no longer to be run."""
+        if runs := list(self._running.values()):
+            news = [run.told for run in runs if run.is_news]
+            for run in runs:
+                run.is_news = False
+            ours = await self._store.renew(self._worker, news)
+            for run in runs:
+                if run.job.id not in ours:
+                    run.stop("not ours")
+        await asyncio.sleep(RENEW_S)
+
+    async def _tidy(self) -> None:
+        for job in await self._store.tidy():
+            logger.warning("job %s %s: nobody ran it to its end", job.id, job.state)
+            await self._forget(job)
+        await asyncio.sleep(LOOK_S)
+
+    async def _expire(self) -> None:
+        while expired := await self._store.expire():
+            await self._files.delete(name for job in expired for name in job.files)
+        await asyncio.sleep(EXPIRE_S)
+
+    async def _forget(self, job: Job, *, sources: bool = True) -> None:
+        """Delete the files that are of no use any more."""
+        await self._files.delete([one["name"] for one in job.previews] + (job.sources if sources else []))
+
+    async def _run(self, run: _Run) -> None:
+        """Make a job's images and end it."""
+        began = time.monotonic()
+        state: State = "succeeded"
+        made: list[dict[str, Any]] = []
+        failure: dict[str, Any] | None = None
+        try:
+            made = await self._make(run)
+        except asyncio.CancelledError:
+            if not run.stopped:
+                raise
+            state = "cancelled"
+        except (RequestError, InvalidParameter) as error:
+            state, failure = "failed", _failure(error)
+        except Exception:
+            logger.exception("job %s failed", run.job.id)
+            state, failure = "failed", _failure(_FAULT)
+        run.is_ending = True
+        stored = False
+        if run.stopped != "later":
+            run.log(state)
+            stored = await self._end(run, state, made, failure)
+            if not stored and state != "cancelled":  # it was cancelled just now, unless it is another's
+                state = "cancelled"
+                run.told.log[-1]["message"] = state
+                stored = await self._end(run, state)
+        await self._clear(run, keep=stored and state == "succeeded")
+        if stored:
+            await self._files.delete(run.job.sources)
+        outcome = state if stored else "handed on"
+        telemetry.log_job(run.job, outcome, time.monotonic() - began, failure["code"] if failure else None)
+
+    async def _end(
+        self,
+        run: _Run,
+        state: State,
+        made: list[dict[str, Any]] | None = None,
+        failure: dict[str, Any] | None = None,
+    ) -> bool:
+        """End it in the store, however long that cannot be reached; whether it was ours to end."""
+        while True:
+            try:
+                return await self._store.finish(
+                    self._worker, run.told, state, images=made or [], error=failure
+                )
+            except RequestError:
+                await asyncio.sleep(LOOK_S)
+
+    async def _make(self, run: _Run) -> list[dict[str, Any]]:
+        """Make and keep a job's images; returns what is to be known of them."""
+        job, generation = run.job, restored(run.job)
+        if job.sources:
+            files = [await self._read(name) for name in job.sources]
+            generation = await self._reader.add(
+                generation, files, self._generator.model(generation.model).traits
+            )
+        async with self._generator.resumed(generation):
+            made = await self._generator.run(generation, partial(self._note, run))
+            run.saves = [asyncio.create_task(self._save(run, image.pixels)) for image in made]
+            await asyncio.wait(run.saves)  # which stops none of them when this is stopped
+            return [_describe(image, *save.result()) for image, save in zip(made, run.saves, strict=True)]
+
+    async def _read(self, name: str) -> bytes:
+        size = await self._files.size(name)
+        data = None if size is None else await self._files.read(name, 0, size)
+        if data is None:
+            raise RequestError(
+                "A source image is not there any more; submit the job again.", code="source_gone", status=410
+            )
+        return data
+
+    async def _save(self, run: _Run, pixels: Pixels) -> tuple[str, int]:
+        """Keep an image in the job's format; returns its file's name and bytes."""
+        encoding = Encoding(**run.job.encoding)
+        data = await asyncio.to_thread(images.encode, pixels, encoding)
+        return await self._files.save(data, encoding.format), len(data)
+
+    def _note(self, run: _Run, told: StageProgress | PartialImage | GeneratedImage) -> None:
+        """Note what the generator tells."""
+        if isinstance(told, PartialImage):
+            previewing = asyncio.create_task(self._preview(run, told))
+            run.previewing.add(previewing)
+        elif isinstance(told, StageProgress):
+            before, progress = run.told.progress[told.image], told.progress
+            if before is None or before["stage"] != told.stage:
+                run.log(f"image {told.image}: {told.stage} stage")
+            run.told.progress[told.image] = {
+                "stage": told.stage,
+                "done": progress.done,
+                "total": progress.total,
+            }
+            run.is_news = True
+
+    async def _preview(self, run: _Run, told: PartialImage) -> None:
+        try:
+            name, _ = await self._save(run, told.pixels)
+        except RequestError:
+            return  # the image itself may find room, or say that there is none
+        run.told.previews.append({"image": told.image, "index": told.index, "name": name})
+        run.is_news = True
+
+    async def _clear(self, run: _Run, *, keep: bool) -> None:
+        """Delete what was kept on the way and, unless `keep`, the images."""
+        if under_way := [*run.saves, *run.previewing]:
+            await asyncio.wait(under_way)
+        names = [one["name"] for one in run.told.previews]
+        if not keep:
+            names += [save.result()[0] for save in run.saves if not save.exception()]
+        await self._files.delete(names)
+
+
+_FAULT = RequestError("The server failed to make it; its log says why.", code="server_error", status=500)
+
+
+def _failure(error: RequestError | InvalidParameter) -> dict[str, Any]:
+    """An error as a job keeps it."""
+    if isinstance(error, InvalidParameter):
+        return {
+            "message": f"{error.param} {error.problem}.",
+            "code": error.code,
+            "status": 400,
+            "param": error.param,
+        }
+    return {
+        "message": error.message,
+        "code": error.code,
+        "status": error.status,
+        "param": error.param,
+    }
+
+
+def _describe(image: GeneratedImage, name: str, size: int) -> dict[str, Any]:
+    """An image as a job keeps it."""
+    height, width, _ = image.pixels.shape
+    facts = {name: value for name, value in vars(image).items() if name != "pixels"}
+    return {"name": name, "bytes": size, "width": width, "height": height} | facts
+
+
+async def _again_and_again(what: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Whatever goes wrong: the database may be there again a moment later."""
+    while True:
+        try:
+            await what()
+        except RequestError:
+            await asyncio.sleep(LOOK_S)
+        except Exception:
+            logger.exception("jobs: something went wrong, and is tried again")
+            await asyncio.sleep(LOOK_S)

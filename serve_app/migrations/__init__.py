@@ -1,0 +1,1 @@
+"""The database's tables, by the steps in which they came about: https://alembic.sqlalchemy.org."""

@@ -1,0 +1,1 @@
+"""One module a step. A released one is never changed: databases have taken it."""
