@@ -8,6 +8,7 @@ effect only if the job still is where it was, so that a job ends exactly once, w
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ LEASE_S = 15
 """After which a job whose runner is not heard of any more is begun again by somebody else."""
 MAX_ATTEMPTS = 5
 """So often a job is begun: one over which its runner keeps dying is given up."""
+ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 EXPIRED_AT_A_TIME = 200
 LOOK_AGAIN_S = 1.0
 
@@ -311,9 +313,8 @@ class JobStore:
         Raises:
             RequestError: 404, it has none of that id.
         """
-        job = await self._database.read(
-            lambda connection: _first(connection, _j.id == job_id, _j.key_id == key_id)
-        )
+        mine = _belongs(job_id, key_id)
+        job = await self._database.read(lambda connection: _first(connection, mine))
         if job is None:
             raise _no_job()
         return job
@@ -361,8 +362,8 @@ class JobStore:
             wanted = [_j.key_id == key_id]
             if state:
                 wanted.append(_j.state == state)
-            if after:
-                last = _first(connection, _j.id == after, _j.key_id == key_id)
+            if after is not None:
+                last = _first(connection, _belongs(after, key_id))
                 if last is None:
                     raise _no_job()
                 wanted.append(_j.seq < last.seq)
@@ -379,7 +380,7 @@ class JobStore:
         """
 
         def call(connection: Connection) -> Job:
-            mine = and_(_j.id == job_id, _j.key_id == key_id)
+            mine = _belongs(job_id, key_id)
             connection.execute(self._end("cancelled").where(mine, _j.state == "queued"))
             asked = update(_jobs).where(mine, _j.state == "running")
             connection.execute(asked.values(cancelling=True, version=_j.version + 1))
@@ -625,6 +626,17 @@ def _job(row: Row[Any]) -> Job:
     for name in ("idempotency_key", "worker", "lease_until", "start_by"):  # nobody else's business
         del values[name]
     return Job(**values | {"priority": PRIORITIES[values["priority"]]})
+
+
+def _belongs(job_id: str, key_id: str) -> ColumnElement[bool]:
+    """The job of this id, if it is this key's.
+
+    Raises:
+        RequestError: 404, it is no id.
+    """
+    if not ID.fullmatch(job_id):  # PostgreSQL takes not just any text
+        raise _no_job()
+    return and_(_j.id == job_id, _j.key_id == key_id)
 
 
 def _no_job() -> RequestError:

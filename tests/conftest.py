@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from serve_app.database import Database
+from tests.receiver import Receiver
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile needs g++ (Debian: apt-get install g++)"
@@ -115,3 +116,10 @@ def open_database() -> Iterator[Callable[[str], Database]]:
     yield open_it
     for database in opened:
         database.close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    with receiver.receiving():
+        yield receiver

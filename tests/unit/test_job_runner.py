@@ -12,6 +12,7 @@ import pytest
 
 from deployments.config import ModelConfig
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
+from serve_app import images
 from serve_app import job_runner as runner_module
 from serve_app import jobs as jobs_module
 from serve_app.config import Limits, OutboundConfig, StorageConfig
@@ -87,9 +88,7 @@ class Setup:
         self.runner = JobRunner(self.store, self.generator, self.files, reader, outbound)
 
     async def submit(self, **fields: Any) -> tuple[Job, bool]:
-        generation = Generation(
-            **{"prompt": "a boat", "size": (512, 512), "key_id": "k", "steps": 2} | fields
-        )
+        generation = Generation(prompt="a boat", size=(512, 512), key_id="k", steps=2, **fields)
 
         async def prepare(generation: Generation) -> Generation:
             return generation
@@ -353,7 +352,7 @@ def test_a_fault_of_the_server_is_not_told_in_its_words(make: Make, monkeypatch:
             raise RuntimeError("/secret/path")
 
         job_id = await setup.job()
-        monkeypatch.setattr(runner_module.images, "encode", broken)
+        monkeypatch.setattr(images, "encode", broken)
         setup.stages.go_on()
         async with working(setup):
             job = await setup.ended(job_id)

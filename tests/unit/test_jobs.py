@@ -26,8 +26,8 @@ def store(database_url: str, open_database: Open) -> JobStore:
 
 
 def new(**fields: Any) -> NewJob:
-    fields = {"key_id": "k", "api": "images", "fingerprint": "f", "model": "m"} | fields
-    return NewJob(**{"request": {"prompt": "a boat", "n": 1}} | fields)
+    given: dict[str, Any] = {"key_id": "k", "api": "images", "fingerprint": "f", "model": "m"}
+    return NewJob(**given | {"request": {"prompt": "a boat", "n": 1}} | fields)
 
 
 def told(job: Job) -> Running:
@@ -62,7 +62,7 @@ def test_a_job_is_kept_as_it_was_submitted(store: JobStore) -> None:
             {"x": [1, None]},
         )
         assert job.request == {"prompt": "a boat", "n": 1}
-        for key_id, job_id in (("another", job.id), ("k", "none")):
+        for key_id, job_id in (("another", job.id), ("k", "none"), ("k", "\0")):
             with pytest.raises(RequestError, match="no such job") as caught:
                 await store.get(key_id, job_id)
             assert caught.value.status == 404
@@ -334,8 +334,9 @@ def test_a_list_comes_by_the_page(store: JobStore) -> None:
         assert [job.id for job in page] == ids[:0:-1]
         assert [job.id for job in await store.page("k", limit=3, after=ids[1])] == ids[:1]
         assert [job.id for job in await store.page("k", limit=9, state="cancelled")] == [ids[1]]
-        with pytest.raises(RequestError):
-            await store.page("another", limit=3, after=ids[1])
+        for key_id, after in (("another", ids[1]), ("k", "\0"), ("k", "")):
+            with pytest.raises(RequestError):
+                await store.page(key_id, limit=3, after=after)
 
     run(main())
 

@@ -1,0 +1,157 @@
+"""Jobs on real servers whose processes are killed: none is lost, none is made twice, all are told."""
+
+import json
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from deployments.glm_image import tiny
+from tests.receiver import Receiver
+from tests.serve.conftest import Running, Upstream, config_file, served, tiny_model, until
+from tests.serve.test_jobs import PATH, SMALL, pixels
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+JOBS = 20
+LEASE_S = 15
+
+
+@pytest.fixture
+def config(tmp_path: Path, receiver: Receiver) -> Callable[..., Path]:
+    return lambda **args: config_file(
+        tmp_path, [tiny_model("glm-image")], outbound={"allow": [receiver.place]}, **args
+    )
+
+
+class Client:
+    def __init__(self, running: Running, receiver: Receiver) -> None:
+        self.running = running
+        self._receiver = receiver
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=running.url, timeout=60, limits=limits)
+
+    def submit(self, seed: int, **fields: Any) -> str:
+        body = SMALL | {"seed": seed, "webhook_url": self._receiver.url} | fields
+        answer = self.http.post(PATH, json=body)
+        assert answer.status_code == 202, answer.text
+        job_id: str = answer.json()["id"]
+        return job_id
+
+    def job(self, job_id: str) -> Any:
+        """The job; a server that has just died is asked again."""
+        for _ in range(200):
+            try:
+                answer = self.http.get(f"{PATH}/{job_id}")
+            except httpx.TransportError:
+                continue
+            if answer.status_code == 200:
+                return answer.json()
+            time.sleep(0.1)
+        raise AssertionError(answer.text)
+
+    def states(self, ids: list[str]) -> Counter[str]:
+        return Counter(self.job(job_id)["status"] for job_id in ids)
+
+    def until_all_are_made(self, ids: list[str]) -> list[Any]:
+        until(lambda: self.states(ids) == {"succeeded": len(ids)}, 200)
+        return [self.job(job_id) for job_id in ids]
+
+
+def check(
+    client: Client, jobs: list[Any], receiver: Receiver, folder: Path, paint: Upstream, seeds: range
+) -> None:
+    """Each was made once, with its seed's pixels, and told; nothing else is left."""
+    for job, seed in zip(jobs, seeds, strict=True):
+        (image,) = job["result"]["data"]
+        assert image["seed"] == seed
+        made = pixels(client.http.get(image["url"]).content)
+        assert np.array_equal(made, paint(SMALL["prompt"], 512, 512, seed=seed))
+    names = {job["result"]["data"][0]["url"].rpartition("/")[2] for job in jobs}
+    assert len(names) == len(jobs)
+    kept = {path.name for path in (folder / "files").iterdir()}
+    assert names <= kept
+    assert len(kept - names) <= 9, "no more than what just ran when the process was killed"
+    until(lambda: {(job["id"], "image.job.succeeded") for job in jobs} == told(receiver))
+
+
+def told(receiver: Receiver) -> set[tuple[str, str]]:
+    """Of which job what."""
+    return {(headers["webhook-id"], json.loads(body)["type"]) for headers, body in receiver.came}
+
+
+def ingresses(running: Running) -> list[psutil.Process]:
+    return running.replicas("glm-image:Ingress")
+
+
+def kill(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait(20)
+
+
+def test_a_killed_ingress_finishes_what_it_had(
+    config: Callable[..., Path],
+    receiver: Receiver,
+    tmp_path: Path,
+) -> None:
+    seeds = range(100, 100 + JOBS)
+    with served(config()) as running:
+        client = Client(running, receiver)
+        ids = [client.submit(seed) for seed in seeds]
+        until(lambda: client.states(ids)["succeeded"] >= 3)
+        before = client.states(ids)
+        assert before["running"] > 0
+        assert before["queued"] > 0
+        (ingress,) = ingresses(running)
+        kill(ingress)
+        jobs = client.until_all_are_made(ids)
+        check(client, jobs, receiver, tmp_path, Upstream(tiny.cached()), seeds)
+
+
+def test_what_was_queued_when_the_server_was_stopped_is_made_after_the_next_start(
+    config: Callable[..., Path],
+    receiver: Receiver,
+    tmp_path: Path,
+) -> None:
+    seeds = range(200, 200 + JOBS)
+    with served(config()) as running:
+        client = Client(running, receiver)
+        ids = [client.submit(seed) for seed in seeds]
+        until(lambda: client.states(ids)["succeeded"] >= 2)
+    with served(config()) as running:
+        client = Client(running, receiver)
+        assert client.states(ids)["queued"] > 0
+        jobs = client.until_all_are_made(ids)
+        check(client, jobs, receiver, tmp_path, Upstream(tiny.cached()), seeds)
+        attempts = [line["message"] for job in jobs for line in job["log"] if "time" in line["message"]]
+        assert attempts == [], "stopping counts as no attempt"
+
+
+def test_of_two_ingresses_one_goes_on_when_the_other_is_killed(
+    config: Callable[..., Path],
+    receiver: Receiver,
+    tmp_path: Path,
+    postgresql: Callable[[], str],
+) -> None:
+    seeds = range(300, 300 + JOBS)
+    several = {"database": {"url": postgresql()}, "ingress": {"deployment": {"num_replicas": 2}}}
+    with served(config(**several)) as running:
+        client = Client(running, receiver)
+        until(lambda: len(ingresses(running)) == 2)
+        with ThreadPoolExecutor(4) as pool:
+            ids = list(pool.map(client.submit, seeds))
+        until(lambda: client.states(ids)["succeeded"] >= 2)
+        kill(ingresses(running)[0])
+        jobs = client.until_all_are_made(ids)
+        check(client, jobs, receiver, tmp_path, Upstream(tiny.cached()), seeds)
+        began_again = [job for job in jobs if any("again" in line["message"] for line in job["log"])]
+        assert began_again, "the killed one had some"
+        late = max(job["ended_at"] for job in jobs) - min(job["started_at"] for job in jobs)
+        assert late < LEASE_S + 60
