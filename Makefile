@@ -38,6 +38,7 @@ benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.overhead
 	$(BIN)/python -m tests.benchmarks.edge
 	$(BIN)/python -m tests.benchmarks.lifecycle
+	$(BIN)/python -m tests.benchmarks.jobs
 
 # The local part of a version ("+cpu") says which build of torch this machine has, not which one to have.
 lock: .venv/dev.stamp ## Choose the newest versions that pyproject.toml allows and write them down

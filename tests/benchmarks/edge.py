@@ -89,6 +89,7 @@ def main() -> None:
                 "models": [tiny_model("m")],
                 "auth": {"api_keys": [{"id": "k", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]},
                 "storage": {"url": f"{folder}/files"},
+                "database": {"url": f"sqlite:///{folder}/jobs.db"},
             }
         )
         ray.init(address="local", include_dashboard=False, log_to_driver=False)

@@ -57,6 +57,7 @@ def config(folder: Path, **changes: Any) -> AppConfig:
         "models": [tiny_model("m", prior=GPU, decoder=GPU)],
         "auth": {"open": True},
         "storage": {"url": str(folder)},
+        "database": {"url": f"sqlite:///{folder}/jobs.db"},
     }
     return AppConfig.model_validate(settings | changes)
 

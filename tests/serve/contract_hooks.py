@@ -22,3 +22,5 @@ FILES = st.builds(_file, st.sampled_from(["PNG", "JPEG", "WEBP"]), st.integers(0
 
 schemathesis.openapi.format("binary", FILES)
 schemathesis.openapi.format("uri", FILES.map(_data_url))
+# An address, so that nothing is looked up. Nobody listens at this port, and a public one is not to be told.
+schemathesis.openapi.format("webhook", st.just("http://127.0.0.1:9/hook"))

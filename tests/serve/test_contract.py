@@ -28,7 +28,8 @@ def running(tmp_path: Path) -> Iterator[Running]:
     model["defaults"] = {"width": 512, "height": 512, "steps": 2}
     limits = {"max_pixels": 512 * 512, "max_steps": 2, "max_images": 2}
     auth = {"api_keys": [{"id": "contract", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]}
-    with served(config_file(tmp_path, [model], limits=limits, auth=auth)) as running:
+    outbound = {"allow": ["127.0.0.1:9"]}
+    with served(config_file(tmp_path, [model], limits=limits, auth=auth, outbound=outbound)) as running:
         yield running
 
 

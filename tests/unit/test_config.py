@@ -97,6 +97,14 @@ def test_who_may_come_in_must_be_said(auth: dict[str, Any] | None, problem: str)
         AppConfig.model_validate({"models": [MODEL]} | ({} if auth is None else {"auth": auth}))
 
 
+@pytest.mark.parametrize("several", [{"num_replicas": 2}, {"autoscaling_config": {"max_replicas": 3}}])
+def test_several_ingress_replicas_need_postgresql(several: dict[str, Any]) -> None:
+    settings = OPEN | {"models": [MODEL], "ingress": {"deployment": several}}
+    with pytest.raises(ValidationError, match="PostgreSQL"):
+        AppConfig.model_validate(settings)
+    AppConfig.model_validate(settings | {"database": {"url": "postgresql://user@host/jobs"}})
+
+
 def test_an_unknown_deployment_option_is_named() -> None:
     model = MODEL | {"decoder": CPU | {"deployment": {"num_replica": 2}}}
     with pytest.raises(TypeError, match="num_replica"):

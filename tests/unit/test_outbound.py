@@ -289,15 +289,20 @@ BAD_URLS = [
 def test_a_url_that_leads_inside_is_refused_before_anything_is_dialled(
     url: str, wording: str, names: Names, dialled: list[str]
 ) -> None:
-    names.addresses = {name: [addresses] for name, addresses in NAMES.items()}
+    names.addresses = {name: [addresses] * 3 for name, addresses in NAMES.items()}
     canary = Server({"/": GOOD})
 
     async def main() -> None:
         async with canary.running():
             target, door = url.replace("{port}", str(canary.port)), outbound()
-            with pytest.raises(OutboundError) as caught:
-                await door.fetch(target, max_bytes=10**6)
-            assert caught.value.problem == wording
+            for using in (
+                door.fetch(target, max_bytes=10**6),
+                door.post(target, DATA, {}),
+                door.check(target),
+            ):
+                with pytest.raises(OutboundError) as caught:
+                    await using
+                assert caught.value.problem == wording
 
     asyncio.run(main())
     assert canary.connections == 0
@@ -616,6 +621,43 @@ def test_where_nothing_listens_is_an_error() -> None:
         port = server.getsockname()[1]
     with pytest.raises(OutboundError, match=UNREACHABLE):
         asyncio.run(outbound(f"127.0.0.1:{port}").fetch(f"http://127.0.0.1:{port}/", max_bytes=1))
+
+
+def test_a_message_is_posted_whole_and_its_answer_not_read() -> None:
+    message = bytes(range(256)) * 2**13
+    came: list[bytes] = []
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(await reader.readexactly(len(message)))
+        writer.write(answer(DATA * 1000, status="202 Accepted"))
+
+    server = Server({"/hook?a=b": take})
+
+    async def main() -> int:
+        async with server.running() as base:
+            door = outbound(f"127.0.0.1:{server.port}")
+            await door.check(f"{base}/hook?a=b")
+            assert server.connections == 0
+            return await door.post(f"{base}/hook?a=b", message, {"X-Id": "7"})
+
+    assert asyncio.run(main()) == 202
+    assert came == [message]
+    (head,) = server.heads
+    assert head.startswith("POST /hook?a=b HTTP/1.1")
+    assert "X-Id: 7" in head
+    assert f"Host: 127.0.0.1:{server.port}" in head
+    assert f"Content-Length: {len(message)}" in head
+
+
+def test_a_message_is_posted_once_and_to_no_other_place() -> None:
+    server = Server({"/": redirect("/other"), "/other": GOOD})
+
+    async def main() -> int:
+        async with server.running() as base:
+            return await outbound(f"127.0.0.1:{server.port}").post(base, b"x", {})
+
+    assert asyncio.run(main()) == 302
+    assert server.connections == 1
 
 
 def test_name_servers_that_do_not_answer_hold_up_no_other_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,16 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     return lambda **settings: FileStore(StorageConfig(**where, min_free_bytes=0, **settings))
 
 
+def test_what_is_deleted_is_gone_and_nothing_else(make: Make) -> None:
+    async def main() -> None:
+        store = make()
+        names = [await store.save(DATA, "png") for _ in range(3)]
+        await store.delete([names[0], names[1], names[1], "../escape.png", "none.png"])
+        assert [await store.size(name) for name in names] == [None, None, len(DATA)]
+
+    asyncio.run(main())
+
+
 def test_what_is_kept_can_be_read_again_whole_and_in_parts(make: Make) -> None:
     async def main() -> None:
         store = make()
