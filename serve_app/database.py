@@ -138,8 +138,13 @@ class Database:
                 result: Result = call(connection)
                 return result
 
+        running = asyncio.get_running_loop().run_in_executor(self._threads, run)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # The thread goes on. Whoever stopped this is not to go on before it has taken effect.
+            await asyncio.wait([running])
+            raise
         except DBAPIError as error:
             # Its text holds the statement and what was to be stored, prompts among it.
             logger.error("the database failed: %s", type(error.orig).__name__)  # noqa: TRY400

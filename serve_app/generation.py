@@ -159,6 +159,7 @@ class _Running:
     """A request that was taken on; its work begins when its images are decoded and it is paid for."""
 
     model: str
+    units: int
     timeout: asyncio.Timeout
     has_begun: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -244,7 +245,7 @@ class Generator:
     @property
     def pending(self) -> int:
         """Images that are not finished, those included that wait for a stage."""
-        return self._admission.pending
+        return sum(running.units for running in self._running)
 
     def needed(self) -> list[str]:
         """The models that have work."""
@@ -329,7 +330,8 @@ class Generator:
         if self.draining:
             raise stopping()
         timeout = asyncio.timeout(deadline_s)
-        running = _Running(model=self.model(generation.model).name, timeout=timeout)
+        model = self.model(generation.model).name
+        running = _Running(model=model, units=generation.n, timeout=timeout)
         try:
             async with timeout:
                 self._running.append(running)

@@ -72,11 +72,9 @@ def main() -> None:
             assert [job["status"] for job in jobs] == ["succeeded"] * len(jobs)
             assert [job["result"]["data"][0]["seed"] for job in jobs] == list(range(len(jobs)))
             starts = [job["log"][0]["at"] for job in jobs]
-            print(
-                f"{len(jobs)} jobs of 512x512, 1 step: submitted in {submitted:.1f} s, made in {whole:.0f} s;",
-                end=" ",
-            )
-            print("begun in order" if starts == sorted(starts) else "NOT begun in order")
+            order = "in order" if starts == sorted(starts) else "NOT in order"
+            print(f"{len(jobs)} jobs of 512x512, 1 step, begun {order}:", end=" ")
+            print(f"submitted in {submitted:.1f} s, made in {whole:.0f} s")
             print(f"{'milliseconds in the server':28} number    median     95 %    most")
             show("submit", milliseconds(running, "POST", PATH))
             show("status, while they run", milliseconds(running, "GET", f"{PATH}/{{job_id}}"))

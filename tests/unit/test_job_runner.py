@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import text
 
 from deployments.config import ModelConfig
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
@@ -344,6 +345,34 @@ def test_a_job_that_fails_says_why(make: Make, monkeypatch: pytest.MonkeyPatch) 
     run(main())
 
 
+def test_while_the_database_is_away_jobs_are_a_503_and_what_was_made_is_noted_when_it_is_back(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        setup = make()
+        database = setup.store._database
+        job_id = await setup.job()
+        setup.stages.prior_goes_on.set()
+        async with working(setup):
+            await setup.comes_to("decoder")
+            await database.write(
+                lambda connection: connection.execute(text("ALTER TABLE jobs RENAME TO away"))
+            )
+            with pytest.raises(RequestError) as caught:
+                await setup.job()
+            assert caught.value.status == 503
+            setup.stages.decoder_goes_on.set()
+            await setup.until(lambda: len(setup.kept) == 1)
+            await database.write(
+                lambda connection: connection.execute(text("ALTER TABLE away RENAME TO jobs"))
+            )
+            assert (await setup.ended(job_id)).state == "succeeded"
+        assert "the database failed" in caplog.text
+        assert "a boat" not in caplog.text
+
+    run(main())
+
+
 def test_a_fault_of_the_server_is_not_told_in_its_words(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         setup = make()
@@ -387,6 +416,7 @@ def test_so_many_run_at_a_time_as_the_stages_can_use_and_models_do_not_wait_for_
         other = await setup.job(model="other")
         async with working(setup):
             await setup.until(lambda: len(setup.generator.units) == room + 1)
+            assert setup.generator.pending == room + 1
             states = [(await setup.store.get("k", job_id)).state for job_id in ids]
             assert states == ["running"] * room + ["queued"] * 2
             assert (await setup.store.get("k", other)).state == "running"

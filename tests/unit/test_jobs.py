@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -411,6 +412,28 @@ def test_who_start_at_once_make_the_tables_once(database_url: str, open_database
     async def main() -> None:
         job = await submitted(JobStore(open_database(database_url), max_jobs=5, ttl_s=60))
         assert await JobStore(open_database(database_url), max_jobs=5, ttl_s=60).get("k", job.id) == job
+
+    run(main())
+
+
+def test_what_is_stopped_has_taken_effect_or_never_will(database_url: str, open_database: Open) -> None:
+    async def main() -> None:
+        begun, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+        def slow(_: object) -> None:
+            begun.set()
+            assert goes_on.wait(20)
+            ended.set()
+
+        writing = asyncio.create_task(open_database(database_url).write(slow))
+        await asyncio.to_thread(begun.wait, 20)
+        writing.cancel()
+        await asyncio.wait([writing], timeout=0.1)
+        assert not writing.done()
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        assert ended.is_set()
 
     run(main())
 
