@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import yaml
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from serve_app import telemetry
 from serve_app.auth import Authentication, read_keys
@@ -120,13 +122,22 @@ def create_app(
         return openai.error_response(RequestError(f"{param or 'The query'}: {first['msg']}.", param=param))
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         """Starlette's own: no such route, no such method, a broken form."""
         code = HTTPStatus(error.status_code).name.lower()
         response = openai.error_response(
             RequestError(f"{error.detail.rstrip('.')}.", code=code, status=error.status_code)
         )
         response.headers.update(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the first route's only
+            methods = {
+                method
+                for router in routers
+                for route in router.routes
+                if isinstance(route, APIRoute) and route.matches(request.scope)[0] != Match.NONE
+                for method in route.methods or ()
+            }
+            response.headers["Allow"] = ", ".join(sorted(methods))
         return response
 
     @app.exception_handler(Exception)

@@ -183,7 +183,7 @@ class JobRunner:
         """Check a request and make it a job; returns that, and whether it is new, see `JobStore.submit`.
 
         Raises:
-            RequestError: 400, its webhook leads nowhere; 404, there is no such model; 422, its idempotency
+            RequestError: 400, its webhook leads nowhere; 404, there is no such model; 409, its idempotency
                 key was used for another request; 429, there are too many jobs, or the key's work is used up;
                 503, the server is stopping; 507, there is no room for files.
             InvalidParameter: a parameter is out of its range.

@@ -227,7 +227,7 @@ class JobStore:
         """Keep a job; returns it, and whether it is new: not if its idempotency key has one already.
 
         Raises:
-            RequestError: 422, that one was for another request; 429, there are too many jobs.
+            RequestError: 409, that one was for another request; 429, there are too many jobs.
         """
 
         def call(connection: Connection) -> tuple[Job, bool]:
@@ -270,7 +270,7 @@ class JobStore:
         """The job that its idempotency key has already.
 
         Raises:
-            RequestError: 422, that one was for another request.
+            RequestError: 409, that one was for another request.
         """
         return await self._database.read(lambda connection: self._known(connection, new))
 
@@ -284,7 +284,8 @@ class JobStore:
                 "This Idempotency-Key was used for another request; take a new one for each.",
                 param="Idempotency-Key",
                 code="idempotency_key_reused",
-                status=422,
+                status=409,
+                headers=NO_RETRY,
             )
         return job
 

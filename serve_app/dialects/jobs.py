@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncIterator  # noqa: TC003 - FastAPI reads the annotation
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -16,6 +17,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app import telemetry
+from serve_app.dialects.openai import error_response
 from serve_app.dialects.openai_requests import Asked, media_type
 from serve_app.dialects.openai_schemas import (
     EditJobForm,
@@ -127,6 +129,15 @@ class ListQuery(BaseModel):
     limit: int = Field(default=20, ge=1, le=100, description="How many.")
     after: str | None = Field(default=None, max_length=64, description="The last id of the page before.")
     status: State | None = Field(default=None, description="Those in this state alone.")
+
+
+_EVENT_ERRORS: dict[int | str, dict[str, Any]] = {  # which FastAPI would take for events
+    status: {
+        "description": HTTPStatus(status).phrase,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}},
+    }
+    for status in (400, 404, 503)
+}
 
 
 class Views:
@@ -270,7 +281,7 @@ def router(
         status_code=202,
         response_model=JobView,
         response_model_exclude_none=True,
-        responses=errors(400, 404, 408, 413, 422, 429, 503, 507),
+        responses=errors(400, 404, 408, 409, 413, 429, 500, 503, 507),
         openapi_extra=job_body(generator.models(), limits),
     )
     async def submit_job(
@@ -333,7 +344,7 @@ def router(
         """How a job gets on, and its images when it has succeeded."""
         return await views.whole(job, links.base(request))
 
-    @routes.get(PATH + "/{job_id}/events", response_class=EventSourceResponse, responses=errors(404, 503))
+    @routes.get(PATH + "/{job_id}/events", response_class=EventSourceResponse, responses=_EVENT_ERRORS)
     async def job_events(
         request: Request,
         job: Job = Depends(find),
@@ -342,11 +353,15 @@ def router(
         ] = "",
     ) -> AsyncIterator[ServerSentEvent]:
         """The job whenever something about it has changed, as an event by the name of its status."""
-        async for seen in store.watch(request.state.key_id, job.id, last_event_id):
-            view = await views.whole(seen, links.base(request))
-            yield ServerSentEvent(
-                event=seen.state, id=seen.mark, raw_data=view.model_dump_json(exclude_none=True)
-            )
+        try:
+            async for seen in store.watch(request.state.key_id, job.id, last_event_id):
+                view = await views.whole(seen, links.base(request))
+                yield ServerSentEvent(
+                    event=seen.state, id=seen.mark, raw_data=view.model_dump_json(exclude_none=True)
+                )
+        except RequestError as error:  # the status has been sent
+            telemetry.note_error(request, error.code)
+            yield ServerSentEvent(event="error", raw_data=bytes(error_response(error).body).decode())
 
     @routes.delete(PATH + "/{job_id}", response_model_exclude_none=True, responses=errors(404, 409, 503))
     async def cancel_job(job_id: str, request: Request) -> JobView:

@@ -251,7 +251,7 @@ class Error(BaseModel):
 
     message: str
     type: ErrorType
-    param: str | None = Field(description="The parameter at fault.")
+    param: str | None = Field(default=None, description="The parameter at fault.")
     code: str
 
 

@@ -143,7 +143,7 @@ def test_one_idempotency_key_is_one_job(client: httpx.Client) -> None:
     assert again.json()["id"] == job["id"]
     assert again.headers["idempotent-replayed"] == "true"
     other = client.post(PATH, json=SMALL | {"seed": 1}, headers={"Idempotency-Key": key})
-    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
     ended(client, job)
 
 
@@ -226,6 +226,12 @@ def test_what_cannot_be_honoured_is_refused(client: httpx.Client, fields: Any, p
     before = client.get(PATH, params={"limit": 1}).json()
     assert refused(client, **fields)["param"] == param
     assert client.get(PATH, params={"limit": 1}).json() == before
+
+
+def test_a_method_that_there_is_not_is_told_which_ones_there_are(client: httpx.Client) -> None:
+    for path, methods in ((PATH, "GET, POST"), (f"{PATH}/some-id", "DELETE, GET"), ("/livez", "GET")):
+        answer = client.put(path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
 @pytest.mark.parametrize("key", ["x" * 256, ""])

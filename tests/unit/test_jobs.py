@@ -127,7 +127,7 @@ def test_an_idempotency_key_makes_one_job_of_several_requests(store: JobStore) -
         assert known.id == results[0][0].id
         with pytest.raises(RequestError) as caught:
             await store.submit(new(idempotency_key="i", fingerprint="g"))
-        assert caught.value.status == 422
+        assert caught.value.status == 409
         assert (await submitted(store, idempotency_key="i", key_id="another")).id != known.id
         assert await store.known(new(idempotency_key="j")) is None
 
