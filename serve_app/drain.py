@@ -1,7 +1,8 @@
 """Let an application on a Ray cluster finish what it has begun: `python -m serve_app.drain`.
 
-For use before `serve shutdown`, which ends Ray's proxies at once and with them all connections. New requests
-get a 503 from then on, for good.
+Requests end, and new ones get a 503 from then on, for good. Jobs that run go back into the queue, where the
+next server finds them. For use before `serve shutdown`, which ends Ray's proxies at once and with them all
+connections.
 """
 
 from __future__ import annotations

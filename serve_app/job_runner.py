@@ -211,7 +211,7 @@ class JobRunner:
             idempotency_key=what.idempotency_key,
             webhook_url=what.webhook_url,
         )
-        if known := await self._store.known(new):
+        if what.idempotency_key is not None and (known := await self._store.known(new)):
             return known, False
         await self._generator.charge(resolved)
         sources = [
@@ -252,7 +252,7 @@ class JobRunner:
             await self._forget(job, sources=False)  # what whoever began before has left
             told = Running(id=job.id, progress=[None] * job.request["n"], previews=[], log=job.log)
             run = self._running[job.id] = _Run(job=job, told=told)
-            run.log("began" if job.attempts == 1 else f"began again, for the {job.attempts}th time")
+            run.log("began" if job.attempts == 1 else f"began again: attempt {job.attempts}")
             run.task = asyncio.create_task(self._run(run))
             run.task.add_done_callback(partial(self._has_ended, job.id))
         with suppress(TimeoutError):
@@ -278,7 +278,12 @@ class JobRunner:
             news = [run.told for run in runs if run.is_news]
             for run in runs:
                 run.is_news = False
-            ours = await self._store.renew(self._worker, news)
+            try:
+                ours = await self._store.renew(self._worker, news)
+            except RequestError:
+                for run in runs:
+                    run.is_news = True
+                raise
             for run in runs:
                 if run.job.id not in ours:
                     run.stop("not ours")
