@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 import time
 import uuid
 from contextlib import asynccontextmanager, suppress
@@ -39,6 +40,7 @@ EXPIRE_S = 60.0
 STOP_S = 30.0
 """For what is just being stored."""
 MAX_LOG_LINES = 200
+WEBHOOK_URL = re.compile("[!-~]{1,2048}")
 NOT_STORED = {"sources", "request_id", "key_id"}
 """Of a generation; a job has them elsewhere."""
 
@@ -228,6 +230,9 @@ class JobRunner:
         return job, is_new
 
     async def _check_webhook(self, url: str) -> None:
+        if not WEBHOOK_URL.fullmatch(url):
+            problem = "must have at most 2048 characters, printable ones of ASCII"
+            raise RequestError(f"webhook_url {problem}.", param="webhook_url")
         try:
             await self._outbound.check(url)
         except OutboundError as error:

@@ -161,8 +161,6 @@ class JobFields(BaseModel):
 
     webhook_url: str | None = Field(
         default=None,
-        max_length=2048,
-        pattern=r"^[!-~]+$",
         description="Where to POST the job when it has ended: http or https, at a public address.",
     )
     priority: Priority | None = Field(

@@ -18,7 +18,7 @@ from tests.serve.conftest import ROOT, Running, config_file, served, tiny_model
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 KEY = "the-key"
 SEED = 20261121
-CASES = 300
+CASES = 200
 """Of each operation, where there are so many."""
 
 

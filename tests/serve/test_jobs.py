@@ -214,6 +214,8 @@ def refused(client: httpx.Client, **fields: Any) -> Any:
         ({"webhook_url": "http://localhost:9/"}, "webhook_url"),
         ({"webhook_url": "http://user:pass@example.com/"}, "webhook_url"),
         ({"webhook_url": "http://[::1]/\r\nX: y"}, "webhook_url"),
+        ({"webhook_url": "http://example.com/\0"}, "webhook_url"),
+        ({"webhook_url": "http://example.com/" + "x" * 2048}, "webhook_url"),
         ({"images": []}, "images"),
         ({"images": [{"image_url": "data:image/png;base64,AAAA"}]}, "images"),
         ({"size": "100x100"}, "size"),
