@@ -38,6 +38,9 @@ QUALITIES: dict[str, tuple[Quality, int]] = {
 HINT = "A hint without an effect here."
 
 
+NOT_BLANK = r"[^\s\x1c-\x1f\x85]"
+"""What Python takes for white space is more than what JSON Schema's regular expressions do."""
+
 UNSUPPORTED = {  # what OpenAI's or the documents' clients may send, and why it is refused
     "negative_prompt": "the model has none; say in the prompt what the image is to show",
     "cfg_normalization": "the model has none; leave it out or false",
@@ -401,7 +404,7 @@ def _schema(
     }
     for name, field in schema["properties"].items():
         if name == "prompt":
-            field |= {"minLength": 1, "maxLength": limits.max_prompt_chars, "pattern": r"\S"}
+            field |= {"minLength": 1, "maxLength": limits.max_prompt_chars, "pattern": NOT_BLANK}
         elif "anyOf" in field:
             kind = field["anyOf"][0] | bounds.get(name, {})
             field["anyOf"] = [kind, {"enum": list(unset), "description": "Unset."}]
