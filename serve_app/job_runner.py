@@ -203,7 +203,7 @@ class JobRunner:
         new = NewJob(
             key_id=generation.key_id,
             api=what.api,
-            fingerprint=_fingerprint(what, generation),
+            fingerprint=await asyncio.to_thread(_fingerprint, what, generation),  # of up to 50 MB of pixels
             model=resolved.model,
             request=stored(resolved),
             encoding=vars(what.encoding),
