@@ -59,6 +59,24 @@ class InvalidParameter(Exception):  # noqa: N818 - the client's error, not ours
         self.code = code
 
 
+def in_words(error: RequestError | InvalidParameter, names: Mapping[str, str]) -> RequestError:
+    """The error as an API tells it.
+
+    Args:
+        error: any.
+        names: what the API calls a parameter, where that is not its name here.
+    """
+    if isinstance(error, RequestError):
+        return error
+    param = names.get(error.param, error.param)
+    return RequestError(f"{param} {error.problem}.", param=param, code=error.code)
+
+
+def server_error() -> RequestError:
+    """A fault of the server, which is not the client's to know."""
+    return RequestError("The server failed to answer; its log says why.", code="server_error", status=500)
+
+
 def stopping() -> RequestError:
     """The server takes on nothing more."""
     return RequestError(

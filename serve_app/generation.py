@@ -15,6 +15,7 @@ from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
+from serve_app.images import cropped
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -40,9 +41,10 @@ class Generation:
     """One request in this server's own words. Parameters left out are None and get the model's defaults.
 
     Attributes:
-        model: its name, or None for the default model.
+        model: its name or its family's, see `Generator.model`, or None for the default model.
         prompt: what to paint.
-        size: width and height in pixels.
+        size: width and height in pixels, legal for the family.
+        crop: width and height of the middle of each image, which alone is kept; None keeps all of it.
         n: how many images; image i has the seed `seed` + i; after the largest comes 0.
         steps: denoising steps.
         guidance_scale: classifier-free guidance; off at 1 and below.
@@ -56,6 +58,7 @@ class Generation:
     prompt: str
     model: str | None = None
     size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
     n: int = 1
     steps: int | None = None
     guidance_scale: float | None = None
@@ -204,21 +207,30 @@ class Generator:
         return [model.config for model in self._models.values()]
 
     def model(self, name: str | None) -> ModelConfig:
-        """The configuration of a model, or of the default one.
+        """The configuration of a model.
+
+        Args:
+            name: the model's, or its family's, spelt `glm-image`, which stands for the first one of that
+                family; None for the default model.
 
         Raises:
             RequestError: 404, there is no such model.
         """
+        configs = self.models()
         if name is None:
-            return next(iter(self._models.values())).config
-        if name not in self._models:
-            raise RequestError(
-                f"There is no model {name!r:.100}; there are: {', '.join(self._models)}.",
-                param="model",
-                code="model_not_found",
-                status=404,
-            )
-        return self._models[name].config
+            return configs[0]
+        for config in configs:
+            if config.name == name:
+                return config
+        for config in configs:
+            if config.family.replace("_", "-") == name:
+                return config
+        raise RequestError(
+            f"There is no model {name!r:.100}; there are: {', '.join(self._models)}.",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
 
     def resolved(self, generation: Generation) -> Resolved:
         """The generation with what it leaves out filled in: the model's defaults, and a seed that is drawn.
@@ -229,13 +241,13 @@ class Generator:
         config = self.model(generation.model)
         defaults, given = config.defaults, vars(generation)
         left_out = {
-            "model": config.name,
             "size": (defaults.width, defaults.height),
             "steps": defaults.steps,
             "guidance_scale": defaults.guidance_scale,
             "seed": secrets.randbelow(MAX_DRAWN_SEED),
         }
-        return Resolved(**given | {name: value for name, value in left_out.items() if given[name] is None})
+        filled_in = {name: value for name, value in left_out.items() if given[name] is None}
+        return Resolved(**given | filled_in | {"model": config.name})
 
     @property
     def units(self) -> list[RunningUnit]:
@@ -458,6 +470,8 @@ class Generator:
         finally:
             self._units.remove(unit)
         source_tokens = sum(grid.size for grid in tokens.sources)
+        if generation.crop:
+            pixels = cropped(pixels, *generation.crop)
         made = GeneratedImage(
             pixels=pixels,
             seed=seed,

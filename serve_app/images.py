@@ -88,6 +88,13 @@ def decode_source(data: bytes, family: Family, max_pixels: int) -> Pixels:
         raise _bad_source("is broken or incomplete") from error
 
 
+def is_image(data: bytes | bytearray) -> bool:
+    """Whether the file's first bytes are those of a PNG, JPEG or WebP image."""
+    return data.startswith((PNG_SIGNATURE, b"\xff\xd8\xff")) or (
+        data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+    )
+
+
 def _is_laborious(data: bytes) -> bool:
     """Whether a file is made to keep a decoder busy: each scan of a JPEG goes over the whole image."""
     if data.startswith(b"\xff\xd8"):
@@ -123,6 +130,12 @@ def legal_size(width: int, height: int, family: Family) -> tuple[int, int]:
     legal = [round(side * scale / family.side_multiple) * family.side_multiple for side in (width, height)]
     legal_width, legal_height = (min(max(side, family.min_side), family.max_side) for side in legal)
     return legal_width, legal_height
+
+
+def cropped(pixels: Pixels, width: int, height: int) -> Pixels:
+    """The middle of an image, which is at least so large."""
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,18 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from serve_app import telemetry
-from serve_app.auth import Authentication, read_keys
-from serve_app.dialects import jobs, native, openai
+from serve_app.auth import Authentication, Keys
+from serve_app.delivery import Delivery
+from serve_app.dialects import fal, jobs, native, openai, pixazo, zai
 from serve_app.dialects.openai_requests import RequestReader
-from serve_app.errors import InvalidParameter, RequestError, too_large, too_much_at_once, too_slow
+from serve_app.errors import (
+    InvalidParameter,
+    RequestError,
+    server_error,
+    too_large,
+    too_much_at_once,
+    too_slow,
+)
 from serve_app.job_runner import JobRunner
 from serve_app.jobs import JobStore
 from serve_app.links import Links
@@ -27,6 +35,7 @@ from serve_app.openapi import describe
 from serve_app.outbound import Outbound
 from serve_app.signing import Signer
 from serve_app.sources import SourceReader
+from serve_app.uploads import Uploads
 from serve_app.webhooks import Webhooks
 
 if TYPE_CHECKING:
@@ -40,6 +49,24 @@ if TYPE_CHECKING:
     from serve_app.generation import Generator
     from serve_app.lifecycle import Lifecycle
     from serve_app.storage import FileStore
+
+
+ENVELOPES = {
+    fal.PATHS: fal.error_response,
+    zai.PATHS: zai.error_response,
+    pixazo.NESTED_PATHS: pixazo.nested_error_response,
+    pixazo.FLAT_PATHS: pixazo.flat_error_response,
+}
+"""How an API puts errors, by what its paths begin with; all other paths have OpenAI's envelope."""
+
+
+def error_response(scope: Scope, error: RequestError | InvalidParameter) -> JSONResponse:
+    """The answer to a request that fails, in the words of its API."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    for beginnings, respond in ENVELOPES.items():
+        if path.startswith(beginnings):
+            return respond(error)
+    return openai.error_response(error)
 
 
 def create_app(
@@ -75,12 +102,18 @@ def create_app(
     reader = RequestReader(generator, sources, limits)
     store = JobStore(database, max_jobs=limits.max_jobs, ttl_s=config.storage.ttl_s)
     runner = JobRunner(store, generator, files, sources, outbound)
-    signer, views = Signer(database), jobs.Views(files, links)
-    webhooks = Webhooks(store, outbound, signer, {jobs.API: views.message}, config.outbound.timeout_s)
+    signer, delivery = Signer(database), Delivery(generator, files, links)
+    uploads = Uploads(files, signer, limits.max_image_bytes)
+    views, fal_views = jobs.Views(delivery, links), fal.Views(delivery)
+    compose = {jobs.API: views.message, fal.API: fal_views.message}
+    webhooks = Webhooks(store, outbound, signer, compose, config.outbound.timeout_s)
     routers = [
-        openai.router(generator, files, reader, links, limits),
+        openai.router(generator, delivery, reader, limits),
         jobs.router(generator, runner, store, reader, views, links, signer, limits),
         native.router(generator, lifecycle, files, limits),
+        fal.router(generator, delivery, runner, store, sources, fal_views, uploads, links, limits),
+        zai.router(generator, delivery, runner, store, links, limits),
+        pixazo.router(generator, delivery, runner, store, sources, links, limits),
     ]
     for router in routers:
         app.include_router(router)
@@ -93,10 +126,11 @@ def create_app(
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(
         Authentication,
-        keys=read_keys(config.auth),
+        keys=Keys(config.auth),
         open_to_all=config.auth.open,
-        respond=openai.error_response,
+        respond=error_response,
     )
+    app.add_middleware(fal.Addresses)
     app.add_middleware(telemetry.RequestLog)
 
     @functools.cache
@@ -112,22 +146,22 @@ def create_app(
     @app.exception_handler(InvalidParameter)
     async def request_error(request: Request, error: RequestError | InvalidParameter) -> JSONResponse:
         telemetry.note_error(request, error.code)
-        return openai.error_response(error)
+        return error_response(request.scope, error)
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        """FastAPI's own, of a query's parameters."""
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        """FastAPI's own, of a query's parameters or a header."""
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"][1:])) or None
-        return openai.error_response(RequestError(f"{param or 'The query'}: {first['msg']}.", param=param))
+        worded = RequestError(f"{param or 'The query'}: {first['msg']}.", param=param)
+        return error_response(request.scope, worded)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         """Starlette's own: no such route, no such method, a broken form."""
         code = HTTPStatus(error.status_code).name.lower()
-        response = openai.error_response(
-            RequestError(f"{error.detail.rstrip('.')}.", code=code, status=error.status_code)
-        )
+        worded = RequestError(f"{error.detail.rstrip('.')}.", code=code, status=error.status_code)
+        response = error_response(request.scope, worded)
         response.headers.update(error.headers or {})
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the first route's only
             methods = {
@@ -141,14 +175,14 @@ def create_app(
         return response
 
     @app.exception_handler(Exception)
-    async def server_error(_: Request, __: Exception) -> JSONResponse:
+    async def fault(request: Request, _: Exception) -> JSONResponse:
         """Starlette raises the fault again afterwards, so that it reaches the log."""
-        return openai.server_error_response()
+        return error_response(request.scope, server_error())
 
     return app
 
 
-NOT_BY_HEAD = ("/unload", "/events")
+NOT_BY_HEAD = ("/unload", "/events", "/stream")
 """What a look must not do, and what would not end."""
 
 
@@ -182,7 +216,7 @@ class HangUpGuard:
         app = self._app
         if self.HEADER in scope.get("headers", ()):
             name = self.HEADER[0].decode()
-            app = openai.error_response(RequestError(f"The header {name} is not allowed.", param=name))
+            app = error_response(scope, RequestError(f"The header {name} is not allowed.", param=name))
         await app(scope, receive, send)
 
 

@@ -15,18 +15,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from serve_app import images, telemetry
+from serve_app.delivery import described, failure
 from serve_app.errors import InvalidParameter, RequestError
 from serve_app.generation import GeneratedImage, Generation, PartialImage, StageProgress
 from serve_app.images import Encoding
-from serve_app.jobs import NewJob, Running
+from serve_app.jobs import NewJob, Owner, Running
 from serve_app.outbound import OutboundError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
     from deployments.types import Pixels
-    from serve_app.generation import Generator, Prepare, Resolved
+    from serve_app.generation import Generator, Resolved
     from serve_app.jobs import Job, JobStore, Priority, State
+    from serve_app.orders import Order
     from serve_app.outbound import Outbound
     from serve_app.sources import SourceReader
     from serve_app.storage import FileStore
@@ -53,7 +55,8 @@ def stored(generation: Resolved) -> dict[str, Any]:
 def _fingerprint(what: Submission, generation: Generation) -> str:
     """Equal for equal requests, whatever seed is drawn for them and by which address they came."""
     asked = {name: value for name, value in vars(generation).items() if name not in NOT_STORED}
-    rest = (what.api, vars(what.encoding), what.answer, what.priority, what.start_within_s, what.webhook_url)
+    encoding = vars(what.order.encoding)
+    rest = (what.api, encoding, what.answer, what.priority, what.start_within_s, what.webhook_url)
     digest = hashlib.sha256(json.dumps([asked, *rest], sort_keys=True).encode())
     for source in generation.sources:
         digest.update(f"{source.shape}".encode())
@@ -63,8 +66,10 @@ def _fingerprint(what: Submission, generation: Generation) -> str:
 
 def restored(job: Job) -> Generation:
     """A job's generation, without its source images."""
-    width, height = job.request["size"]
-    return Generation(**job.request | {"size": (width, height)}, request_id=job.id, key_id=job.key_id)
+    sizes = {
+        name: tuple(size) for name in ("size", "crop") if (size := job.request.get(name))
+    }  # JSON's lists
+    return Generation(**job.request | sizes, request_id=job.id, key_id=job.key_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,24 +77,19 @@ class Submission:
     """What is to become a job. See `NewJob` for what is not said here.
 
     Attributes:
-        generation: its source images are missing still.
-        sources: how many there are.
-        prepare: adds them.
-        encoding: how images become files.
+        order: what is to be made.
+        api: by which it came.
         base_url: below which URLs were that the client used.
     """
 
+    order: Order
     api: str
-    generation: Generation
-    sources: int
-    prepare: Prepare | None
-    encoding: Encoding
     answer: Mapping[str, Any]
     base_url: str
-    priority: Priority
-    start_within_s: float | None
-    idempotency_key: str | None
-    webhook_url: str | None
+    priority: Priority = "normal"
+    start_within_s: float | None = None
+    idempotency_key: str | None = None
+    webhook_url: str | None = None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -185,28 +185,27 @@ class JobRunner:
         """Check a request and make it a job; returns that, and whether it is new, see `JobStore.submit`.
 
         Raises:
-            RequestError: 400, its webhook leads nowhere; 404, there is no such model; 409, its idempotency
-                key was used for another request; 429, there are too many jobs, or the key's work is used up;
-                503, the server is stopping; 507, there is no room for files.
-            InvalidParameter: a parameter is out of its range.
+            RequestError: 404, there is no such model; 409, its idempotency key was used for another request;
+                429, there are too many jobs, or the key's work is used up; 503, the server is stopping; 507,
+                there is no room for files.
+            InvalidParameter: a parameter is out of its range, or the webhook leads nowhere.
         """
-        generation = what.generation
-        self._generator.check(generation, sources=what.sources)
+        order, generation = what.order, what.order.generation
+        self._generator.check(generation, sources=order.sources)
         await self._files.check_room()
         if what.webhook_url is not None:
             await self._check_webhook(what.webhook_url)
         if what.idempotency_key is None:
             await self._store.check_room()
-        if what.prepare:
-            generation = await what.prepare(generation)
+        if order.prepare:
+            generation = await order.prepare(generation)
         resolved = self._generator.resolved(generation)
         new = NewJob(
-            key_id=generation.key_id,
-            api=what.api,
+            owner=Owner(generation.key_id, what.api),
             fingerprint=await asyncio.to_thread(_fingerprint, what, generation),  # of up to 50 MB of pixels
             model=resolved.model,
             request=stored(resolved),
-            encoding=vars(what.encoding),
+            encoding=vars(order.encoding),
             answer={**what.answer, "base_url": what.base_url},
             priority=what.priority,
             start_within_s=what.start_within_s,
@@ -231,16 +230,17 @@ class JobRunner:
 
     async def _check_webhook(self, url: str) -> None:
         if not WEBHOOK_URL.fullmatch(url):
-            problem = "must have at most 2048 characters, printable ones of ASCII"
-            raise RequestError(f"webhook_url {problem}.", param="webhook_url")
+            raise InvalidParameter(
+                "webhook_url", "must have at most 2048 characters, printable ones of ASCII"
+            )
         try:
             await self._outbound.check(url)
         except OutboundError as error:
-            raise RequestError(f"webhook_url {error.problem}.", param="webhook_url") from error
+            raise InvalidParameter("webhook_url", error.problem) from error
 
-    async def cancel(self, key_id: str, job_id: str) -> Job:
+    async def cancel(self, owner: Owner, job_id: str) -> Job:
         """Cancel a job, see `JobStore.cancel`; one that runs here stops within a token or a step."""
-        job = await self._store.cancel(key_id, job_id)
+        job = await self._store.cancel(owner, job_id)
         if job.state == "cancelled":
             await self._forget(job)
         elif run := self._running.get(job_id):
@@ -314,7 +314,7 @@ class JobRunner:
         began = time.monotonic()
         state: State = "succeeded"
         made: list[dict[str, Any]] = []
-        failure: dict[str, Any] | None = None
+        why: dict[str, Any] | None = None
         try:
             made = await self._make(run)
         except asyncio.CancelledError:
@@ -322,15 +322,15 @@ class JobRunner:
                 raise
             state = "cancelled"
         except (RequestError, InvalidParameter) as error:
-            state, failure = "failed", _failure(error)
+            state, why = "failed", failure(error)
         except Exception:
             logger.exception("job %s failed", run.job.id)
-            state, failure = "failed", _failure(_FAULT)
+            state, why = "failed", failure(_FAULT)
         run.is_ending = True
         stored = False
         if run.stopped != "later":
             run.log(state)
-            stored = await self._end(run, state, made, failure)
+            stored = await self._end(run, state, made, why)
             if not stored and state != "cancelled":  # it was cancelled just now, unless it is another's
                 state = "cancelled"
                 run.told.log[-1]["message"] = state
@@ -339,21 +339,19 @@ class JobRunner:
         if stored:
             await self._files.delete(run.job.sources)
         outcome = state if stored else "handed on"
-        telemetry.log_job(run.job, outcome, time.monotonic() - began, failure["code"] if failure else None)
+        telemetry.log_job(run.job, outcome, time.monotonic() - began, why["code"] if why else None)
 
     async def _end(
         self,
         run: _Run,
         state: State,
         made: list[dict[str, Any]] | None = None,
-        failure: dict[str, Any] | None = None,
+        why: dict[str, Any] | None = None,
     ) -> bool:
         """End it in the store, however long that cannot be reached; whether it was ours to end."""
         while True:
             try:
-                return await self._store.finish(
-                    self._worker, run.told, state, images=made or [], error=failure
-                )
+                return await self._store.finish(self._worker, run.told, state, images=made or [], error=why)
             except RequestError:
                 await asyncio.sleep(LOOK_S)
 
@@ -369,7 +367,7 @@ class JobRunner:
             made = await self._generator.run(generation, partial(self._note, run))
             run.saves = [asyncio.create_task(self._save(run, image.pixels)) for image in made]
             await asyncio.wait(run.saves)  # which stops none of them when this is stopped
-            return [_describe(image, *save.result()) for image, save in zip(made, run.saves, strict=True)]
+            return [described(image, *save.result()) for image, save in zip(made, run.saves, strict=True)]
 
     async def _read(self, name: str) -> bytes:
         size = await self._files.size(name)
@@ -421,30 +419,6 @@ class JobRunner:
 
 
 _FAULT = RequestError("The server failed to make it; its log says why.", code="server_error", status=500)
-
-
-def _failure(error: RequestError | InvalidParameter) -> dict[str, Any]:
-    """An error as a job keeps it."""
-    if isinstance(error, InvalidParameter):
-        return {
-            "message": f"{error.param} {error.problem}.",
-            "code": error.code,
-            "status": 400,
-            "param": error.param,
-        }
-    return {
-        "message": error.message,
-        "code": error.code,
-        "status": error.status,
-        "param": error.param,
-    }
-
-
-def _describe(image: GeneratedImage, name: str, size: int) -> dict[str, Any]:
-    """An image as a job keeps it."""
-    height, width, _ = image.pixels.shape
-    facts = {name: value for name, value in vars(image).items() if name != "pixels"}
-    return {"name": name, "bytes": size, "width": width, "height": height} | facts
 
 
 async def _again_and_again(what: Callable[[], Coroutine[Any, Any, None]]) -> None:

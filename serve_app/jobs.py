@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sqlalchemy import (
     JSON,
@@ -100,13 +102,24 @@ _jobs = Table(
 _j = _jobs.c
 
 
+class Owner(NamedTuple):
+    """Whose a job is; to all others it is not there.
+
+    Attributes:
+        key_id: of the API key; empty if there was none.
+        api: the one by which it was submitted, in whose words it is answered.
+    """
+
+    key_id: str
+    api: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
     """What is submitted.
 
     Attributes:
-        key_id: of the API key whose job it is; empty if there was none.
-        api: whose words the job is answered in.
+        owner: whose it is.
         fingerprint: equal for equal requests.
         model: by its name.
         request: the generation, but for its source images; all that was left out is filled in.
@@ -115,12 +128,11 @@ class NewJob:
         answer: what the API keeps, to word its answers.
         priority: those with a low one begin when there are no others.
         start_within_s: seconds, above 0, after which it fails if it has not begun.
-        idempotency_key: a second job of this key with the same one is the first.
+        idempotency_key: a second job of this API key with the same one is the first.
         webhook_url: is told when the job has ended.
     """
 
-    key_id: str
-    api: str
+    owner: Owner
     fingerprint: str
     model: str
     request: Mapping[str, Any]
@@ -138,7 +150,7 @@ class Job:
     """A job as it is in the database; times in seconds since 1970. See `NewJob` for what is not said here.
 
     Attributes:
-        id: of 122 random bits.
+        id: a UUID of version 7, with 74 random bits.
         seq: grows from job to job.
         state: where it is.
         version: grows with every change.
@@ -148,7 +160,7 @@ class Job:
         previews: of each its `image`, its `index`, and the `name` of its file.
         log: lines for people: `at` when, and the `message`.
         images: of each its file's `name` and `bytes`, `width` and `height`, `seed`, and what it took.
-        error: why it failed: `message`, `code`, `status`, `param`.
+        error: why it failed, see `serve_app.delivery.failure`.
         position: how many jobs for its model are to begin before it; None if it is not queued.
     """
 
@@ -235,11 +247,10 @@ class JobStore:
             if known := self._known(connection, new):
                 return known, False
             self._check_room(connection)
-            job_id = str(uuid.uuid4())
+            job_id = _new_id()
             values = {
                 "id": job_id,
-                "key_id": new.key_id,
-                "api": new.api,
+                **new.owner._asdict(),
                 "idempotency_key": new.idempotency_key,
                 "fingerprint": new.fingerprint,
                 "model": new.model,
@@ -277,7 +288,7 @@ class JobStore:
     def _known(self, connection: Connection, new: NewJob) -> Job | None:
         if new.idempotency_key is None:
             return None
-        mine = and_(_j.key_id == new.key_id, _j.idempotency_key == new.idempotency_key)
+        mine = and_(_j.key_id == new.owner.key_id, _j.idempotency_key == new.idempotency_key)
         job = _first(connection, mine)
         if job and job.fingerprint != new.fingerprint:
             raise RequestError(
@@ -308,23 +319,23 @@ class JobStore:
                 headers={"Retry-After": "30"},
             )
 
-    async def get(self, key_id: str, job_id: str) -> Job:
-        """A job of this key.
+    async def get(self, owner: Owner, job_id: str) -> Job:
+        """A job of this owner.
 
         Raises:
             RequestError: 404, it has none of that id.
         """
-        mine = _belongs(job_id, key_id)
+        mine = _belongs(job_id, owner)
         job = await self._database.read(lambda connection: _first(connection, mine))
         if job is None:
             raise _no_job()
         return job
 
-    async def watch(self, key_id: str, job_id: str, seen: str = "") -> AsyncIterator[Job]:
-        """A job of this key whenever it has changed, until it has ended.
+    async def watch(self, owner: Owner, job_id: str, seen: str = "") -> AsyncIterator[Job]:
+        """A job of this owner whenever it has changed, until it has ended.
 
         Args:
-            key_id: whose.
+            owner: whose.
             job_id: which.
             seen: the `mark` of what is known of it already.
 
@@ -333,7 +344,7 @@ class JobStore:
         """
         while True:
             change = self._watched.setdefault(job_id, asyncio.Event())
-            job = await self.get(key_id, job_id)
+            job = await self.get(owner, job_id)
             if job.mark != seen:
                 seen = job.mark
                 yield job
@@ -351,20 +362,20 @@ class JobStore:
                 change.set()
 
     async def page(
-        self, key_id: str, *, limit: int, after: str | None = None, state: State | None = None
+        self, owner: Owner, *, limit: int, after: str | None = None, state: State | None = None
     ) -> list[Job]:
-        """Jobs of this key, the newest first: those that were submitted before `after`.
+        """Jobs of this owner, the newest first: those that were submitted before `after`.
 
         Raises:
             RequestError: 404, there is no `after`.
         """
 
         def call(connection: Connection) -> list[Job]:
-            wanted = [_j.key_id == key_id]
+            wanted = [_is_of(owner)]
             if state:
                 wanted.append(_j.state == state)
             if after is not None:
-                last = _first(connection, _belongs(after, key_id))
+                last = _first(connection, _belongs(after, owner))
                 if last is None:
                     raise _no_job()
                 wanted.append(_j.seq < last.seq)
@@ -373,15 +384,15 @@ class JobStore:
 
         return await self._database.read(call)
 
-    async def cancel(self, key_id: str, job_id: str) -> Job:
-        """Cancel a job of this key: a queued one at once, a running one when its runner hears of it.
+    async def cancel(self, owner: Owner, job_id: str) -> Job:
+        """Cancel a job of this owner: a queued one at once, a running one when its runner hears of it.
 
         Raises:
             RequestError: 404, it has none of that id; 409, the job has ended otherwise.
         """
 
         def call(connection: Connection) -> Job:
-            mine = _belongs(job_id, key_id)
+            mine = _belongs(job_id, owner)
             connection.execute(self._end("cancelled").where(mine, _j.state == "queued"))
             asked = update(_jobs).where(mine, _j.state == "running")
             connection.execute(asked.values(cancelling=True, version=_j.version + 1))
@@ -595,6 +606,13 @@ class JobStore:
         )
 
 
+def _new_id() -> str:
+    """https://www.rfc-editor.org/rfc/rfc9562#name-uuid-version-7, which Python has from 3.14 on."""
+    version, variant = 7 << 76, 2 << 62
+    time_ms = time.time_ns() // 1_000_000 << 80
+    return str(uuid.UUID(int=time_ms | version | secrets.randbits(12) << 64 | variant | secrets.randbits(62)))
+
+
 def _select() -> Any:
     """All of a job, its position too."""
     other = _jobs.alias()
@@ -629,15 +647,19 @@ def _job(row: Row[Any]) -> Job:
     return Job(**values | {"priority": PRIORITIES[values["priority"]]})
 
 
-def _belongs(job_id: str, key_id: str) -> ColumnElement[bool]:
-    """The job of this id, if it is this key's.
+def _is_of(owner: Owner) -> ColumnElement[bool]:
+    return and_(_j.key_id == owner.key_id, _j.api == owner.api)
+
+
+def _belongs(job_id: str, owner: Owner) -> ColumnElement[bool]:
+    """The job of this id, if it is this owner's.
 
     Raises:
         RequestError: 404, it is no id.
     """
     if not ID.fullmatch(job_id):  # PostgreSQL takes not just any text
         raise _no_job()
-    return and_(_j.id == job_id, _j.key_id == key_id)
+    return and_(_j.id == job_id, _is_of(owner))
 
 
 def _no_job() -> RequestError:

@@ -15,9 +15,11 @@ from serve_app.errors import InvalidParameter, image_too_large
 from serve_app.outbound import OutboundError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deployments.families import Family
     from serve_app.config import Limits
-    from serve_app.generation import Generation
+    from serve_app.generation import Generation, Prepare
     from serve_app.outbound import Outbound
     from serve_app.storage import FileStore
 
@@ -57,6 +59,14 @@ class SourceReader:
             return await self._outbound.fetch(url, max_bytes=self._max_bytes)
         except OutboundError as error:
             raise InvalidParameter("sources", error.problem, code="invalid_image_url") from error
+
+    def fetching(self, urls: Sequence[str], family: Family) -> Prepare:
+        """What adds the images behind these URLs to a generation; see `read` and `add`."""
+
+        async def prepare(generation: Generation) -> Generation:
+            return await self.add(generation, [await self.read(url) for url in urls], family)
+
+        return prepare
 
     async def add(self, generation: Generation, files: list[bytes], family: Family) -> Generation:
         """The generation with its source images and, if it had no size, the first one's.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
+NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp|upload)")
 UNFINISHED = re.compile(r"[0-9a-f]{32}\.part")
 UNFINISHED_S = 3600
 """A file that takes longer to write is none that somebody writes still."""
@@ -51,14 +51,24 @@ class FileStore:
         if self._is_folder:
             self._fs.makedirs(self._root, exist_ok=True)
 
+    def new_name(self, suffix: str) -> str:
+        """A name of 128 random bits."""
+        return f"{secrets.token_hex(16)}.{suffix}"
+
     async def save(self, data: bytes, suffix: str) -> str:
-        """Keep `data` and return its name, of 128 random bits; there is all of the file or none.
+        """Keep `data` under a new name, which is returned; see `save_as`."""
+        name = self.new_name(suffix)
+        await self.save_as(name, data)
+        return name
+
+    async def save_as(self, name: str, data: bytes) -> None:
+        """Keep `data` under a name of `new_name`; there is all of the file or none.
 
         Raises:
             RequestError: 507, there is no room; 500, it cannot be written, which the log explains.
         """
         try:
-            return await self._in_thread(self._save, data, suffix)
+            await self._in_thread(self._save, name, data)
         except RequestError:
             raise
         except Exception as error:
@@ -74,13 +84,11 @@ class FileStore:
         """Threads of the store's own: whoever waits for it keeps nobody else waiting."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))
 
-    def _save(self, data: bytes, suffix: str) -> str:
-        stem = secrets.token_hex(16)
-        name = f"{stem}.{suffix}"
+    def _save(self, name: str, data: bytes) -> None:
         if not self._is_folder:  # an object store shows what is complete only
             self._fs.pipe_file(self._path(name), data)
-            return name
-        unfinished = self._path(f"{stem}.part")
+            return
+        unfinished = self._path(self.new_name("part"))
         try:
             self._check_room(len(data))
             self._fs.pipe_file(unfinished, data)
@@ -91,7 +99,6 @@ class FileStore:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise _full() from error
             raise
-        return name
 
     async def check_room(self) -> None:
         """Look whether there is room for files, before work is done for one.

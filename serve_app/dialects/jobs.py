@@ -17,33 +17,32 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app import telemetry
-from serve_app.dialects.openai import error_response
-from serve_app.dialects.openai_requests import Asked, media_type
+from serve_app.delivery import error_of
+from serve_app.dialects.bodies import media_type
+from serve_app.dialects.openai import error_body, error_response
 from serve_app.dialects.openai_schemas import (
     EditJobForm,
     Error,
-    Image,
     ImagesResponse,
     JobRequest,
-    error_type,
     errors,
+    images_response,
     job_body,
-    usage,
 )
 from serve_app.errors import RequestError
 from serve_app.job_runner import Submission
-from serve_app.jobs import Job, Priority, State
+from serve_app.jobs import Job, Owner, Priority, State
 from serve_app.webhooks import TRIES, Message, Sign
 
 if TYPE_CHECKING:
     from serve_app.config import Limits
-    from serve_app.dialects.openai_requests import RequestReader
+    from serve_app.delivery import Delivery
+    from serve_app.dialects.openai_requests import Asked, RequestReader
     from serve_app.generation import Generator
     from serve_app.job_runner import JobRunner
     from serve_app.jobs import JobStore
     from serve_app.links import Links
     from serve_app.signing import Signer
-    from serve_app.storage import FileStore
 
 API = "images"
 """What jobs of these routes are marked by."""
@@ -143,8 +142,8 @@ _EVENT_ERRORS: dict[int | str, dict[str, Any]] = {  # which FastAPI would take f
 class Views:
     """Puts jobs into words."""
 
-    def __init__(self, files: FileStore, links: Links) -> None:
-        self._files = files
+    def __init__(self, delivery: Delivery, links: Links) -> None:
+        self._delivery = delivery
         self._links = links
 
     async def whole(self, job: Job, base: str) -> JobView:
@@ -175,24 +174,11 @@ class Views:
         )
 
     async def _result(self, job: Job, base: str) -> ImagesResponse:
-        first = job.images[0]
-        return ImagesResponse(
-            created=int(job.ended_at or 0),
-            data=[await self._image(job, image, base) for image in job.images],
-            size=f"{first['width']}x{first['height']}",
-            quality=job.answer["quality"],
-            output_format=job.encoding["format"],
-            usage=usage(job.images),
+        inline = job.answer["response_format"] == "b64_json"
+        made = await self._delivery.of(job, base, inline=inline)
+        return images_response(
+            made, job.request["prompt"], job.answer["quality"], job.encoding["format"], job.ended_at or 0
         )
-
-    async def _image(self, job: Job, image: dict[str, Any], base: str) -> Image:
-        words = {"revised_prompt": job.request["prompt"], "seed": image["seed"]}
-        if job.answer["response_format"] != "b64_json":
-            return Image(url=await self._links.file(base, image["name"]), **words)
-        data = await self._files.read(image["name"], 0, image["bytes"])
-        if data is None:
-            raise RequestError("The job's images are not kept any more.", code="result_gone", status=410)
-        return Image(b64_json=base64.b64encode(data).decode(), **words)
 
     async def message(self, job: Job, timestamp: int, sign: Sign) -> Message:
         """The webhook of an ended job: https://www.standardwebhooks.com, with asymmetric signatures."""
@@ -231,7 +217,7 @@ def summary(job: Job) -> JobSummary:
         queue_position=job.position,
         progress=_progress(job),
         cancelling=True if job.cancelling and job.state == "running" else None,
-        error=_error(job.error) if job.error else None,
+        error=error_body(error_of(job.error)) if job.error else None,
         webhook=_webhook(job) if job.webhook_url else None,
         **{name: time and int(time) for name, time in times.items()},
     )
@@ -246,12 +232,6 @@ def _progress(job: Job) -> float:
         if image
     )
     return round(float(halves) / 2 / int(job.request["n"]), 3)
-
-
-def _error(error: dict[str, Any]) -> Error:
-    return Error(
-        message=error["message"], type=error_type(error["status"]), param=error["param"], code=error["code"]
-    )
 
 
 def _webhook(job: Job) -> JobWebhook:
@@ -309,11 +289,8 @@ def router(
         with asked.naming_sources():
             job, is_new = await runner.submit(
                 Submission(
+                    order=asked.order,
                     api=API,
-                    generation=asked.generation,
-                    sources=asked.sources,
-                    prepare=asked.prepare,
-                    encoding=asked.encoding,
                     answer={"quality": asked.quality, "response_format": fields.response_format},
                     base_url=base,
                     priority=fields.priority or "normal",
@@ -331,13 +308,14 @@ def router(
     @routes.get(PATH, response_model_exclude_none=True, responses=errors(400, 404, 503))
     async def list_jobs(query: Annotated[ListQuery, Query()], request: Request) -> JobList:
         """Your jobs, the newest first."""
-        found = await store.page(
-            request.state.key_id, limit=query.limit + 1, after=query.after, state=query.status
-        )
+        found = await store.page(owner(request), limit=query.limit + 1, after=query.after, state=query.status)
         return JobList(data=[summary(job) for job in found[: query.limit]], has_more=len(found) > query.limit)
 
+    def owner(request: Request) -> Owner:
+        return Owner(request.state.key_id, API)
+
     async def find(job_id: str, request: Request) -> Job:
-        return await store.get(request.state.key_id, job_id)
+        return await store.get(owner(request), job_id)
 
     @routes.get(PATH + "/{job_id}", response_model_exclude_none=True, responses=errors(404, 410, 503))
     async def get_job(request: Request, job: Job = Depends(find)) -> JobView:
@@ -354,7 +332,7 @@ def router(
     ) -> AsyncIterator[ServerSentEvent]:
         """The job whenever something about it has changed, as an event by the name of its status."""
         try:
-            async for seen in store.watch(request.state.key_id, job.id, last_event_id):
+            async for seen in store.watch(owner(request), job.id, last_event_id):
                 view = await views.whole(seen, links.base(request))
                 yield ServerSentEvent(
                     event=seen.state, id=seen.mark, raw_data=view.model_dump_json(exclude_none=True)
@@ -366,7 +344,7 @@ def router(
     @routes.delete(PATH + "/{job_id}", response_model_exclude_none=True, responses=errors(404, 409, 503))
     async def cancel_job(job_id: str, request: Request) -> JobView:
         """Cancel a job: a queued one at once, a running one within a token or a step."""
-        job = await runner.cancel(request.state.key_id, job_id)
+        job = await runner.cancel(owner(request), job_id)
         return await views.whole(job, links.base(request))
 
     @routes.get("/.well-known/jwks.json", responses=errors(503))

@@ -154,7 +154,8 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
         data = await files.read(name, start, end)
         if data is None:
             raise _no_file()
-        media_type = f"image/{name.rpartition('.')[2]}"
+        suffix = name.rpartition(".")[2]  # nobody has said what was uploaded, and it is never shown
+        media_type = "application/octet-stream" if suffix == "upload" else f"image/{suffix}"
         return Response(data, status_code=206 if part else 200, media_type=media_type, headers=headers)
 
     return routes
@@ -164,7 +165,9 @@ def _no_file() -> RequestError:
     return RequestError("There is no such file.", code="not_found", status=404)
 
 
-_IMAGES: dict[str, Any] = {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}
+_IMAGES: dict[str, Any] = {
+    kind: {} for kind in ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
+}
 
 
 def _range(request: Request, size: int, etag: str) -> tuple[int, int]:

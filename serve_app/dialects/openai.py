@@ -11,7 +11,6 @@ import base64
 import json
 import logging
 import time
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,14 +18,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from serve_app import images, telemetry
-from serve_app.dialects.openai_requests import Asked, RequestReader, media_type
+from serve_app.dialects.bodies import media_type
 from serve_app.dialects.openai_schemas import (
     ANSWERS,
     Defaults,
     EditByReference,
     EditForm,
+    Error,
     GenerationRequest,
-    Image,
     ImageRequest,
     ImagesResponse,
     Model,
@@ -36,21 +35,21 @@ from serve_app.dialects.openai_schemas import (
     error_type,
     errors,
     generation_body,
+    images_response,
     usage,
 )
-from serve_app.errors import InvalidParameter, RequestError
+from serve_app.errors import InvalidParameter, RequestError, in_words, server_error
 from serve_app.generation import GeneratedImage, PartialImage, StageProgress
 from serve_app.sse import BEGUN, AllSent, Event, EventStream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from deployments.config import ModelConfig
-    from deployments.types import Pixels
     from serve_app.config import Limits
-    from serve_app.generation import Generator, Resolved
-    from serve_app.links import Links
-    from serve_app.storage import FileStore
+    from serve_app.delivery import Delivery
+    from serve_app.dialects.openai_requests import Asked, RequestReader
+    from serve_app.generation import Generator
 
 logger = logging.getLogger("ray.serve")
 
@@ -64,26 +63,17 @@ OUR_NAMES_FOR = {"steps": "num_inference_steps", "sources": "image"}
 
 def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
     """The error in this API's envelope."""
-    if isinstance(error, InvalidParameter):
-        param = OUR_NAMES_FOR.get(error.param, error.param)
-        return _envelope(400, f"{param} {error.problem}.", param, error.code)
-    response = _envelope(error.status, error.message, error.param, error.code)
-    response.headers.update(error.headers)
-    return response
+    error = in_words(error, OUR_NAMES_FOR)
+    return JSONResponse({"error": vars(error_body(error))}, error.status, error.headers)
 
 
-def server_error_response() -> JSONResponse:
-    """The envelope for faults of the server, which are not the client's to know."""
-    return _envelope(500, "The server failed to answer; its log says why.", None, "server_error")
+def error_body(error: RequestError | InvalidParameter) -> Error:
+    """What of an error is in the envelope."""
+    error = in_words(error, OUR_NAMES_FOR)
+    return Error(message=error.message, type=error_type(error.status), param=error.param, code=error.code)
 
 
-def router(
-    generator: Generator,
-    files: FileStore,
-    reader: RequestReader,
-    links: Links,
-    limits: Limits,
-) -> APIRouter:
+def router(generator: Generator, delivery: Delivery, reader: RequestReader, limits: Limits) -> APIRouter:
     """The routes of this API."""
     routes = APIRouter(prefix="/v1")
 
@@ -116,49 +106,33 @@ def router(
             return await answer(request, asked, "image_edit")
 
     async def answer(request: Request, asked: Asked[Any], kind: str) -> ImagesResponse | EventStream[Told]:
-        fields, encoding = asked.fields, asked.encoding
+        fields, order = asked.fields, asked.order
         if fields.partial_images and not fields.stream:
             raise RequestError("Previews come in a stream only: set stream to true.", param="partial_images")
-
-        async def encode(pixels: Pixels) -> bytes:
-            return await asyncio.to_thread(images.encode, pixels, encoding)
-
-        async def deliver(image: GeneratedImage) -> Image:
-            data = await encode(image.pixels)
-            if fields.response_format == "b64_json":
-                where = {"b64_json": base64.b64encode(data).decode()}
-            else:
-                name = await files.save(data, encoding.format)
-                where = {"url": await links.file(links.base(request), name)}
-            return Image(revised_prompt=fields.prompt, seed=image.seed, **where)
-
-        @asynccontextmanager
-        async def admitted() -> AsyncIterator[Resolved]:
-            async with generator.admitted(
-                asked.generation, sources=asked.sources, prepare=asked.prepare
-            ) as ready:
-                telemetry.note_generation(request, ready)
-                yield ready
 
         async def make(tell: Callable[[Any], None], all_sent: AllSent) -> None:
             def report(told: StageProgress | Told) -> None:
                 if not isinstance(told, StageProgress):
                     tell(told)
 
-            async with admitted() as ready:
+            async with generator.admitted(
+                order.generation, sources=order.sources, prepare=order.prepare
+            ) as ready:
+                telemetry.note_generation(request, ready)
                 tell(BEGUN)
                 telemetry.note_images(request, await generator.run(ready, report))
                 await all_sent()  # the place is taken, and the server not drained, until then
 
         async def event(told: Told) -> Event:
             height, width, _ = told.pixels.shape
+            file = await asyncio.to_thread(images.encode, told.pixels, order.encoding)
             data = {
-                "b64_json": base64.b64encode(await encode(told.pixels)).decode(),
+                "b64_json": base64.b64encode(file).decode(),
                 "created_at": int(time.time()),
                 "size": f"{width}x{height}",
                 "quality": asked.quality or "auto",
                 "background": "opaque",
-                "output_format": encoding.format,
+                "output_format": order.encoding.format,
             }
             if isinstance(told, PartialImage):
                 return _event(f"{kind}.partial_image", data | {"partial_image_index": told.index})
@@ -168,20 +142,8 @@ def router(
 
         if fields.stream:
             return await EventStream.begin(make, event, partial(_error_event, request))
-        if fields.response_format != "b64_json":
-            await files.check_room()
-        async with admitted() as ready:
-            made = await generator.run(ready)
-            telemetry.note_images(request, made)
-            height, width, _ = made[0].pixels.shape
-            return ImagesResponse(
-                created=int(time.time()),
-                data=await asyncio.gather(*(deliver(image) for image in made)),
-                size=f"{width}x{height}",
-                quality=asked.quality,
-                output_format=encoding.format,
-                usage=usage([vars(image) for image in made]),
-            )
+        made = await delivery.make(request, order, inline=fields.response_format == "b64_json")
+        return images_response(made, fields.prompt, asked.quality, order.encoding.format, time.time())
 
     @routes.get("/models")
     async def list_models() -> Models:
@@ -207,7 +169,7 @@ def _error_event(request: Request, error: Exception) -> Event:
     else:
         telemetry.note_error(request, "server_error")
         logger.error("a stream failed", exc_info=error)
-        response = server_error_response()
+        response = error_response(server_error())
     return "error", json.loads(bytes(response.body))
 
 
@@ -228,8 +190,3 @@ def _describe(model: ModelConfig) -> Model:
         ),
         lossy_options=model.decoder.acceleration.lossy,
     )
-
-
-def _envelope(status: int, message: str, param: str | None, code: str) -> JSONResponse:
-    body = {"message": message, "type": error_type(status), "param": param, "code": code}
-    return JSONResponse({"error": body}, status_code=status)

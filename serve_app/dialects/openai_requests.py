@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -11,19 +9,12 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from serve_app.dialects.openai_schemas import (
-    MAX_FIELDS,
-    MAX_FILES,
-    MAX_ID_CHARS,
-    QUALITIES,
-    UNSUPPORTED,
-    ImageRequest,
-    Quality,
-    may_be_unset,
-)
-from serve_app.errors import InvalidParameter, RequestError, image_too_large, too_large
+from serve_app.dialects.bodies import MAX_FIELDS, first_error, parsed_size, read_json, request_id, unknown
+from serve_app.dialects.openai_schemas import MAX_FILES, QUALITIES, ImageRequest, Quality
+from serve_app.errors import InvalidParameter, RequestError, image_too_large
 from serve_app.generation import Generation
 from serve_app.images import Encoding
+from serve_app.orders import Order
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -31,7 +22,7 @@ if TYPE_CHECKING:
     from fastapi import Request
 
     from serve_app.config import Limits
-    from serve_app.generation import Generator, Prepare
+    from serve_app.generation import Generator
     from serve_app.sources import SourceReader
 
 Fields = TypeVar("Fields", bound=ImageRequest)
@@ -43,20 +34,14 @@ class Asked(Generic[Fields]):
 
     Attributes:
         fields: as they came.
-        generation: what is to be made; source images are missing still.
-        encoding: how images are to be sent.
+        order: what they ask for.
         quality: what the steps followed from, if they did.
-        sources: how many source images there are.
-        prepare: reads them; None if there are none.
         sources_param: what the request calls them.
     """
 
     fields: Fields
-    generation: Generation
-    encoding: Encoding
+    order: Order
     quality: Quality | None
-    sources: int = 0
-    prepare: Prepare | None = None
     sources_param: str = "image"
 
     @contextmanager
@@ -97,7 +82,7 @@ class RequestReader:
         Raises:
             RequestError: it cannot be read, or is not valid.
         """
-        fields = await _read_json(request, fields_type, max_bytes or self._limits.max_json_bytes)
+        fields = await read_json(request, fields_type, max_bytes or self._limits.max_json_bytes)
         urls = [image.image_url for image in getattr(fields, "images", None) or ()]
 
         async def fetched() -> list[bytes]:
@@ -144,13 +129,13 @@ class RequestReader:
         generation = Generation(
             model=fields.model,
             prompt=fields.prompt,
-            size=_size(fields.size),
+            size=None if fields.size in (None, "auto") else parsed_size(fields.size, "or as auto"),
             n=1 if fields.n is None else fields.n,
             steps=steps,
             guidance_scale=fields.guidance_scale,
             seed=fields.seed,
             partial_images=fields.partial_images or 0,
-            request_id=_request_id(request),
+            request_id=request_id(request),
             key_id=request.state.key_id,
         )
 
@@ -158,35 +143,13 @@ class RequestReader:
             family = self._generator.model(generation.model).traits
             return await self._reader.add(generation, await read(), family)
 
-        return Asked(
-            fields=fields,
+        order = Order(
             generation=generation,
             encoding=encoding,
-            quality=quality,
             sources=sources,
             prepare=prepare if sources else None,
-            sources_param=sources_param,
         )
-
-
-def media_type(request: Request) -> str:
-    """What the body is, by its header."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def _read_json(request: Request, fields: type[Fields], max_bytes: int) -> Fields:
-    """The fields of a JSON body."""
-    if media_type(request) != "application/json":
-        raise RequestError("Send this request as application/json.", code="invalid_content_type")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large(max_bytes)
-    try:
-        return await asyncio.to_thread(fields.model_validate_json, body)
-    except ValidationError as error:
-        raise _first_error(error) from None
+        return Asked(fields=fields, order=order, quality=quality, sources_param=sources_param)
 
 
 async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> tuple[Fields, list[bytes]]:
@@ -198,7 +161,7 @@ async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> 
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     if name not in ("image", "image[]"):
-                        raise _unknown(name)
+                        raise unknown(name, fields)
                     if (value.size or 0) > limits.max_image_bytes:
                         raise image_too_large(limits.max_image_bytes)
                     uploads.append(await value.read())
@@ -206,49 +169,11 @@ async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> 
                     raise RequestError("image must be a file (with curl: -F image=@FILE).", param="image")
                 elif name in texts:
                     raise RequestError(f"{name:.100} is given twice.", param=name[:100])
-                elif not (may_be_unset(name, fields) and value in ("", "false")):
+                elif not (fields.may_be_unset(name) and value in ("", "false")):
                     texts[name] = value
     except (ValueError, LookupError) as error:  # a charset that Starlette does not expect
         raise RequestError("The form cannot be decoded; send it as UTF-8.") from error
     try:
         return fields.model_validate_strings(texts), uploads
     except ValidationError as error:
-        raise _first_error(error) from None
-
-
-def _request_id(request: Request) -> str:
-    """The client's, or else the one that Serve has made; Serve sends it back."""
-    request_id = request.headers.get("x-request-id", "")
-    if len(request_id) > MAX_ID_CHARS:
-        raise RequestError(f"X-Request-ID may have {MAX_ID_CHARS} characters.", param="X-Request-ID")
-    return request_id
-
-
-def _size(size: str | None) -> tuple[int, int] | None:
-    if size in (None, "auto"):
-        return None
-    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
-    if match is None:
-        raise RequestError("Give the size as WIDTHxHEIGHT, 1024x1024 say, or as auto.", param="size")
-    return int(match[1]), int(match[2])
-
-
-def _first_error(error: ValidationError) -> RequestError:
-    """What pydantic found first; its messages never repeat the value."""
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
-    if first["type"] == "extra_forbidden":
-        return _unknown(str(param))
-    if first["type"] == "missing":
-        return RequestError(f"{param} is required.", param=param, code="missing_required_parameter")
-    return RequestError(f"{param or 'The JSON body'}: {first['msg']}.", param=param)
-
-
-def _unknown(param: str) -> RequestError:
-    name = param.partition("[")[0]  # a form's svg[model]
-    reason = f": {UNSUPPORTED[name]}" if name in UNSUPPORTED else ""
-    return RequestError(
-        f"The parameter {param!r:.100} is not supported{reason}.",
-        param=param[:100],
-        code="unsupported_parameter" if reason else "unknown_parameter",
-    )
+        raise first_error(error, fields) from None

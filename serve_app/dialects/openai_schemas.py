@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app import images
+from serve_app.dialects.bodies import MAX_ID_CHARS, NOT_BLANK, Fields, JSONFields, document_errors
 from serve_app.generation import MAX_PARTIAL_IMAGES, MAX_SEED
 from serve_app.jobs import Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from deployments.config import ModelConfig
     from serve_app.config import Limits
+    from serve_app.delivery import Delivered
 
-MAX_ID_CHARS = 512
-MAX_FIELDS = 64
 MAX_FILES = 16
 """OpenAI's own bound; what a model takes may be less."""
 
@@ -38,9 +37,6 @@ QUALITIES: dict[str, tuple[Quality, int]] = {
 HINT = "A hint without an effect here."
 
 
-NOT_BLANK = r"[^\s\x1c-\x1f\x85]"
-"""What Python takes for white space is more than what JSON Schema's regular expressions do."""
-
 UNSUPPORTED = {  # what OpenAI's or the documents' clients may send, and why it is refused
     "negative_prompt": "the model has none; say in the prompt what the image is to show",
     "cfg_normalization": "the model has none; leave it out or false",
@@ -52,16 +48,10 @@ UNSUPPORTED = {  # what OpenAI's or the documents' clients may send, and why it 
 }
 
 
-def may_be_unset(name: str, fields: type[BaseModel]) -> bool:
-    """Whether null, an empty text and false are no values of a parameter, but leave it out."""
-    field = fields.model_fields.get(name)
-    return name in UNSUPPORTED or (field is not None and not field.is_required())
-
-
-class ImageRequest(BaseModel):
+class ImageRequest(Fields):
     """What generations and edits have in common. Null, an empty text and false mean unset."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    UNSUPPORTED: ClassVar[Mapping[str, str]] = UNSUPPORTED
 
     prompt: str = Field(description="What to paint. Put text that is to be rendered in quotation marks.")
     model: str | None = Field(default=None, description="A name from `/v1/models`; the first one if unset.")
@@ -104,21 +94,8 @@ class ImageRequest(BaseModel):
     )
 
 
-class _FromJSON(BaseModel):
-    """What is told apart in JSON alone; a form has texts only."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_unset(cls, fields: object) -> object:
-        if not isinstance(fields, dict):
-            return fields
-        if len(fields) > MAX_FIELDS:  # each unknown one would be an error of its own
-            raise PydanticCustomError("too_many", "Input should have at most 64 fields")
-        return {
-            name: int(value) if isinstance(value, float) and value.is_integer() else value  # JSON's 1.0 is 1
-            for name, value in fields.items()
-            if not (may_be_unset(name, cls) and (value is None or value is False or value == ""))
-        }
+class _FromJSON(JSONFields):
+    UNSET: ClassVar[tuple[bool | str | None, ...]] = (None, "", False)
 
 
 class GenerationRequest(_FromJSON, ImageRequest):
@@ -133,10 +110,8 @@ class EditRequest(ImageRequest):
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description=HINT)
 
 
-class ImageReference(BaseModel):
+class ImageReference(Fields):
     """Where a source image is."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     image_url: str
 
@@ -238,6 +213,24 @@ def usage(images: Collection[Mapping[str, Any]]) -> Usage:
     )
 
 
+def images_response(
+    made: Sequence[Delivered], prompt: str, quality: Quality | None, output_format: str, created: float
+) -> ImagesResponse:
+    """The answer with these images."""
+    first = made[0].facts
+    return ImagesResponse(
+        created=int(created),
+        data=[
+            Image(url=one.url, b64_json=one.base64, revised_prompt=prompt, seed=one.facts["seed"])
+            for one in made
+        ],
+        size=f"{first['width']}x{first['height']}",
+        quality=quality,
+        output_format=output_format,
+        usage=usage([one.facts for one in made]),
+    )
+
+
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 
 
@@ -302,7 +295,7 @@ class Models(BaseModel):
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document: an answer in this API's envelope for each status."""
-    return {status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase} for status in statuses}
+    return document_errors(ErrorResponse, *statuses)
 
 
 _STREAM: dict[int | str, dict[str, Any]] = {

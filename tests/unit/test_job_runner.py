@@ -22,12 +22,16 @@ from serve_app.errors import RequestError
 from serve_app.generation import Generation, Generator, Model
 from serve_app.images import Encoding
 from serve_app.job_runner import JobRunner, Submission
-from serve_app.jobs import Job, JobStore
+from serve_app.jobs import Job, JobStore, Owner
+from serve_app.orders import Order
 from serve_app.outbound import Outbound
 from serve_app.sources import SourceReader
 from serve_app.storage import FileStore
 
 SOURCE = np.full((512, 512, 3), 9, dtype=np.uint8)
+
+
+OWNER = Owner("k", "images")
 
 
 class Stages:
@@ -96,17 +100,15 @@ class Setup:
 
         return await self.runner.submit(
             Submission(
-                api="images",
-                generation=generation,
-                sources=len(generation.sources),
-                prepare=prepare,
-                encoding=Encoding("png"),
+                order=Order(
+                    generation=generation,
+                    encoding=Encoding("png"),
+                    sources=len(generation.sources),
+                    prepare=prepare,
+                ),
+                api=OWNER.api,
                 answer={},
                 base_url="http://here",
-                priority="normal",
-                start_within_s=None,
-                idempotency_key=None,
-                webhook_url=None,
             )
         )
 
@@ -115,7 +117,7 @@ class Setup:
 
     async def ended(self, job_id: str) -> Job:
         async with asyncio.timeout(20):
-            return [job async for job in self.store.watch("k", job_id)][-1]
+            return [job async for job in self.store.watch(OWNER, job_id)][-1]
 
     async def comes_to(self, stage: str) -> None:
         await self.until(lambda: self.stages.at == stage)
@@ -202,7 +204,7 @@ def test_progress_and_previews_are_told_on_the_way(make: Make) -> None:
         job_id = await setup.job(partial_images=1)
         setup.stages.prior_goes_on.set()
         async with working(setup), asyncio.timeout(20):
-            async for job in setup.store.watch("k", job_id):
+            async for job in setup.store.watch(OWNER, job_id):
                 if job.previews:
                     break
             assert job.progress == [{"stage": "decoder", "done": 1, "total": 2}]
@@ -221,7 +223,7 @@ def test_a_job_cancelled_in_a_stage_stops_it_and_leaves_no_file(make: Make, stag
             setup.stages.prior_goes_on.set()
         async with working(setup):
             await setup.comes_to(stage)
-            asked = await setup.runner.cancel("k", job_id)
+            asked = await setup.runner.cancel(OWNER, job_id)
             assert (asked.state, asked.cancelling) == ("running", True)
             assert (await setup.ended(job_id)).state == "cancelled"
             assert setup.stages.stopped == [stage]
@@ -236,7 +238,7 @@ def test_a_job_cancelled_by_another_server_stops_too(make: Make) -> None:
         job_id = await setup.job()
         async with working(setup):
             await setup.comes_to("prior")
-            await other.runner.cancel("k", job_id)
+            await other.runner.cancel(OWNER, job_id)
             assert (await setup.ended(job_id)).state == "cancelled"
             assert setup.stages.stopped == ["prior"]
 
@@ -251,17 +253,17 @@ def test_a_job_cancelled_while_its_images_are_stored_leaves_no_file(
         storing, may_store = threading.Event(), threading.Event()
         save = setup.files._save
 
-        def slow(data: bytes, suffix: str) -> str:
+        def slow(name: str, data: bytes) -> None:
             storing.set()
             assert may_store.wait(20)
-            return save(data, suffix)
+            save(name, data)
 
         monkeypatch.setattr(setup.files, "_save", slow)
         job_id = await setup.job(n=2)
         setup.stages.go_on()
         async with working(setup):
             await setup.until(storing.is_set)
-            await setup.runner.cancel("k", job_id)
+            await setup.runner.cancel(OWNER, job_id)
             may_store.set()
             assert (await setup.ended(job_id)).state == "cancelled"
             await setup.no_files()
@@ -274,7 +276,7 @@ def test_a_job_cancelled_while_it_waits_never_begins_and_its_sources_go(make: Ma
         setup = make()
         job_id = await setup.job(sources=(SOURCE,))
         assert setup.kept
-        assert (await setup.runner.cancel("k", job_id)).state == "cancelled"
+        assert (await setup.runner.cancel(OWNER, job_id)).state == "cancelled"
         assert setup.kept == []
 
     run(main())
@@ -287,7 +289,7 @@ def test_when_the_server_stops_its_job_goes_back_and_the_next_one_makes_it(make:
         async with working(setup):
             await setup.comes_to("prior")
         assert setup.stages.stopped == ["prior"]
-        assert (await setup.store.get("k", job_id)).state == "queued"
+        assert (await setup.store.get(OWNER, job_id)).state == "queued"
         later.stages.go_on()
         async with working(later):
             job = await later.ended(job_id)
@@ -316,7 +318,7 @@ def test_who_was_thought_dead_does_not_end_the_job_and_leaves_no_file(
             await frozen.until(lambda: frozen.generator.pending == 0 and frozen.generator.units == [])
         assert (job.state, job.attempts) == ("succeeded", 2)
         assert frozen.kept == [job.images[0]["name"]]
-        assert (await alive.store.get("k", job_id)).mark == job.mark
+        assert (await alive.store.get(OWNER, job_id)).mark == job.mark
 
     run(main())
 
@@ -417,9 +419,9 @@ def test_so_many_run_at_a_time_as_the_stages_can_use_and_models_do_not_wait_for_
         async with working(setup):
             await setup.until(lambda: len(setup.generator.units) == room + 1)
             assert setup.generator.pending == room + 1
-            states = [(await setup.store.get("k", job_id)).state for job_id in ids]
+            states = [(await setup.store.get(OWNER, job_id)).state for job_id in ids]
             assert states == ["running"] * room + ["queued"] * 2
-            assert (await setup.store.get("k", other)).state == "running"
+            assert (await setup.store.get(OWNER, other)).state == "running"
             setup.stages.go_on()
             for job_id in [*ids, other]:
                 assert (await setup.ended(job_id)).state == "succeeded"
@@ -449,7 +451,7 @@ def test_expired_jobs_take_their_images_with_them(make: Make, monkeypatch: pytes
             assert (await setup.ended(job_id)).images
             await setup.no_files()
         with pytest.raises(RequestError, match="no such job"):
-            await setup.store.get("k", job_id)
+            await setup.store.get(OWNER, job_id)
 
     run(main())
 

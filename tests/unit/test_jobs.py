@@ -12,9 +12,11 @@ import pytest
 from serve_app import jobs as jobs_module
 from serve_app.database import Database
 from serve_app.errors import RequestError
-from serve_app.jobs import Job, JobStore, NewJob, Running
+from serve_app.jobs import Job, JobStore, NewJob, Owner, Running
 
 MODELS = ["m", "other"]
+OWNER = Owner("k", "images")
+ANOTHER = Owner("another", "images")
 MESSAGE = {"message": "broken", "code": "broken", "status": 500, "param": None}
 
 
@@ -27,7 +29,7 @@ def store(database_url: str, open_database: Open) -> JobStore:
 
 
 def new(**fields: Any) -> NewJob:
-    given: dict[str, Any] = {"key_id": "k", "api": "images", "fingerprint": "f", "model": "m"}
+    given: dict[str, Any] = {"owner": OWNER, "fingerprint": "f", "model": "m"}
     return NewJob(**given | {"request": {"prompt": "a boat", "n": 1}} | fields)
 
 
@@ -54,7 +56,7 @@ async def claimed(store: JobStore, worker: str = "w", models: list[str] = MODELS
 def test_a_job_is_kept_as_it_was_submitted(store: JobStore) -> None:
     async def main() -> None:
         job = await submitted(store, sources=["a.png"], encoding={"format": "png"}, answer={"x": [1, None]})
-        again = await store.get("k", job.id)
+        again = await store.get(OWNER, job.id)
         assert again == job
         assert (job.state, job.position, job.sources, job.answer) == (
             "queued",
@@ -63,9 +65,10 @@ def test_a_job_is_kept_as_it_was_submitted(store: JobStore) -> None:
             {"x": [1, None]},
         )
         assert job.request == {"prompt": "a boat", "n": 1}
-        for key_id, job_id in (("another", job.id), ("k", "none"), ("k", "\0")):
+        other_api = Owner("k", "fal")
+        for owner, job_id in ((ANOTHER, job.id), (other_api, job.id), (OWNER, "none"), (OWNER, "\0")):
             with pytest.raises(RequestError, match="no such job") as caught:
-                await store.get(key_id, job_id)
+                await store.get(owner, job_id)
             assert caught.value.status == 404
 
     run(main())
@@ -77,7 +80,7 @@ def test_jobs_begin_in_order_those_of_low_priority_last_and_each_model_for_itsel
         first = await submitted(store)
         other = await submitted(store, model="other")
         second = await submitted(store)
-        assert [(await store.get("k", job.id)).position for job in (low, first, other, second)] == [
+        assert [(await store.get(OWNER, job.id)).position for job in (low, first, other, second)] == [
             2,
             0,
             0,
@@ -128,7 +131,7 @@ def test_an_idempotency_key_makes_one_job_of_several_requests(store: JobStore) -
         with pytest.raises(RequestError) as caught:
             await store.submit(new(idempotency_key="i", fingerprint="g"))
         assert caught.value.status == 409
-        assert (await submitted(store, idempotency_key="i", key_id="another")).id != known.id
+        assert (await submitted(store, idempotency_key="i", owner=ANOTHER)).id != known.id
         assert await store.known(new(idempotency_key="j")) is None
 
     run(main())
@@ -141,11 +144,11 @@ def test_a_running_job_tells_how_it_gets_on_and_ends_with_its_images(store: JobS
         assert (began.state, began.attempts, began.position) == ("running", 1, None)
         news = Running(id=job.id, progress=[{"stage": "prior", "done": 1, "total": 2}], previews=[], log=[])
         assert await store.renew("w", [news]) == {job.id}
-        seen = await store.get("k", job.id)
+        seen = await store.get(OWNER, job.id)
         assert seen.progress == news.progress
         assert seen.version > began.version
         assert await store.finish("w", told(job), "succeeded", images=[{"name": "b.png"}])
-        ended = await store.get("k", job.id)
+        ended = await store.get(OWNER, job.id)
         assert (ended.state, ended.images, ended.error) == ("succeeded", [{"name": "b.png"}], None)
         assert ended.ended_at
         assert ended.expires_at == pytest.approx(ended.ended_at + 100, abs=0.1)
@@ -170,7 +173,7 @@ def test_a_job_whose_runner_is_not_heard_of_is_begun_again_and_ended_by_the_new_
         assert await store.renew("dead", [told(first)]) == set()
         assert not await store.finish("dead", told(first), "succeeded", images=[{"name": "late.png"}])
         assert await store.finish("alive", told(first), "succeeded", images=[{"name": "b.png"}])
-        assert (await store.get("k", first.id)).images == [{"name": "b.png"}]
+        assert (await store.get(OWNER, first.id)).images == [{"name": "b.png"}]
 
     run(main())
 
@@ -223,7 +226,7 @@ def test_what_a_server_leaves_when_it_stops_goes_back_to_its_place(store: JobSto
         await submitted(store)
         await claimed(store, "stopping")
         await store.release("stopping")
-        assert (await store.get("k", job.id)).position == 0
+        assert (await store.get(OWNER, job.id)).position == 0
         again = await claimed(store, "w")
         assert (again.id, again.attempts) == (job.id, 1), "stopping does not count against it"
 
@@ -233,11 +236,11 @@ def test_what_a_server_leaves_when_it_stops_goes_back_to_its_place(store: JobSto
 def test_a_queued_job_is_cancelled_at_once(store: JobStore) -> None:
     async def main() -> None:
         job = await submitted(store)
-        assert (await store.cancel("k", job.id)).state == "cancelled"
-        assert (await store.cancel("k", job.id)).state == "cancelled", "it can be asked for again"
+        assert (await store.cancel(OWNER, job.id)).state == "cancelled"
+        assert (await store.cancel(OWNER, job.id)).state == "cancelled", "it can be asked for again"
         assert await store.claim("w", MODELS) is None
         with pytest.raises(RequestError) as caught:
-            await store.cancel("another", job.id)
+            await store.cancel(ANOTHER, job.id)
         assert caught.value.status == 404
 
     run(main())
@@ -248,12 +251,12 @@ def test_a_running_job_is_cancelled_by_its_runner_and_not_ended_otherwise(store:
         job = await submitted(store)
         await claimed(store)
         assert not await store.finish("w", told(job), "cancelled"), "nobody asked for that"
-        asked = await store.cancel("k", job.id)
+        asked = await store.cancel(OWNER, job.id)
         assert (asked.state, asked.cancelling) == ("running", True)
         assert await store.renew("w", []) == set()
         assert not await store.finish("w", told(job), "succeeded", images=[{"name": "b.png"}])
         assert await store.finish("w", told(job), "cancelled")
-        assert (await store.get("k", job.id)).state == "cancelled"
+        assert (await store.get(OWNER, job.id)).state == "cancelled"
 
     run(main())
 
@@ -265,9 +268,9 @@ def test_what_has_ended_cannot_be_cancelled(store: JobStore, state: jobs_module.
         await claimed(store)
         assert await store.finish("w", told(job), state, error=MESSAGE)
         with pytest.raises(RequestError, match=f"has {state} already") as caught:
-            await store.cancel("k", job.id)
+            await store.cancel(OWNER, job.id)
         assert caught.value.status == 409
-        assert (await store.get("k", job.id)).state == state
+        assert (await store.get(OWNER, job.id)).state == state
 
     run(main())
 
@@ -279,7 +282,7 @@ def test_a_job_that_is_being_cancelled_when_its_runner_dies_is_not_begun_again(
         monkeypatch.setattr(jobs_module, "LEASE_S", -1)
         job = await submitted(store)
         await claimed(store)
-        await store.cancel("k", job.id)
+        await store.cancel(OWNER, job.id)
         assert await store.claim("w", MODELS) is None
         (ended,) = await store.tidy()
         assert (ended.id, ended.state) == (job.id, "cancelled")
@@ -320,7 +323,7 @@ def test_old_jobs_go(database_url: str, open_database: Open) -> None:
         waiting = await submitted(store)
         (gone,) = await store.expire()
         assert (gone.id, gone.files) == (old.id, ["a.png", "b.png"])
-        assert [job.id for job in await store.page("k", limit=9)] == [waiting.id, kept.id]
+        assert [job.id for job in await store.page(OWNER, limit=9)] == [waiting.id, kept.id]
         assert await store.expire() == []
 
     run(main())
@@ -328,16 +331,18 @@ def test_old_jobs_go(database_url: str, open_database: Open) -> None:
 
 def test_a_list_comes_by_the_page(store: JobStore) -> None:
     async def main() -> None:
+        other_api = await submitted(store, owner=Owner("k", "fal"))
+        await store.cancel(Owner("k", "fal"), other_api.id)
         ids = [(await submitted(store)).id for _ in range(4)]
-        await submitted(store, key_id="another")
-        await store.cancel("k", ids[1])
-        page = await store.page("k", limit=3)
+        await submitted(store, owner=ANOTHER)
+        await store.cancel(OWNER, ids[1])
+        page = await store.page(OWNER, limit=3)
         assert [job.id for job in page] == ids[:0:-1]
-        assert [job.id for job in await store.page("k", limit=3, after=ids[1])] == ids[:1]
-        assert [job.id for job in await store.page("k", limit=9, state="cancelled")] == [ids[1]]
-        for key_id, after in (("another", ids[1]), ("k", "\0"), ("k", "")):
+        assert [job.id for job in await store.page(OWNER, limit=3, after=ids[1])] == ids[:1]
+        assert [job.id for job in await store.page(OWNER, limit=9, state="cancelled")] == [ids[1]]
+        for owner, after in ((ANOTHER, ids[1]), (OWNER, "\0"), (OWNER, "")):
             with pytest.raises(RequestError):
-                await store.page(key_id, limit=3, after=after)
+                await store.page(owner, limit=3, after=after)
 
     run(main())
 
@@ -348,7 +353,7 @@ def test_who_watches_a_job_sees_every_change_and_the_end(store: JobStore) -> Non
         seen: list[Job] = []
 
         async def watch() -> None:
-            async for one in store.watch("k", job.id):
+            async for one in store.watch(OWNER, job.id):
                 seen.append(one)  # noqa: PERF401 - it is looked at meanwhile
 
         async def until(count: int) -> None:
@@ -370,9 +375,9 @@ def test_who_watches_a_job_sees_every_change_and_the_end(store: JobStore) -> Non
             ("running", None),
             ("succeeded", None),
         ]
-        missed = [one.state async for one in store.watch("k", job.id, seen[1].mark)]
+        missed = [one.state async for one in store.watch(OWNER, job.id, seen[1].mark)]
         assert missed == ["succeeded"]
-        assert [one async for one in store.watch("k", job.id, seen[-1].mark)] == []
+        assert [one async for one in store.watch(OWNER, job.id, seen[-1].mark)] == []
         assert ahead.id != job.id
 
     run(main())
@@ -383,7 +388,7 @@ def test_a_webhook_is_due_when_its_job_has_ended_and_again_when_nobody_reports(s
         await submitted(store)
         job = await submitted(store, webhook_url="https://example.com")
         assert await store.next_webhook(within_s=60, most=3) is None
-        await store.cancel("k", job.id)
+        await store.cancel(OWNER, job.id)
         due = await store.next_webhook(within_s=-1, most=3)
         assert due
         assert (due.id, due.webhook_attempts) == (job.id, 1)
@@ -395,7 +400,7 @@ def test_a_webhook_is_due_when_its_job_has_ended_and_again_when_nobody_reports(s
         assert await store.next_webhook(within_s=60, most=2) is None, "it was tried often enough"
         assert await store.next_webhook(within_s=60, most=3)
         await store.note_webhook(job.id, again_in_s=None, delivered=True)
-        assert (await store.get("k", job.id)).webhook_delivered_at
+        assert (await store.get(OWNER, job.id)).webhook_delivered_at
 
     run(main())
 
@@ -411,7 +416,7 @@ def test_who_start_at_once_make_the_tables_once(database_url: str, open_database
 
     async def main() -> None:
         job = await submitted(JobStore(open_database(database_url), max_jobs=5, ttl_s=60))
-        assert await JobStore(open_database(database_url), max_jobs=5, ttl_s=60).get("k", job.id) == job
+        assert await JobStore(open_database(database_url), max_jobs=5, ttl_s=60).get(OWNER, job.id) == job
 
     run(main())
 

@@ -12,10 +12,12 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from serve_app import webhooks as webhooks_module
-from serve_app.config import OutboundConfig, StorageConfig
+from serve_app.config import Limits, OutboundConfig, StorageConfig
 from serve_app.database import Database
+from serve_app.delivery import Delivery
 from serve_app.dialects.jobs import API, Views
-from serve_app.jobs import Job, JobStore, NewJob
+from serve_app.generation import Generator
+from serve_app.jobs import Job, JobStore, NewJob, Owner
 from serve_app.links import Links
 from serve_app.outbound import Outbound
 from serve_app.signing import Signer
@@ -23,11 +25,14 @@ from serve_app.storage import FileStore
 from serve_app.webhooks import Webhooks
 from tests.receiver import Receiver
 
+OWNER = Owner("k", API)
+
 
 class Setup:
     def __init__(self, database: Database, folder: str, allow: tuple[str, ...]) -> None:
         files = FileStore(StorageConfig(url=folder, min_free_bytes=0))
-        views = Views(files, Links(files, None))
+        links = Links(files, None)
+        views = Views(Delivery(Generator({}, Limits()), files, links), links)
         self.store = JobStore(database, max_jobs=9, ttl_s=100)
         self.signer = Signer(database)
         outbound = Outbound(OutboundConfig(allow=allow, timeout_s=5))
@@ -37,15 +42,13 @@ class Setup:
         """A job that has ended."""
         request = {"model": "m", "prompt": "a boat", "size": [512, 512], "n": 1, "seed": 1}
         answer = {"base_url": "http://here", "quality": None, "response_format": None}
-        new = NewJob(
-            key_id="k", api=API, fingerprint="f", model="m", request=request, answer=answer, webhook_url=url
-        )
+        new = NewJob(owner=OWNER, fingerprint="f", model="m", request=request, answer=answer, webhook_url=url)
         job, _ = await self.store.submit(new)
-        return await self.store.cancel("k", job.id)
+        return await self.store.cancel(OWNER, job.id)
 
     async def until(self, job: Job, condition: Callable[[Job], object]) -> None:
         async with asyncio.timeout(20):
-            while not condition(await self.store.get("k", job.id)):  # noqa: ASYNC110 - nobody tells
+            while not condition(await self.store.get(OWNER, job.id)):  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.02)
 
 
@@ -103,7 +106,7 @@ def test_what_is_not_taken_comes_again_with_the_same_id(make: Make, receiver: Re
             job = await setup.cancelled_job(receiver.url)
             await setup.until(job, lambda job: job.webhook_delivered_at)
         assert [headers["webhook-id"] for headers, _ in receiver.came] == [job.id] * 4
-        assert (await setup.store.get("k", job.id)).webhook_attempts == 4
+        assert (await setup.store.get(OWNER, job.id)).webhook_attempts == 4
 
     run(main())
 

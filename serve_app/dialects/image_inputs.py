@@ -1,0 +1,165 @@
+"""What fal's and Pixazo's APIs for GLM-Image take, which are the same fields."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
+
+from serve_app.dialects.bodies import Fields, JSONFields, request_id
+from serve_app.errors import RequestError
+from serve_app.generation import MAX_SEED, Generation
+from serve_app.images import Encoding
+from serve_app.orders import Order
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from serve_app.generation import Generator
+    from serve_app.sources import SourceReader
+
+PRESETS = {
+    "square_hd": (1024, 1024),
+    "square": (512, 512),
+    "portrait_4_3": (768, 1024),
+    "portrait_16_9": (576, 1024),
+    "landscape_4_3": (1024, 768),
+    "landscape_16_9": (1024, 576),
+    # These are in the APIs' lists, which say nowhere how large they are.
+    "portrait_3_2": (832, 1248),
+    "landscape_3_2": (1248, 832),
+    "portrait_hd": (1152, 1536),
+    "landscape_hd": (1536, 1152),
+}
+"""Width and height in pixels: https://docs.fal.ai, for what it names."""
+STEPS = 30
+MAX_IMAGES = 4
+MAX_SOURCES = 4
+PARAMETERS = {
+    "n": "num_images",
+    "size": "image_size",
+    "steps": "num_inference_steps",
+    "sources": "image_urls",
+}
+"""What these APIs call the parameters of a `Generation`."""
+
+
+class ImageSize(Fields):
+    """A size to the pixel. What is made is a little larger where the model needs that, and cut."""
+
+    width: int = Field(ge=512, le=2048)
+    height: int = Field(ge=512, le=2048)
+
+
+def _of_preset(size: object) -> object:
+    if not isinstance(size, str):
+        return size
+    if size not in PRESETS:
+        raise RequestError(
+            f"Invalid image_size value: {size:.50}. Send width and height in pixels, or one of "
+            f"{', '.join(PRESETS)}.",
+            param="image_size",
+        )
+    width, height = PRESETS[size]
+    return ImageSize.model_construct(width=width, height=height)
+
+
+def _listed(urls: object) -> object:
+    return [urls] if isinstance(urls, str) else urls
+
+
+_SIZE_SCHEMA = {"anyOf": [{"enum": list(PRESETS)}, ImageSize.model_json_schema(), {"type": "null"}]}
+_URL_SCHEMA = {"type": "string", "format": "uri"}
+
+
+class ImageInput(JSONFields):
+    """What to make. Null means that a field is unset."""
+
+    prompt: str = Field(min_length=1, description="What to paint. Text to be rendered is in quotation marks.")
+    image_size: Annotated[ImageSize | None, BeforeValidator(_of_preset), WithJsonSchema(_SIZE_SCHEMA)] = (
+        Field(default=None, description="A preset, or width and height; `square_hd` if unset.")
+    )
+    num_inference_steps: int | None = Field(
+        default=None, ge=1, le=100, description=f"Denoising steps; {STEPS} if unset."
+    )
+    guidance_scale: float | None = Field(
+        default=None, ge=1, le=10, allow_inf_nan=False, description="The model's default, 1.5, if unset."
+    )
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Drawn if unset.")
+    num_images: int | None = Field(
+        default=None, ge=1, le=MAX_IMAGES, description="Image i has the seed `seed` + i; 1 if unset."
+    )
+    enable_safety_checker: bool | None = Field(
+        default=None, description="Taken, but no checker is configured: nothing is checked."
+    )
+    output_format: Literal["jpeg", "png"] | None = Field(default=None, description="`jpeg` if unset.")
+    sync_mode: bool | None = Field(
+        default=None, description="Whether images are sent along, as data URLs; else they are behind URLs."
+    )
+    enable_prompt_expansion: bool | None = Field(
+        default=None,
+        description="Refused if true: no expander is configured.",
+        json_schema_extra={"not": {"const": True}},
+    )
+
+    @field_validator("enable_prompt_expansion")
+    @classmethod
+    def _not_expanded(cls, wanted: bool | None) -> bool | None:
+        if wanted:
+            raise RequestError(
+                "This server expands no prompts; leave enable_prompt_expansion out, or set it to false.",
+                param="enable_prompt_expansion",
+                code="unsupported_parameter",
+            )
+        return wanted
+
+
+class EditInput(ImageInput):
+    """What to make of which images."""
+
+    image_urls: Annotated[
+        list[str],
+        BeforeValidator(_listed),
+        Field(min_length=1, max_length=MAX_SOURCES),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "array", "minItems": 1, "maxItems": MAX_SOURCES, "items": _URL_SCHEMA},
+                    _URL_SCHEMA,
+                ]
+            }
+        ),
+    ] = Field(description="Of 1 to 4 PNG, JPEG or WebP images: http, https, or data with base64.")
+
+
+def order(
+    fields: ImageInput, model: str, request: Request, generator: Generator, sources: SourceReader
+) -> Order:
+    """What the fields ask for.
+
+    Raises:
+        RequestError: 404, there is no such model.
+    """
+    config = generator.model(model)
+    family = config.traits
+    size = fields.image_size or ImageSize.model_construct(width=1024, height=1024)
+    wanted = (size.width, size.height)
+    width, height = (-(-side // family.side_multiple) * family.side_multiple for side in wanted)  # rounded up
+    urls = fields.image_urls if isinstance(fields, EditInput) else []
+    return Order(
+        generation=Generation(
+            model=config.name,
+            prompt=fields.prompt,
+            size=(width, height),
+            crop=None if wanted == (width, height) else wanted,
+            n=fields.num_images or 1,
+            steps=fields.num_inference_steps or STEPS,
+            guidance_scale=fields.guidance_scale,
+            seed=fields.seed,
+            request_id=request_id(request),
+            key_id=request.state.key_id,
+        ),
+        encoding=Encoding(fields.output_format or "jpeg"),
+        sources=len(urls),
+        prepare=sources.fetching(urls, family) if urls else None,
+    )

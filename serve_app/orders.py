@@ -1,0 +1,27 @@
+"""What all APIs make of a request, each from its own words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serve_app.generation import Generation, Prepare
+    from serve_app.images import Encoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A request that was read.
+
+    Attributes:
+        generation: what is to be made; its source images are missing still.
+        encoding: how images become files.
+        sources: how many source images there are.
+        prepare: adds them; None if there are none.
+    """
+
+    generation: Generation
+    encoding: Encoding
+    sources: int = 0
+    prepare: Prepare | None = None
