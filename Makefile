@@ -13,8 +13,8 @@ help: ## List the targets
 # Only when given to make: shells and platforms have variables of these names too.
 option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
 
-serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C
-	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port)
+serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https
+	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(if $(call option,TLS),--tls)
 
 test: .venv/dev.stamp $(JS)/node_modules ## Run the tests
 	$(BIN)/pytest -m "not slow"

@@ -15,15 +15,19 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from serve_app.config import AppConfig
+from serve_app.tls import self_signed
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+
+TLS_FOLDER = Path.home() / ".local/share/glm-image-server/tls"
 
 
 class _Application(BaseModel):
@@ -44,6 +48,14 @@ class _HTTPOptions(BaseModel):
     port: int = 8000
     keep_alive_timeout_s: int = 90
     request_timeout_s: float | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("give both ssl_certfile and ssl_keyfile")
+        return self
 
 
 class _ServeFile(BaseModel):
@@ -61,6 +73,12 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="a Serve config file, such as configs/tiny.yaml")
     parser.add_argument("--host", help="address to listen on, instead of the file's")
     parser.add_argument("--port", type=int, help="port to listen on, instead of the file's")
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="serve by https, with the file's ssl_certfile and ssl_keyfile or, if it has none, with a "
+        f"certificate that is made at the first start and kept in {TLS_FOLDER}",
+    )
     arguments = parser.parse_args()
     try:
         file = _ServeFile.model_validate(yaml.safe_load(arguments.config.read_text()))
@@ -70,6 +88,9 @@ def main() -> None:
         )
         if not _is_local(http.host):
             application.args = _closed(application.args)
+        if arguments.tls and not http.ssl_certfile:
+            certificate, key = self_signed(TLS_FOLDER, _reached_by(http.host))
+            http = http.model_copy(update={"ssl_certfile": str(certificate), "ssl_keyfile": str(key)})
         app = _build(application)
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
@@ -89,6 +110,11 @@ def _is_local(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def _reached_by(host: str) -> str:
+    """What other machines, if they reach the server, may call this one."""
+    return socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
 
 
 def _closed(config: AppConfig) -> AppConfig:
@@ -176,12 +202,15 @@ def _why_not(app_name: str) -> str | None:
 def _greet(http: _HTTPOptions, route_prefix: str, *, needs_key: bool) -> None:
     host = "127.0.0.1" if http.host == "0.0.0.0" else http.host  # noqa: S104 - compared, not bound
     host = f"[{host}]" if ":" in host else host
-    address = f"http://{host}:{http.port}{route_prefix.rstrip('/')}"
+    scheme = "https" if http.ssl_certfile else "http"
+    address = f"{scheme}://{host}:{http.port}{route_prefix.rstrip('/')}"
     body = '{"prompt": "a red boat at dawn", "size": "512x512", "num_inference_steps": 8}'
     key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
+    trust = f" --cacert {http.ssl_certfile}" if http.ssl_certfile else ""
     print(
         f"\nServing on {address}. Make an image:\n\n"
-        f"  curl {address}/v1/images/generations{key} -H 'Content-Type: application/json' -d '{body}'\n",
+        f"  curl{trust} {address}/v1/images/generations{key} -H 'Content-Type: application/json' "
+        f"-d '{body}'\n",
         flush=True,
     )
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from PIL import Image
 
 from deployments.glm_image import tiny
 from deployments.types import Pixels
+from tests.receiver import Receiver
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
@@ -152,7 +154,7 @@ def stages(url: str, *, replicas: int = 1) -> set[str]:
 
 
 @contextmanager
-def served(config: Path) -> Iterator[Running]:
+def served(config: Path, *options: str, **environment: str) -> Iterator[Running]:
     """Run `make serve` until the block ends; then, if it still runs, press Ctrl-C."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -162,9 +164,9 @@ def served(config: Path) -> Iterator[Running]:
         # Ray puts sockets there, whose paths may have at most 107 bytes.
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder,
         psutil.Popen(
-            ["make", "serve", f"CONFIG={config}", f"PORT={port}"],
+            ["make", "serve", f"CONFIG={config}", f"PORT={port}", *options],
             cwd=ROOT,
-            env=os.environ | {"RAY_TMPDIR": ray_folder, "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"RAY_TMPDIR": ray_folder, "HF_HUB_OFFLINE": "1"} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -185,7 +187,7 @@ def served(config: Path) -> Iterator[Running]:
         try:
             assert ready.wait(START_TIMEOUT_S), "".join(printed)
             assert process.poll() is None, "".join(printed)
-            match = re.search(r"Serving on (http://\S+)\. ", "".join(printed))
+            match = re.search(r"Serving on (https?://\S+)\. ", "".join(printed))
             assert match
             family = psutil.Process(process.pid).children(recursive=True)
             yield Running(match[1], printed, process)
@@ -259,6 +261,71 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         environment.setenv("OTHER_KEY", other_key)
         with served(config) as running:
             yield Guarded(running, key, other_key)
+
+
+@dataclass(frozen=True)
+class Vendors:
+    """A server for the vendors' clients: by https, with a certificate that it has made, and with keys.
+
+    Attributes:
+        running: the server; its model `glm-image` is the tiny checkpoint.
+        certificate: by which to trust it.
+        key: that is let in.
+        signing_key: likewise, of the form `id.secret`.
+        receiver: of webhooks.
+    """
+
+    running: Running
+    certificate: Path
+    key: str
+    signing_key: str
+    receiver: Receiver
+
+    @property
+    def url(self) -> str:
+        return self.running.url
+
+    @property
+    def place(self) -> str:
+        """Host and port."""
+        return self.url.removeprefix("https://")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What has clients trust it, and fal's find it."""
+        trust = dict.fromkeys(("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"), str(self.certificate))
+        return trust | {"FAL_RUN_HOST": self.place, "FAL_QUEUE_RUN_HOST": f"{self.place}/queue"}
+
+    def client(self, **headers: str) -> httpx.Client:
+        """Without a key unless there is one among the headers."""
+        trust = ssl.create_default_context(cafile=self.certificate)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return httpx.Client(base_url=self.url, headers=named, verify=trust, timeout=150)
+
+
+@pytest.fixture(scope="session")
+def vendors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vendors]:
+    folder = tmp_path_factory.mktemp("vendors")
+    key, signing_key = "key-1b7a90", "0123456789abcdef.a-secret-of-thirty-two-bytes-or-more"
+    receiver = Receiver()
+    config = config_file(
+        folder,
+        [tiny_model("glm-image", prior={"min_replicas": 1}, decoder={"min_replicas": 1})],
+        auth={
+            "api_keys": [
+                {"id": "by-hash", "sha256": hashlib.sha256(key.encode()).hexdigest()},
+                {"id": "by-variable", "secret_env": "SIGNING_KEY"},
+            ]
+        },
+        limits={"max_json_bytes": 2**18, "max_body_bytes": 2**23, "max_image_bytes": 2**22},
+        outbound={"allow": [receiver.place]},
+    )
+    # Whoever runs the tests keeps their own certificate, and the checkpoint is not written once more.
+    hub = os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface"))
+    environment = {"HOME": str(folder), "HF_HOME": hub, "SIGNING_KEY": signing_key}
+    with receiver.receiving(), served(config, "TLS=1", **environment) as running:
+        certificate = folder / ".local/share/glm-image-server/tls/certificate.pem"
+        yield Vendors(running, certificate, key, signing_key, receiver)
 
 
 @pytest.fixture
