@@ -263,12 +263,26 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             yield Guarded(running, key, other_key)
 
 
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every request that httpx sends, once more if it is sent again."""
+    requests: list[str] = []
+    send = httpx.HTTPTransport.handle_request
+
+    def noted(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        requests.append(f"{request.method} {request.url.path}")
+        return send(transport, request)
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", noted)
+    return requests
+
+
 @dataclass(frozen=True)
 class Vendors:
     """A server for the vendors' clients: by https, with a certificate that it has made, and with keys.
 
     Attributes:
-        running: the server; its model `glm-image` is the tiny checkpoint.
+        running: the server; its model `glm-image` is the tiny checkpoint, and `broken` cannot be loaded.
         certificate: by which to trust it.
         key: that is let in.
         signing_key: likewise, of the form `id.secret`.
@@ -310,7 +324,10 @@ def vendors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vendors]:
     receiver = Receiver()
     config = config_file(
         folder,
-        [tiny_model("glm-image", prior={"min_replicas": 1}, decoder={"min_replicas": 1})],
+        [
+            tiny_model("glm-image", prior={"min_replicas": 1}, decoder={"min_replicas": 1}),
+            tiny_model("broken", checkpoint=str(folder / "nowhere")),
+        ],
         auth={
             "api_keys": [
                 {"id": "by-hash", "sha256": hashlib.sha256(key.encode()).hexdigest()},

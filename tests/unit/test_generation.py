@@ -69,6 +69,34 @@ def test_what_is_left_out_gets_the_models_defaults(
     assert 0 <= image.seed < 2**53
 
 
+def test_only_the_middle_is_kept_of_an_image_that_is_larger_than_wanted(
+    generator: Callable[..., Generator], decoded: list[DecodeRequest]
+) -> None:
+    wanted = Generation(prompt="a boat", size=(1280, 736), crop=(1279, 720))
+    (image,) = asyncio.run(generator().run(wanted))
+    (request,) = decoded
+    assert (request.width, request.height) == (1280, 736)
+    assert image.pixels.shape == (720, 1279, 3)
+
+
+def test_a_familys_name_stands_for_its_first_model_unless_a_model_has_it(
+    model_config: Callable[..., ModelConfig], decoded: list[DecodeRequest]
+) -> None:
+    def generator(*names: str) -> Generator:
+        configs = [model_config().model_copy(update={"name": name}) for name in names]
+        models = {one.name: Model(config=one, prior=prior, decode=decode) for one in configs}
+        return Generator(models, Limits())
+
+    async def decode(_: DecodeRequest) -> AsyncGenerator[Event | Pixels, None]:
+        yield PREVIEW
+
+    assert generator("a", "b").model("glm-image").name == "a"
+    assert generator("a", "glm-image").model("glm-image").name == "glm-image"
+    assert generator("a").resolved(Generation(prompt="a boat", model="glm-image")).model == "a"
+    with pytest.raises(RequestError, match="there are: a"):
+        generator("a").model("glm_image")
+
+
 def test_zero_is_a_value_and_not_left_out(
     generator: Callable[..., Generator], decoded: list[DecodeRequest]
 ) -> None:

@@ -1,0 +1,238 @@
+"""What all APIs have in common: the same pixels, and their own words for what goes wrong."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from deployments.glm_image import tiny
+from deployments.types import Pixels
+from tests.serve.conftest import Upstream, Vendors, until
+
+PROMPT, SEED, STEPS = 'a boat called "Aurora"', 2**40 + 11, 10
+OURS = {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": SEED}
+FAL = OURS | {"image_size": "square", "output_format": "png"}
+EDIT = "glm-image-image-to-image"
+
+
+@pytest.fixture
+def http(vendors: Vendors) -> Iterator[httpx.Client]:
+    with vendors.client(authorization=f"Key {vendors.key}") as client:
+        yield client
+
+
+def posted(http: httpx.Client, path: str, body: Any, **headers: str) -> Any:
+    answer = http.post(path, json=body, headers=headers)
+    assert answer.status_code in (200, 202), answer.text
+    return answer.json()
+
+
+def polled(http: httpx.Client, url: str, is_done: Callable[[Any], bool]) -> Any:
+    answers: list[Any] = []
+
+    def done() -> bool:
+        answers[:] = [http.get(url).json()]
+        return is_done(answers[0])
+
+    until(done)
+    return answers[0]
+
+
+def by_openai(http: httpx.Client) -> str:
+    made = posted(http, "/v1/images/generations", OURS | {"size": "512x512", "response_format": "b64_json"})
+    return f"data:image/png;base64,{made['data'][0]['b64_json']}"
+
+
+def by_a_job(http: httpx.Client) -> str:
+    job = posted(http, "/v1/images/jobs", OURS | {"size": "512x512"})
+    done = polled(http, f"/v1/images/jobs/{job['id']}", lambda job: job["status"] == "succeeded")
+    return str(done["result"]["data"][0]["url"])
+
+
+def by_fal(http: httpx.Client) -> str:
+    return str(posted(http, "/fal-ai/glm-image", FAL | {"sync_mode": True})["images"][0]["url"])
+
+
+def by_fals_queue(http: httpx.Client) -> str:
+    queued = posted(http, "/queue/fal-ai/glm-image", FAL)
+    polled(http, queued["status_url"], lambda status: status["status"] == "COMPLETED")
+    return str(http.get(queued["response_url"]).json()["images"][0]["url"])
+
+
+def by_fals_other_host(http: httpx.Client) -> str:
+    path = "/fal-ai/glm-image"
+    queued = posted(http, path, FAL | {"sync_mode": True}, host=f"queue.{http.base_url.netloc.decode()}")
+    path += f"/requests/{queued['request_id']}"
+    assert queued["status_url"].startswith("https://queue.")
+    polled(http, f"/queue{path}/status", lambda status: status["status"] == "COMPLETED")
+    return str(http.get(f"/queue{path}").json()["images"][0]["url"])
+
+
+def by_zai(http: httpx.Client) -> str:
+    made = posted(http, "/api/paas/v4/images/generations", OURS | {"model": "glm-image", "size": "512x512"})
+    return str(made["data"][0]["url"])
+
+
+def by_zais_task(http: httpx.Client) -> str:
+    body = OURS | {"model": "glm-image", "size": "512x512", "response_format": "b64_json"}
+    task = posted(http, "/api/paas/v4/async/images/generations", body)
+    url = f"/api/paas/v4/async-result/{task['id']}"
+    done = polled(http, url, lambda task: task["task_status"] == "SUCCESS")
+    return f"data:image/png;base64,{done['image_result'][0]['b64_json']}"
+
+
+def by_pixazo(http: httpx.Client) -> str:
+    made = posted(http, "/glm-image/v1/glm-image-request", FAL, prefer="wait=60")
+    return str(made["output"]["media_url"][0])
+
+
+def pixels(http: httpx.Client, url: str) -> Pixels:
+    data = base64.b64decode(url.partition(",")[2]) if url.startswith("data:") else http.get(url).content
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_the_same_parameters_and_seed_make_the_same_pixels_through_every_api(
+    http: httpx.Client, upstream: Callable[[Path], Upstream]
+) -> None:
+    expected = upstream(tiny.cached())(PROMPT, 512, 512, seed=SEED, steps=STEPS)
+    for by in (
+        by_openai,
+        by_a_job,
+        by_fal,
+        by_fals_queue,
+        by_fals_other_host,
+        by_zai,
+        by_zais_task,
+        by_pixazo,
+    ):
+        assert np.array_equal(pixels(http, by(http)), expected), by.__name__
+
+
+def test_edits_too(http: httpx.Client, upstream: Callable[[Path], Upstream]) -> None:
+    source = np.full((512, 512, 3), (200, 30, 90), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(source).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    expected = upstream(tiny.cached())(PROMPT, 512, 512, seed=SEED, steps=STEPS, sources=(source,))
+    made = posted(http, "/fal-ai/glm-image/image-to-image", FAL | {"image_urls": url})
+    assert np.array_equal(pixels(http, made["images"][0]["url"]), expected)
+    path = f"/{EDIT}/v1/{EDIT}-request"
+    made = posted(http, path, FAL | {"image_urls": [url], "sync_mode": True}, prefer="wait=60")
+    assert np.array_equal(pixels(http, made["images"][0]["url"]), expected)
+
+
+def test_a_size_to_the_pixel_is_the_middle_of_the_next_one_that_the_model_takes(http: httpx.Client) -> None:
+    whole = posted(http, "/v1/images/generations", OURS | {"size": "544x608", "response_format": "b64_json"})
+    whole_pixels = pixels(http, f"data:image/png;base64,{whole['data'][0]['b64_json']}")
+    body = FAL | {"image_size": {"width": 520, "height": 600}}
+    at_once = posted(http, "/fal-ai/glm-image", body)["images"][0]
+    by_job = posted(http, "/glm-image/v1/glm-image-request", body, prefer="wait=60")["images"][0]
+    for image in (at_once, by_job):
+        assert (image["width"], image["height"]) == (520, 600)
+        assert np.array_equal(pixels(http, image["url"]), whole_pixels[4:604, 12:532])
+
+
+def is_openais(body: dict[str, Any]) -> bool:
+    return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+
+
+def is_fals(body: dict[str, Any]) -> bool:
+    if isinstance(body["detail"], list):
+        return set(body) == {"detail"} and all(set(one) == {"loc", "msg", "type"} for one in body["detail"])
+    return set(body) == {"detail", "error_type"}
+
+
+def is_nested(body: dict[str, Any]) -> bool:
+    return set(body) == {"error"} and set(body["error"]) == {"code", "message"}
+
+
+def is_flat(body: dict[str, Any]) -> bool:
+    return set(body) == {"error", "code"} and isinstance(body["error"], str)
+
+
+APIS = {
+    "openai": ("/v1/images/generations", "/v1/nothing", is_openais, 400),
+    "jobs": ("/v1/images/jobs", "/v1/images/nothing", is_openais, 400),
+    "fal": ("/fal-ai/glm-image", "/fal-ai/a/b/c/d", is_fals, 422),
+    "fal's queue": ("/queue/fal-ai/glm-image", "/queue/nothing", is_fals, 422),
+    "fal's uploads": ("/storage/upload/initiate", "/storage/nothing", is_fals, 422),
+    "zai": ("/api/paas/v4/images/generations", "/api/paas/v4/nothing", is_nested, 400),
+    "zai's tasks": ("/api/paas/v4/async/images/generations", "/api/paas/v4/a/b", is_nested, 400),
+    "pixazo": ("/glm-image/v1/glm-image-request", "/glm-image/v1/nothing", is_nested, 400),
+    "pixazo's edits": (f"/{EDIT}/v1/{EDIT}-request", f"/{EDIT}/v1/nothing", is_flat, 400),
+    "pixazo's states": ("/v2/requests/status/a_b", "/v2/requests/nothing", is_nested, 400),
+}
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_every_api_has_its_own_words_for_what_goes_wrong(
+    vendors: Vendors, http: httpx.Client, api: str
+) -> None:
+    path, nothing, is_its_own, invalid = APIS[api]
+    with vendors.client() as stranger:
+        answers = {
+            401: stranger.post(path, content=b"{", headers={"Content-Type": "application/json"}),
+            404: http.get(nothing),
+            405: http.delete(path),
+            413: http.post(path, content=b" " * (2**23 + 1), headers={"Content-Type": "application/json"}),
+            invalid: http.post(path, content=b'{"a', headers={"Content-Type": "application/json"}),
+        }
+    for status, answer in answers.items():
+        assert answer.status_code == status, answer.text
+        assert is_its_own(answer.json()), (status, answer.text)
+        assert answer.headers["x-request-id"]
+        assert ("x-fal-request-id" in answer.headers) == api.startswith("fal")
+    assert "POST" in answers[405].headers["allow"]
+
+
+@pytest.mark.parametrize("api", [api for api in APIS if "uploads" not in api and "states" not in api])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b"[]",
+        b"7",
+        b'{"prompt": 7}',
+        b'{"prompt": "  "}',
+        b'{"prompt": "a boat", "seed": -1}',
+        b'{"prompt": "a boat", "seed": 1.5}',
+        b'{"prompt": "a boat", "seed": true}',
+        b'{"prompt": "a boat", "seed": 9223372036854775808}',
+        b'{"prompt": "a boat", "guidance_scale": NaN}',
+        b'{"prompt": "a boat", "guidance_scale": "3"}',
+        b'{"prompt": "a boat", "num_inference_steps": 101}',
+        b'{"prompt": "a boat", "unheard_of": 1}',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "a boat", "image_urls": [' + b"[" * 5000 + b"]}",
+        b'{"prompt": "a boat", "image_urls": []}',
+        b'{"prompt": "a boat", "image_size": {"width": 511, "height": 512}}',
+        b'{"prompt": "a boat", "image_size": {"width": 512}}',
+        b'{"prompt": "a boat", "size": "513x512"}',
+        b'{"prompt": "a boat", "enable_prompt_expansion": true}',
+    ],
+    ids=repr,
+)
+def test_bad_input_is_refused_in_the_apis_words(http: httpx.Client, api: str, wrong: bytes) -> None:
+    path, _, is_its_own, invalid = APIS[api]
+    if "zai" in api and wrong.startswith(b"{"):
+        wrong = b'{"model": "glm-image", ' + wrong[1:]
+    answer = http.post(path, content=wrong, headers={"Content-Type": "application/json"})
+    assert answer.status_code == invalid, answer.text
+    assert is_its_own(answer.json())
+    assert "Traceback" not in answer.text
+
+
+def test_jobs_of_one_api_are_not_there_for_another(http: httpx.Client) -> None:
+    body = {"prompt": "a boat", "num_inference_steps": 10, "image_size": "square"}
+    job_id = posted(http, "/queue/fal-ai/glm-image", body)["request_id"]
+    for path in (f"/v1/images/jobs/{job_id}", f"/api/paas/v4/async-result/{job_id}"):
+        assert http.get(path).status_code == 404
+    assert http.get(f"/v2/requests/status/glm-image_{job_id}").status_code == 404
+    assert http.get(f"/queue/fal-ai/broken/requests/{job_id}").status_code == 404
+    listed = http.get("/v1/images/jobs", params={"limit": 100}).json()["data"]
+    assert job_id not in [job["id"] for job in listed]

@@ -1,0 +1,331 @@
+"""The official `fal_client`, unmodified, over TLS: it speaks nothing else."""
+
+import base64
+import hashlib
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from PIL import Image
+
+from tests.serve.conftest import Vendors, until
+
+APP = "fal-ai/glm-image"
+SMALL = {"prompt": "a boat", "image_size": "square", "num_inference_steps": 10, "seed": 5}
+LONG = SMALL | {"image_size": {"width": 2048, "height": 2048}, "num_inference_steps": 100, "num_images": 4}
+
+
+@pytest.fixture(scope="module")
+def fal(vendors: Vendors) -> Iterator[Any]:
+    """The module, which reads where to go when it is imported."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (vendors.environment | {"FAL_KEY": vendors.key}).items():
+            environment.setenv(name, value)
+        assert "fal_client" not in sys.modules
+        module = importlib.import_module("fal_client")
+        yield module
+        module.sync_client._client.close()
+
+
+@pytest.fixture
+def http(vendors: Vendors) -> Iterator[httpx.Client]:
+    with vendors.client(authorization=f"Key {vendors.key}") as client:
+        yield client
+
+
+@pytest.fixture
+def busy(fal: Any) -> Iterator[None]:
+    """As many images under way as fill the prior stage, and jobs that wait behind them."""
+    handles = [fal.submit(APP, arguments=LONG) for _ in range(5)]
+    until(lambda: isinstance(handles[1].status(), fal.InProgress))
+    yield
+    for handle in handles:
+        handle.cancel()
+    until(lambda: all(isinstance(handle.status(), fal.Completed) for handle in handles))
+
+
+def test_it_runs(fal: Any, http: httpx.Client) -> None:
+    made = fal.run(APP, arguments=SMALL | {"num_images": 2})
+    assert made.keys() == {"images", "timings", "seed", "has_nsfw_concepts", "prompt"}
+    assert (made["seed"], made["prompt"], made["has_nsfw_concepts"]) == (5, "a boat", [False, False])
+    assert made["timings"]["inference"] > 0
+    for image in made["images"]:
+        file = http.get(image["url"], headers={"Authorization": ""}).content
+        assert (image["content_type"], image["file_size"]) == ("image/jpeg", len(file))
+        assert (image["width"], image["height"]) == Image.open(io.BytesIO(file)).size == (512, 512)
+        assert image["url"].endswith(image["file_name"])
+
+
+def test_it_subscribes_and_is_told_how_it_gets_on(fal: Any) -> None:
+    told: list[Any] = []
+    ids: list[str] = []
+    made = fal.subscribe(
+        f"{APP}/image-to-image",
+        arguments=SMALL | {"image_urls": [fal.encode_image(Image.new("RGB", (512, 512), "red"))]},
+        with_logs=True,
+        on_queue_update=told.append,
+        on_enqueue=ids.append,
+    )
+    assert made["images"][0]["width"] == 512
+    assert isinstance(told[-1], fal.Completed)
+    assert [line["message"] for line in told[-1].logs] == [
+        "began",
+        "image 0: prior stage",
+        "image 0: decoder stage",
+        "succeeded",
+    ]
+    assert {line["level"] for line in told[-1].logs} == {"INFO"}
+    assert 0 < told[-1].metrics["inference_time"] < 60
+    assert any(isinstance(update, fal.InProgress) for update in told)
+    assert fal.result(APP, ids[0]) == made
+    assert fal.status(APP, ids[0]) == fal.Completed(logs=[], metrics=told[-1].metrics)
+
+
+def test_it_waits_in_a_queue_by_priority(fal: Any, busy: None) -> None:
+    low = fal.submit(APP, arguments=SMALL, priority="low")
+    normal = fal.submit(APP, arguments=SMALL)
+    ahead = normal.status().position
+    assert low.status().position == ahead + 1
+    with pytest.raises(fal.FalClientHTTPError, match="still in progress") as caught:
+        fal.client._request(low.client, "GET", low.response_url)  # `get` waits
+    assert caught.value.status_code == 400
+    for handle in (low, normal):
+        handle.cancel()
+        assert isinstance(handle.status(), fal.Completed)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_cancelling_stops_a_running_request(
+    fal: Any, vendors: Vendors, http: httpx.Client, stage: str
+) -> None:
+    handle = fal.submit(APP, arguments=LONG | {"num_images": 1, "image_size": "square"})
+    until(lambda: f"image 0: {stage} stage" in messages(handle.status(with_logs=True)))
+    began = time.monotonic()
+    handle.cancel()
+    until(lambda: isinstance(handle.status(), fal.Completed))
+    assert time.monotonic() - began < 10
+    assert handle.status().error_type == "client_cancelled"
+    with pytest.raises(fal.FalClientHTTPError, match="was cancelled") as caught:
+        handle.get()
+    assert (caught.value.status_code, caught.value.error_type) == (499, "client_cancelled")
+    again = http.put(f"{handle.status_url.removesuffix('/status')}/cancel")
+    assert (again.status_code, again.json()) == (400, {"status": "ALREADY_COMPLETED"})
+    other = handle.cancel_url.replace(handle.request_id, "01a20ca2-4fb3-7379-bb05-17c2842cbc3c")
+    unknown = http.put(other)
+    assert (unknown.status_code, unknown.json()) == (404, {"status": "NOT_FOUND"})
+
+
+def messages(status: Any) -> list[str]:
+    """Of the log, which comes once the request is in progress."""
+    return [line["message"] for line in getattr(status, "logs", ())]
+
+
+def test_giving_up_cancels(fal: Any) -> None:
+    ids: list[str] = []
+    with pytest.raises(fal.FalClientTimeoutError):
+        fal.subscribe(APP, arguments=LONG, client_timeout=2, on_enqueue=ids.append)
+    until(lambda: isinstance(fal.status(APP, ids[0]), fal.Completed))
+    assert fal.status(APP, ids[0]).error_type == "client_cancelled"
+
+
+def test_what_does_not_start_in_time_fails_and_is_not_tried_again(
+    fal: Any, busy: None, sent: list[str]
+) -> None:
+    with pytest.raises(fal.FalClientHTTPError, match=r"not begun within 1\.5 s") as caught:
+        fal.run(APP, arguments=SMALL, start_timeout=1.5)
+    assert (caught.value.status_code, caught.value.error_type) == (504, "request_timeout")
+    assert sent == [f"POST /{APP}"]
+    handle = fal.submit(APP, arguments=SMALL, start_timeout=1.5)
+    until(lambda: isinstance(handle.status(), fal.Completed))
+    assert handle.status().error_type == "request_timeout"
+    with pytest.raises(fal.FalClientHTTPError) as caught:
+        handle.get()
+    assert (caught.value.status_code, caught.value.error_type) == (504, "request_timeout")
+
+
+def test_bad_input_raises_with_the_place(fal: Any, sent: list[str]) -> None:
+    for wrong, place, kind in (
+        ({"num_images": 5}, ["body", "num_images"], "value_error"),
+        ({"num_inference_steps": 9}, ["body", "num_inference_steps"], "value_error"),
+        ({"guidance_scale": 0.5}, ["body", "guidance_scale"], "value_error"),
+        ({"image_size": "huge"}, ["body", "image_size"], "value_error"),
+        ({"image_size": {"width": 512, "height": 9}}, ["body", "image_size", "height"], "value_error"),
+        ({"output_format": "webp"}, ["body", "output_format"], "value_error"),
+        ({"acceleration": "high"}, ["body", "acceleration"], "extra_forbidden"),
+        ({"enable_prompt_expansion": True}, ["body", "enable_prompt_expansion"], "extra_forbidden"),
+        ({"prompt": None}, ["body", "prompt"], "value_error"),
+        ({"prompt": " "}, ["body", "prompt"], "value_error"),
+    ):
+        with pytest.raises(fal.FalClientHTTPError) as caught:
+            fal.run(APP, arguments=SMALL | wrong)
+        assert caught.value.status_code == 422
+        (problem,) = caught.value.message
+        assert (problem["loc"], problem["type"]) == (place, kind)
+    assert len(sent) == 10, "no one is sent again"
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("https://localhost/boat.png", "file_download_error"),
+        ("data:image/png;base64,bm90aGluZw==", "image_load_error"),
+    ],
+)
+def test_a_bad_source_is_named(fal: Any, url: str, kind: str) -> None:
+    with pytest.raises(fal.FalClientHTTPError) as caught:
+        fal.run(f"{APP}/image-to-image", arguments=SMALL | {"image_urls": url})
+    (problem,) = caught.value.message
+    assert (problem["loc"], problem["type"]) == (["body", "image_urls"], kind)
+
+
+def test_a_model_that_cannot_be_loaded_is_asked_for_once(fal: Any, sent: list[str]) -> None:
+    with pytest.raises(fal.FalClientHTTPError, match="Model loading failed") as caught:
+        fal.run("fal-ai/broken", arguments=SMALL)
+    assert (caught.value.status_code, caught.value.error_type) == (500, "internal_error")
+    assert len(sent) == 1
+    with pytest.raises(fal.FalClientHTTPError, match="Model loading failed"):
+        fal.subscribe("fal-ai/broken", arguments=SMALL)
+    assert sent.count("POST /queue/fal-ai/broken") == 1
+
+
+def test_a_wrong_key_and_an_unknown_app(fal: Any) -> None:
+    for client, app, status in (
+        (fal.SyncClient(key="wrong"), APP, 401),
+        (fal.SyncClient(), "fal-ai/nothing", 404),
+        (fal.SyncClient(), "another/glm-image", 404),
+    ):
+        with pytest.raises(fal.FalClientHTTPError) as caught:
+            client.run(app, arguments=SMALL)
+        client._client.close()
+        assert caught.value.status_code == status
+
+
+@pytest.mark.parametrize("outcome", ["OK", "ERROR"])
+def test_a_webhook_comes_signed(fal: Any, vendors: Vendors, http: httpx.Client, outcome: str) -> None:
+    receiver = vendors.receiver
+    app = APP if outcome == "OK" else "fal-ai/broken"
+    handle = fal.submit(app, arguments=SMALL, webhook_url=receiver.url)
+    until(lambda: any(handle.request_id.encode() in body for _, body in receiver.came))
+    headers, body = next(one for one in receiver.came if handle.request_id.encode() in one[1])
+    message = json.loads(body)
+    assert message["request_id"] == message["gateway_request_id"] == handle.request_id
+    assert message["status"] == outcome
+    if outcome == "OK":
+        assert message["error"] is None
+        assert message["payload"] == handle.get()
+    else:
+        assert message["error"] == "Invalid status code: 500"
+        assert "Model loading failed" in message["payload"]["detail"]
+    signature = bytes.fromhex(headers["X-Fal-Webhook-Signature"])
+    names = ("Request-Id", "User-Id", "Timestamp")
+    lines = [headers[f"X-Fal-Webhook-{name}"] for name in names] + [hashlib.sha256(body).hexdigest()]
+    assert lines[:2] == [handle.request_id, "by-hash"]
+    assert abs(int(lines[2]) - time.time()) < 300
+    (key,) = http.get("/.well-known/jwks.json", headers={"Authorization": ""}).json()["keys"]
+    public = Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(key["x"] + "=="))
+    public.verify(signature, "\n".join(lines).encode())
+    with pytest.raises(InvalidSignature):
+        public.verify(signature, "\n".join([*lines[:3], hashlib.sha256(body + b" ").hexdigest()]).encode())
+
+
+def test_a_webhook_that_leads_nowhere_is_refused(fal: Any) -> None:
+    with pytest.raises(fal.FalClientHTTPError) as caught:
+        fal.submit(APP, arguments=SMALL, webhook_url="http://127.0.0.1:1/hook")
+    (problem,) = caught.value.message
+    assert problem["loc"] == ["query", "fal_webhook"]
+
+
+ASYNCHRONOUS = """
+import asyncio, fal_client
+
+async def main():
+    arguments = {"prompt": "a boat", "image_size": "square", "num_inference_steps": 10, "sync_mode": True}
+    handle = await fal_client.submit_async("fal-ai/glm-image", arguments=arguments)
+    kinds = [type(event) async for event in handle.iter_events(with_logs=True)]
+    assert kinds[-1] is fal_client.Completed
+    made = await handle.get()
+    print(made["images"][0]["url"])
+
+asyncio.run(main())
+"""
+
+
+def test_the_asynchronous_client_too(vendors: Vendors) -> None:
+    run = subprocess.run(  # a process of its own, since it leaves connections open
+        [sys.executable, "-c", ASYNCHRONOUS],
+        env=os.environ | vendors.environment | {"FAL_KEY": vendors.key},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    kind, _, data = run.stdout.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (512, 512)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
+def test_a_timeout_that_is_none_is_refused(http: httpx.Client, value: str) -> None:
+    answer = http.post(f"/{APP}", json=SMALL, headers={"X-Fal-Request-Timeout": value})
+    assert answer.status_code == 422
+    (problem,) = answer.json()["detail"]
+    assert [part.lower() for part in problem["loc"]] == ["header", "x-fal-request-timeout"]
+
+
+def uploaded(http: httpx.Client) -> Any:
+    body = {"content_type": "image/png", "file_name": "a.png"}
+    answer = http.post("/storage/upload/initiate", json=body, params={"storage_type": "fal-cdn-v3"})
+    assert answer.status_code == 200
+    return answer.json()
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (512, 512), "blue").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_upload_takes_one_image_at_its_address_and_no_key(vendors: Vendors, http: httpx.Client) -> None:
+    place = uploaded(http)
+    with vendors.client() as stranger:
+        assert stranger.put(place["upload_url"], content=picture()).status_code == 200
+        stored = stranger.get(place["file_url"])
+        assert (stored.content, stored.headers["content-type"]) == (picture(), "application/octet-stream")
+        assert stranger.put(place["upload_url"], content=picture()).status_code == 409
+        other = uploaded(http)["upload_url"]
+        for wrong, status in (
+            (other.replace("signature=", "signature=0")[:-1], 403),
+            (other.replace("expires=1", "expires=2"), 403),
+            (other.partition("?")[0], 422),
+            (place["upload_url"].partition("?")[0] + "?" + other.partition("?")[2], 403),
+        ):
+            assert stranger.put(wrong, content=picture()).status_code == status
+        no_image = stranger.put(other, content=b"<svg/>")
+        assert no_image.status_code == 422
+        assert no_image.json()["detail"][0]["type"] == "image_load_error"
+        assert stranger.put(other, content=picture() + b" " * 2**22).status_code == 413
+        assert stranger.put(other, content=picture()).status_code == 200, "a failure uses nothing up"
+
+
+def test_the_proxy_leads_nowhere_else(http: httpx.Client) -> None:
+    for target in (
+        None,
+        "https://example.com/fal-ai/glm-image",
+        "https://fal.run/v1/internal/unload",
+        "https://fal.run.example.com/fal-ai/glm-image",
+        "https://rest.fal.ai/fal-ai/glm-image",
+        "//fal.run/../v1/models",
+    ):
+        headers = {"x-fal-target-url": target} if target else {}
+        answer = http.post("/api/fal/proxy", json=SMALL, headers=headers)
+        assert answer.status_code == 412, target
+        assert answer.json()["error_type"] == "precondition_failed"

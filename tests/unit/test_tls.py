@@ -1,0 +1,71 @@
+"""The certificate of one's own: kept, renewed in time, and trusted for what it names alone."""
+
+import socket
+import ssl
+import stat
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from serve_app import tls
+
+
+def shake_hands(certificate: Path, key: Path, name: str, trusted: Path) -> None:
+    """A client that trusts one certificate connects to a server by a name."""
+    server_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_context.load_cert_chain(certificate, key)
+    ours, theirs = socket.socketpair()
+
+    def serve() -> None:
+        try:
+            server_context.wrap_socket(theirs, server_side=True).close()
+        except OSError:  # the client has hung up
+            theirs.close()
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    context = ssl.create_default_context(cafile=trusted)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    try:
+        with ours, context.wrap_socket(ours, server_hostname=name):
+            pass
+    finally:
+        serving.join()
+
+
+def test_it_is_made_once_and_trusted_by_its_names(tmp_path: Path) -> None:
+    certificate, key = tls.self_signed(tmp_path / "new", "gpu-box")
+    first = certificate.read_bytes()
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    for name in ("gpu-box", "localhost", "127.0.0.1", "::1"):
+        shake_hands(certificate, key, name, certificate)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(certificate, key, "elsewhere", certificate)
+    tls.self_signed(tmp_path / "new", "127.0.0.1")
+    assert certificate.read_bytes() == first
+
+
+def test_another_one_is_not_trusted(tmp_path: Path) -> None:
+    certificate, key = tls.self_signed(tmp_path / "a", "localhost")
+    other, _ = tls.self_signed(tmp_path / "b", "localhost")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(certificate, key, "localhost", other)
+
+
+@pytest.mark.parametrize("why", ["another host", "nearly expired", "broken", "no key"])
+def test_it_is_made_anew_when_it_does_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(tls, "VALID", tls.LEFT - timedelta(days=1) if why == "nearly expired" else tls.VALID)
+    certificate, key = tls.self_signed(tmp_path, "localhost")
+    first = certificate.read_bytes()
+    monkeypatch.undo()
+    if why == "broken":
+        certificate.write_text("nothing")
+    if why == "no key":
+        key.unlink()
+    tls.self_signed(tmp_path, "gpu-box" if why == "another host" else "localhost")
+    assert certificate.read_bytes() != first
+    shake_hands(certificate, key, "localhost", certificate)
