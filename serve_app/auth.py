@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 OPEN_PATHS = re.compile(
     r"/(health|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
-    r"|storage/upload/[0-9a-f]{32}\.upload)"
+    r"|storage/upload/[^/]*\.upload)"
 )
 """What anybody may ask. The names of files cannot be guessed, and whoever was given one may hand it on; to
 upload takes a signature."""

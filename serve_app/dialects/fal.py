@@ -574,19 +574,19 @@ def router(
         )
 
     @routes.put(
-        "/storage/upload/{name}",
+        "/storage/upload/{stem}.upload",
         name="fal_upload",
         responses=errors(403, 408, 409, 413, 422, 507),
         openapi_extra={"requestBody": {"content": {"image/*": {}}}},
     )
     async def upload(
-        name: str,
+        stem: str,
         request: Request,
         expires: Annotated[int, Query(ge=0, le=2**53)],
         signature: Annotated[str, Query(pattern="^[0-9a-f]{128}$")],
     ) -> Response:
         """Upload an image to the address that was given for it."""
-        await uploads.take(name, expires, signature, request.stream())
+        await uploads.take(f"{stem}.upload", expires, signature, request.stream())
         return Response()
 
     return routes

@@ -188,5 +188,7 @@ def _describe(model: ModelConfig) -> Model:
             num_inference_steps=defaults.steps,
             guidance_scale=defaults.guidance_scale,
         ),
+        safety_checker=False,
+        prompt_expansion=False,
         lossy_options=model.decoder.acceleration.lossy,
     )

@@ -267,6 +267,10 @@ class Model(BaseModel):
     max_source_images: int
     sizes: Sizes
     defaults: Defaults
+    safety_checker: bool = Field(
+        description="Whether images are checked; if not, nothing is found, whatever an API says of them."
+    )
+    prompt_expansion: bool = Field(description="Whether prompts can be expanded.")
     lossy_options: list[str] = Field(description="Those in use that change pixels.")
 
 

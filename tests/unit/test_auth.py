@@ -41,7 +41,7 @@ def test_a_key_and_what_it_signs_are_its_own(keys: Keys) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        token(secret="another-secret-of-thirty-two-bytes"),
+        token(secret="another-secret-of-thirty-two-bytes"),  # noqa: S106
         token(algorithm="HS512", secret=SECRET * 2),
         token(algorithm="none", secret=""),
         token(api_key="another"),
