@@ -19,6 +19,10 @@ from tests.receiver import Receiver
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile needs g++ (Debian: apt-get install g++)"
 )
+needs_node = pytest.mark.skipif(
+    not shutil.which("node") or not (Path(__file__).parent / "serve/js/node_modules").exists(),
+    reason="Debian's nodejs and npm are missing",
+)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

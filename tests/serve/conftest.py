@@ -305,10 +305,14 @@ class Vendors:
         return self.url.removeprefix("https://")
 
     @property
+    def trust(self) -> dict[str, str]:
+        """What has clients trust it."""
+        return dict.fromkeys(("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"), str(self.certificate))
+
+    @property
     def environment(self) -> dict[str, str]:
-        """What has clients trust it, and fal's find it."""
-        trust = dict.fromkeys(("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"), str(self.certificate))
-        return trust | {"FAL_RUN_HOST": self.place, "FAL_QUEUE_RUN_HOST": f"{self.place}/queue"}
+        """And what has fal's find it."""
+        return self.trust | {"FAL_RUN_HOST": self.place, "FAL_QUEUE_RUN_HOST": f"{self.place}/queue"}
 
     def client(self, **headers: str) -> httpx.Client:
         """Without a key unless there is one among the headers."""

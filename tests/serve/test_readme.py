@@ -1,6 +1,7 @@
 """The README's first requests, run as they stand there against a server of our own address."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.serve.conftest import ROOT, Server
+from tests.conftest import needs_node
+from tests.serve.conftest import ROOT, Server, Vendors
 
 README = (ROOT / "README.md").read_text()
 ADDRESS = "http://127.0.0.1:8000"
@@ -32,8 +34,14 @@ def test_the_curl_line_makes_an_image(server: Server) -> None:
     assert answer["size"] == shown["size"]
 
 
+def block(language: str, word: str) -> str:
+    """The one of a language that has the word in it."""
+    (found,) = (block for block in blocks(language) if word in block)
+    return found
+
+
 def test_the_python_program_makes_and_edits_an_image(server: Server, tmp_path: Path) -> None:
-    (program,) = blocks("python")
+    program = block("python", "OpenAI")
     assert ADDRESS in program
     subprocess.run(
         [sys.executable, "-c", program.replace(ADDRESS, server.url)], check=True, cwd=tmp_path, timeout=120
@@ -41,6 +49,48 @@ def test_the_python_program_makes_and_edits_an_image(server: Server, tmp_path: P
     for name in ("boat.png", "blue.png"):
         with Image.open(tmp_path / name) as image:
             assert image.size == (512, 512)
+
+
+def run(vendors: Vendors, command: list[str], program: str, cwd: Path = ROOT) -> str:
+    """What a program prints that asks for an image as the README does, and has another address and key."""
+    assert "none" in program
+    assert "127.0.0.1:8000" in program
+    program = program.replace(ADDRESS, vendors.url).replace("127.0.0.1:8000", vendors.place)
+    folder = vendors.certificate.parents[4]
+    return subprocess.run(
+        [*command, re.sub(r"\bnone\b", vendors.key, program)],
+        check=True,
+        cwd=cwd,
+        env=os.environ | {"HOME": str(folder)} | vendors.trust,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+
+
+def test_fals_python_client_is_led_here_by_three_lines(vendors: Vendors) -> None:
+    lines, program = block("sh", "FAL_RUN_HOST"), block("python", "fal_client")
+    assert len(lines.strip().splitlines()) == 3
+    printed = run(vendors, ["bash", "-c"], f"{lines}\n{sys.executable} - <<'END'\n{program}END")
+    assert "Completed(" in printed
+    assert f"{vendors.url}/files/" in printed
+
+
+@needs_node
+def test_fals_javascript_client_is_led_here_by_one(vendors: Vendors) -> None:
+    program = block("js", "@fal-ai/client")
+    printed = run(vendors, ["node", "--input-type=module", "-e"], program, ROOT / "tests/serve/js")
+    assert printed.startswith(f"{vendors.url}/files/")
+
+
+def test_zais_client_is_led_here_by_one(vendors: Vendors) -> None:
+    printed = run(vendors, [sys.executable, "-c"], block("python", "zai"))
+    assert printed.startswith(f"{vendors.url}/files/")
+
+
+def test_pixazos_routes_answer_to_any_client(vendors: Vendors) -> None:
+    command = block("sh", "glm-image-request").replace("curl", f"curl --cacert {vendors.certificate}")
+    assert json.loads(run(vendors, ["bash", "-c"], command))["status"] == "COMPLETED"
 
 
 def test_nothing_is_left_to_be_filled_in() -> None:
