@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from serve_app import images, telemetry
-from serve_app.errors import InvalidParameter, RequestError
+from serve_app.errors import NO_RETRY, InvalidParameter, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,10 +65,10 @@ def failure(error: RequestError | InvalidParameter) -> dict[str, Any]:
 
 
 def error_of(failure: Mapping[str, Any]) -> RequestError | InvalidParameter:
-    """The error again."""
+    """The error again, which no other try to fetch the job changes."""
     if "problem" in failure:
         return InvalidParameter(failure["param"], failure["problem"], code=failure["code"])
-    return RequestError(**failure)
+    return RequestError(**failure, headers=NO_RETRY)
 
 
 class Delivery:

@@ -60,6 +60,8 @@ HOSTS = {
 """Where a host's paths are here, and what those begin with that there are."""
 REQUEST = re.compile(r"/requests/([0-9a-f-]{36})(/|$)")
 REQUEST_ID = "x-fal-request-id"
+RETRIED = (408, 409, 429, 502, 503)
+"""By the clients, whatever the headers say; 504 is too, but for one header."""
 PLACES = {"fal_webhook": "query", "logs": "query"}
 """Where parameters stand that are not in the body."""
 ERROR_TYPES = {
@@ -205,7 +207,7 @@ def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
         status = HTTPStatus.UNPROCESSABLE_ENTITY
     elif final and status == HTTPStatus.GATEWAY_TIMEOUT:
         headers["X-Fal-Request-Timeout-Type"] = "user"  # without which the clients would try again
-    elif final and status > 500:
+    elif final and status in RETRIED:
         status = 500  # likewise
     headers |= {
         "X-Fal-Error-Type": kind,
@@ -400,7 +402,7 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
         "description": HTTPStatus(status).phrase,
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/FalError"}}},
     }
-    for status in (401, 404, 503)
+    for status in (401, 404, 422, 503)
 }
 
 

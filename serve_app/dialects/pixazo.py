@@ -73,8 +73,14 @@ WAIT = re.compile(r"(?:^|[,;\s])wait=([0-9]{1,6})(?:$|[,;\s])")
 """https://www.rfc-editor.org/rfc/rfc7240#section-4.3"""
 
 
-class Lookup(JSONFields):
-    """Which request."""
+class ResultBody(JSONFields):
+    """Which request's result is wanted."""
+
+    request_id: str
+
+
+class StatusBody(JSONFields):
+    """Which request's status is wanted, if the body says so too."""
 
     request_id: str | None = None
 
@@ -257,16 +263,13 @@ def router(
             name=f"pixazo_result_{kind}".replace("-", "_"),
             response_model=Result,
             responses=errors(400, 404, 408, 410, 413, 503),
-            openapi_extra=document_body(Lookup),
+            openapi_extra=document_body(ResultBody),
         )
         async def result(request: Request) -> Result:
             """How a request gets on, and its images when it has completed."""
-            request_id = (await lookup(request)).request_id
-            if request_id is None:
-                raise RequestError(
-                    "request_id is required.", param="request_id", code="missing_required_parameter"
-                )
-            return await view(await find(request, request_id, kind), links.base(request))
+            # Whatever type of body is declared: the documentation's curl declares a form's.
+            wanted = await parse_json(await read(request, limits.max_json_bytes), ResultBody)
+            return await view(await find(request, wanted.request_id, kind), links.base(request))
 
         @routes.get(
             f"/{kind}/v1/{kind}-request-result",
@@ -277,11 +280,6 @@ def router(
         async def get_result(request: Request, request_id: Annotated[str, Query(max_length=128)]) -> Result:
             """The same, by the address alone."""
             return await view(await find(request, request_id, kind), links.base(request))
-
-    async def lookup(request: Request) -> Lookup:
-        """A body that may be missing, and whose type nobody declares."""
-        body = await read(request, limits.max_json_bytes)
-        return await parse_json(body, Lookup) if body else Lookup()
 
     add_kind(IMAGE, ImageInput, nested_errors)
     add_kind(EDIT, EditInput, flat_errors)
@@ -297,13 +295,14 @@ def router(
         "/v2/requests/status/{request_id}",
         name="pixazo_status",
         responses=nested_errors(400, 404, 408, 410, 413, 503),
-        openapi_extra=document_body(Lookup, required=False),
+        openapi_extra=document_body(StatusBody, required=False),
     )
     async def status(request: Request, request_id: str) -> Result:
         """The same; what the body says must agree."""
-        named = (await lookup(request)).request_id
-        if named not in (None, request_id):
-            raise RequestError("request_id is not that of the address.", param="request_id")
+        if body := await read(request, limits.max_json_bytes):
+            named = (await parse_json(body, StatusBody)).request_id
+            if named not in (None, request_id):
+                raise RequestError("request_id is not that of the address.", param="request_id")
         return await get_status(request, request_id)
 
     return routes

@@ -1,0 +1,16 @@
+"""The official `@fal-ai/client` for JavaScript, unmodified; see js/fal.test.js."""
+
+import re
+
+from tests.conftest import needs_node
+from tests.serve.conftest import Vendors, until
+from tests.serve.javascript import passed
+
+
+@needs_node
+def test_the_javascript_client_works(vendors: Vendors) -> None:
+    receiver = vendors.receiver
+    environment = vendors.trust | {"BASE_URL": vendors.url, "KEY": vendors.key, "HOOK": receiver.url}
+    told = re.search("told of ([0-9a-f-]{36})", passed("fal.test.js", 13, **environment))
+    assert told
+    until(lambda: any(told[1].encode() in body for _, body in receiver.came))
