@@ -13,7 +13,7 @@ from PIL import Image
 
 from deployments.glm_image import tiny
 from deployments.types import Pixels
-from tests.serve.conftest import Upstream, Vendors, until
+from tests.serve.conftest import SMALL_SIZES, Upstream, Vendors, until
 
 PROMPT, SEED, STEPS = 'a boat called "Aurora"', 2**40 + 11, 10
 OURS = {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": SEED}
@@ -100,7 +100,7 @@ def pixels(http: httpx.Client, url: str) -> Pixels:
 def test_the_same_parameters_and_seed_make_the_same_pixels_through_every_api(
     http: httpx.Client, upstream: Callable[[Path], Upstream]
 ) -> None:
-    expected = upstream(tiny.cached())(PROMPT, 512, 512, seed=SEED, steps=STEPS)
+    expected = upstream(tiny.cached(SMALL_SIZES))(PROMPT, 512, 512, seed=SEED, steps=STEPS)
     for by in (
         by_openai,
         by_a_job,
@@ -119,7 +119,7 @@ def test_edits_too(http: httpx.Client, upstream: Callable[[Path], Upstream]) -> 
     file = io.BytesIO()
     Image.fromarray(source).save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    expected = upstream(tiny.cached())(PROMPT, 512, 512, seed=SEED, steps=STEPS, sources=(source,))
+    expected = upstream(tiny.cached(SMALL_SIZES))(PROMPT, 512, 512, seed=SEED, steps=STEPS, sources=(source,))
     made = posted(http, "/fal-ai/glm-image/image-to-image", FAL | {"image_urls": url})
     assert np.array_equal(pixels(http, made["images"][0]["url"]), expected)
     path = f"/{EDIT}/v1/{EDIT}-request"

@@ -108,7 +108,7 @@ def test_it_waits_in_a_queue_by_priority(fal: Any, busy: None) -> None:
 def test_cancelling_stops_a_running_request(
     fal: Any, vendors: Vendors, http: httpx.Client, stage: str
 ) -> None:
-    handle = fal.submit(APP, arguments=LONG | {"num_images": 1, "image_size": "square"})
+    handle = fal.submit(APP, arguments=LONG | {"num_images": 1, "image_size": "square_hd"})
     until(lambda: f"image 0: {stage} stage" in messages(handle.status(with_logs=True)))
     began = time.monotonic()
     handle.cancel()
