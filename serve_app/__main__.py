@@ -11,6 +11,7 @@ import ipaddress
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from contextlib import suppress
@@ -91,6 +92,10 @@ def main() -> None:
         if arguments.tls and not http.ssl_certfile:
             certificate, key = self_signed(TLS_FOLDER, _reached_by(http.host))
             http = http.model_copy(update={"ssl_certfile": str(certificate), "ssl_keyfile": str(key)})
+        if http.ssl_certfile:  # which the proxy would take for a reason to start again and again
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                http.ssl_certfile, http.ssl_keyfile
+            )
         app = _build(application)
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]

@@ -169,7 +169,7 @@ class JobRunner:
             await self.stop()
 
     async def stop(self) -> None:
-        """Begin with no more jobs, and put those that run back into the queue."""
+        """Begin with no more jobs, put those that run back into the queue, and let go who watches them."""
         for loop in self._loops:
             loop.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
@@ -180,6 +180,7 @@ class JobRunner:
             await asyncio.wait(tasks, timeout=STOP_S)
         with suppress(RequestError):  # whose leases will run out
             await self._store.release(self._worker)
+        self._store.stop_watching()
 
     async def submit(self, what: Submission) -> tuple[Job, bool]:
         """Check a request and make it a job; returns that, and whether it is new, see `JobStore.submit`.

@@ -234,6 +234,7 @@ class JobStore:
         self._max_jobs = max_jobs
         self._ttl_s = ttl_s
         self._watched: dict[str, asyncio.Event] = {}
+        self._is_watched = True
 
     async def submit(self, new: NewJob) -> tuple[Job, bool]:
         """Keep a job; returns it, and whether it is new: not if its idempotency key has one already.
@@ -332,7 +333,7 @@ class JobStore:
         return job
 
     async def watch(self, owner: Owner, job_id: str, seen: str = "") -> AsyncIterator[Job]:
-        """A job of this owner whenever it has changed, until it has ended.
+        """A job of this owner whenever it has changed, until it has ended or the server stops.
 
         Args:
             owner: whose.
@@ -348,12 +349,17 @@ class JobStore:
             if job.mark != seen:
                 seen = job.mark
                 yield job
-            if job.has_ended:
+            if job.has_ended or not self._is_watched:
                 self._touch(job_id)
                 return
             with suppress(TimeoutError):  # others change it too, and its place in the queue
                 async with asyncio.timeout(LOOK_AGAIN_S):
                     await change.wait()
+
+    def stop_watching(self) -> None:
+        """Let those who watch go, since the server stops only when all requests have ended."""
+        self._is_watched = False
+        self._touch(*self._watched)
 
     def _touch(self, *job_ids: str) -> None:
         """Have those who watch these jobs look at them."""

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator  # noqa: TC003 - FastAPI reads the ann
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -58,6 +57,9 @@ HOSTS = {
     "rest.fal.ai": ("", "/storage/"),
 }
 """Where a host's paths are here, and what those begin with that there are."""
+TARGET = re.compile(
+    rf"https://(?P<host>{'|'.join(map(re.escape, HOSTS))})(?P<path>/[!-~]*?)(\?(?P<query>[!-~]*))?"
+)
 REQUEST = re.compile(r"/requests/([0-9a-f-]{36})(/|$)")
 REQUEST_ID = "x-fal-request-id"
 RETRIED = (408, 409, 429, 502, 503)
@@ -202,7 +204,7 @@ def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
     error = in_words(error, PARAMETERS | {"webhook_url": "fal_webhook"})
     status, headers = error.status, dict(error.headers)
     final = error.headers.get("x-should-retry") == "false"
-    kind = ERROR_TYPES.get(error.code, "internal_error" if status == 500 else error.code)
+    kind = ERROR_TYPES.get(error.code, {400: "value_error", 500: "internal_error"}.get(status, error.code))
     if status == 400:
         status = HTTPStatus.UNPROCESSABLE_ENTITY
     elif final and status == HTTPStatus.GATEWAY_TIMEOUT:
@@ -218,7 +220,6 @@ def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
     name = error.param or ""
     place = "header" if name.lower().startswith("x-") else PLACES.get(name, "body")
     loc = [place, *(int(part) if part.isdigit() else part for part in name.split(".") if part)]
-    kind = kind if error.code in ERROR_TYPES else "value_error"
     return JSONResponse({"detail": [{"loc": loc, "msg": error.message, "type": kind}]}, status, headers)
 
 
@@ -252,11 +253,10 @@ class Addresses:
 
         app = self._app
         if _path(scope) == PROXY:
-            target = headers.get("x-fal-target-url", "")
-            url = urlsplit(target if target.isascii() else "")
-            prefix, begins = HOSTS.get(url.netloc, ("", "/none/"))
-            if url.path.startswith(begins):
-                _lead(scope, prefix + url.path, url.query)
+            match = TARGET.fullmatch(headers.get("x-fal-target-url", ""))
+            prefix, begins = HOSTS[match["host"]] if match else ("", "")
+            if match and match["path"].startswith(begins):
+                _lead(scope, prefix + match["path"], match["query"] or "")
             else:
                 app = error_response(
                     RequestError(
@@ -266,7 +266,7 @@ class Addresses:
                         status=412,
                     )
                 )
-        elif headers.get("host", "").startswith("queue.") and not _path(scope).startswith("/queue/"):
+        elif headers.get("host", "").startswith("queue.") and _path(scope).startswith("/fal-ai/"):
             _lead(scope, "/queue" + _path(scope), scope["query_string"].decode("latin-1"))
         await app(scope, receive, named)
 

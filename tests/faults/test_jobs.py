@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,15 +46,24 @@ class Client:
 
     def job(self, job_id: str) -> Any:
         """The job; a server that has just died is asked again."""
-        for _ in range(200):
+        jobs: list[Any] = []
+
+        def answers() -> bool:
             try:
                 answer = self.http.get(f"{PATH}/{job_id}")
             except httpx.TransportError:
-                continue
+                return False
             if answer.status_code == 200:
-                return answer.json()
-            time.sleep(0.1)
-        raise AssertionError(answer.text)
+                jobs.append(answer.json())
+            return bool(jobs)
+
+        until(answers)
+        return jobs[0]
+
+    def follow(self, job_id: str) -> list[str]:
+        """The kinds of a job's events, until they end."""
+        with self.http.stream("GET", f"/v1/images/jobs/{job_id}/events") as answer:
+            return [line for line in answer.iter_lines() if line.startswith("event:")]
 
     def states(self, ids: list[str]) -> Counter[str]:
         return Counter(self.job(job_id)["status"] for job_id in ids)
@@ -121,10 +129,12 @@ def test_what_was_queued_when_the_server_was_stopped_is_made_after_the_next_star
     tmp_path: Path,
 ) -> None:
     seeds = range(200, 200 + JOBS)
-    with served(config()) as running:
+    with ThreadPoolExecutor(1) as pool, served(config()) as running:
         client = Client(running, receiver)
         ids = [client.submit(seed) for seed in seeds]
+        followed = pool.submit(client.follow, ids[-1])
         until(lambda: client.states(ids)["succeeded"] >= 2)
+    assert set(followed.result()) == {"event: queued"}, "who follows a job is let go, and holds up nothing"
     with served(config()) as running:
         client = Client(running, receiver)
         assert client.states(ids)["queued"] > 0

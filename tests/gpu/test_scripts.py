@@ -8,6 +8,9 @@ import pytest
 from tests.conftest import needs_compiler
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
 @pytest.mark.parametrize(
     ("script", "options"), [("prior", []), pytest.param("decoder", ["--steps", "2"], marks=needs_compiler)]
 )

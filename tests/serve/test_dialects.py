@@ -127,6 +127,15 @@ def test_edits_too(http: httpx.Client, upstream: Callable[[Path], Upstream]) -> 
     assert np.array_equal(pixels(http, made["images"][0]["url"]), expected)
 
 
+@pytest.mark.parametrize(("quality", "steps"), [("hd", 50), ("standard", 30)])
+def test_zais_quality_is_a_number_of_steps(http: httpx.Client, quality: str, steps: int) -> None:
+    body = {"prompt": PROMPT, "seed": SEED, "size": "512x512", "response_format": "b64_json"}
+    path = "/api/paas/v4/images/generations"
+    made = posted(http, path, body | {"model": "glm-image", "quality": quality})
+    expected = posted(http, "/v1/images/generations", body | {"num_inference_steps": steps})
+    assert made["data"][0]["b64_json"] == expected["data"][0]["b64_json"]
+
+
 def test_a_size_to_the_pixel_is_the_middle_of_the_next_one_that_the_model_takes(http: httpx.Client) -> None:
     whole = posted(http, "/v1/images/generations", OURS | {"size": "544x608", "response_format": "b64_json"})
     whole_pixels = pixels(http, f"data:image/png;base64,{whole['data'][0]['b64_json']}")

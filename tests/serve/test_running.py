@@ -84,6 +84,24 @@ def test_a_file_that_lets_others_in_must_have_keys(tmp_path: Path) -> None:
     assert not _is_local("")
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"ssl_certfile": "a.pem"}, "give both ssl_certfile and ssl_keyfile"),
+        ({"ssl_certfile": "nowhere.pem", "ssl_keyfile": "nowhere.pem"}, "No such file"),
+        ({"ssl_certfile": "Makefile", "ssl_keyfile": "Makefile"}, "PEM"),
+    ],
+)
+def test_a_certificate_that_is_none_is_refused(tmp_path: Path, options: dict[str, str], problem: str) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    config["http_options"] |= options
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["make", "-s", "serve", f"CONFIG={tmp_path}/config.yaml"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert problem in run.stderr
+
+
 def test_with_keys_others_are_let_in_by_key_only() -> None:
     args = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())["applications"][0]["args"]
     args["auth"]["api_keys"] = [{"id": "a", "sha256": "0" * 64}]

@@ -383,6 +383,20 @@ def test_who_watches_a_job_sees_every_change_and_the_end(store: JobStore) -> Non
     run(main())
 
 
+def test_who_watches_is_let_go_when_the_server_stops(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        states = []
+        async with asyncio.timeout(10):
+            async for one in store.watch(OWNER, job.id):
+                states.append(one.state)
+                asyncio.get_running_loop().call_soon(store.stop_watching)
+            assert states == ["queued"]
+            assert [one.state async for one in store.watch(OWNER, job.id)] == ["queued"]
+
+    run(main())
+
+
 def test_a_webhook_is_due_when_its_job_has_ended_and_again_when_nobody_reports(store: JobStore) -> None:
     async def main() -> None:
         await submitted(store)
