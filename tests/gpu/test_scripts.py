@@ -7,7 +7,6 @@ import pytest
 
 from tests.conftest import needs_compiler
 
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
