@@ -164,7 +164,19 @@ def parsed_size(size: str, otherwise: str = "") -> tuple[int, int]:
 def document_body(fields: type[Fields], *, required: bool = True) -> dict[str, Any]:
     """For the OpenAPI document: a JSON body, which the routes parse themselves."""
     schema = fields.model_json_schema()
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}
+    inlined = _without_refs(schema, schema.get("$defs", {}))
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": inlined}}}}
+
+
+def _without_refs(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """The schema with its definitions where they are meant: pointers to them lead nowhere in a document."""
+    if isinstance(schema, list):
+        return [_without_refs(one, definitions) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _without_refs(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _without_refs(value, definitions) for name, value in schema.items() if name != "$defs"}
 
 
 def document_errors(envelope: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:

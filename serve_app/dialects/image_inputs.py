@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
-from serve_app.dialects.bodies import Fields, JSONFields, request_id
+from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, request_id
 from serve_app.errors import RequestError
 from serve_app.generation import MAX_SEED, Generation
 from serve_app.images import Encoding
@@ -75,7 +75,11 @@ _URL_SCHEMA = {"type": "string", "format": "uri"}
 class ImageInput(JSONFields):
     """What to make. Null means that a field is unset."""
 
-    prompt: str = Field(min_length=1, description="What to paint. Text to be rendered is in quotation marks.")
+    prompt: str = Field(
+        min_length=1,
+        description="What to paint. Text to be rendered is in quotation marks.",
+        json_schema_extra={"pattern": NOT_BLANK},
+    )
     image_size: Annotated[ImageSize | None, BeforeValidator(_of_preset), WithJsonSchema(_SIZE_SCHEMA)] = (
         Field(default=None, description="A preset, or width and height; `square_hd` if unset.")
     )

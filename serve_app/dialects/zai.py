@@ -18,6 +18,7 @@ from serve_app import telemetry
 from serve_app.delivery import error_of
 from serve_app.dialects.bodies import (
     MAX_ID_CHARS,
+    NOT_BLANK,
     Fields,
     JSONFields,
     document_body,
@@ -82,7 +83,11 @@ class ImageRequest(JSONFields):
     """What to make. Null means that a field is unset."""
 
     model: str
-    prompt: str = Field(min_length=1, description="What to paint. Text to be rendered is in quotation marks.")
+    prompt: str = Field(
+        min_length=1,
+        description="What to paint. Text to be rendered is in quotation marks.",
+        json_schema_extra={"pattern": NOT_BLANK},
+    )
     n: int | None = Field(default=None, ge=1, description="Image i has the seed `seed` + i; 1 if unset.")
     size: str | None = Field(
         default=None,

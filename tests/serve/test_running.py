@@ -112,6 +112,16 @@ def test_with_keys_others_are_let_in_by_key_only() -> None:
         assert _is_local(host)
 
 
+def test_every_reference_of_the_document_leads_somewhere(client: httpx.Client) -> None:
+    document = client.get("/openapi.json")
+    references = set(re.findall(r'"\$ref":"([^"]*)"', document.text))
+    assert len(references) > 10
+    for reference in references:
+        place = document.json()
+        for part in reference.removeprefix("#/").split("/"):
+            place = place[part]
+
+
 def test_openapi_describes_the_bodies(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     generation = paths["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
