@@ -19,7 +19,7 @@ serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0
 test: .venv/dev.stamp $(JS)/node_modules ## Run the tests
 	$(BIN)/pytest -m "not slow"
 
-slow: .venv/dev.stamp ## Run the tests that take minutes: faults, load, examples
+slow: .venv/dev.stamp $(JS)/node_modules ## Run the tests that take minutes: faults, load, examples
 	$(BIN)/pytest -m slow
 
 check: .venv/dev.stamp ## Lint, check the formatting and the types
