@@ -1,5 +1,6 @@
 """The official `@fal-ai/client` for JavaScript, unmodified; see js/fal.test.js."""
 
+import json
 import re
 
 from tests.conftest import needs_node
@@ -11,6 +12,9 @@ from tests.serve.javascript import passed
 def test_the_javascript_client_works(vendors: Vendors) -> None:
     receiver = vendors.receiver
     environment = vendors.trust | {"BASE_URL": vendors.url, "KEY": vendors.key, "HOOK": receiver.url}
-    told = re.search("told of ([0-9a-f-]{36})", passed("fal.test.js", 13, **environment))
+    told = re.search("told of ([0-9a-f-]{36})", passed("fal.test.js", 15, **environment))
     assert told
-    until(lambda: any(told[1].encode() in body for _, body in receiver.came))
+    request_id = told[1].encode()
+    until(lambda: any(request_id in body for _, body in receiver.came))
+    message = next(json.loads(body) for _, body in receiver.came if request_id in body)
+    assert (message["status"], message["payload"]["seed"]) == ("OK", 5)

@@ -9,6 +9,7 @@ const { BASE_URL, KEY, HOOK } = process.env;
 const APP = "fal-ai/glm-image";
 const small = { prompt: "a boat", image_size: "square", num_inference_steps: 10, seed: 5 };
 const long = { ...small, num_inference_steps: 100, image_size: { width: 2048, height: 2048 }, num_images: 4 };
+const LOG = ["began", "image 0: prior stage", "image 0: decoder stage", "succeeded"];
 
 const rewritten = (request) => ({
   ...request,
@@ -37,7 +38,8 @@ const thrown = async (promise) => {
   return assert.fail("nothing was thrown");
 };
 const until = async (condition) => {
-  for (let seen = 0; !(await condition()); seen++) assert.ok(seen < 600, "waited in vain");
+  const deadline = Date.now() + 60_000;
+  while (!(await condition())) assert.ok(Date.now() < deadline, "waited in vain");
 };
 
 for (const [name, way] of Object.entries(ways)) {
@@ -66,10 +68,7 @@ for (const [name, way] of Object.entries(ways)) {
       assert.deepEqual(enqueued, [requestId]);
       const last = updates.at(-1);
       assert.equal(last.status, "COMPLETED");
-      assert.deepEqual(
-        last.logs.map((log) => log.message),
-        ["began", "image 0: prior stage", "image 0: decoder stage", "succeeded"],
-      );
+      assert.deepEqual(last.logs.map((log) => log.message), LOG);
       assert.ok(updates.some((update) => update.status === "IN_PROGRESS"));
       assert.ok(last.metrics.inference_time > 0);
     });
@@ -79,12 +78,31 @@ for (const [name, way] of Object.entries(ways)) {
     const input = { ...small, sync_mode: true, output_format: "png" };
     const { data } = await fal.run(APP, { input });
     const blob = await (await fetch(data.images[0].url)).blob();
+    sent.length = 0;
     const edited = await fal.run(`${APP}/image-to-image`, { input: { ...small, image_urls: [blob] } });
     assert.equal(edited.data.images[0].width, 512);
+    assert.deepEqual(sent.map((request) => request.split(" ")[0]), ["POST", "PUT", "POST"]);
     const url = await fal.storage.upload(blob, { lifecycle: { expiresIn: "1h" } });
-    assert.equal((await (await fetch(url)).arrayBuffer()).byteLength, blob.size);
+    const [, address] = sent.at(-1).split(" ");
+    assert.equal((await fetch(address, { method: "PUT", body: blob })).status, 409, "it is taken once");
+    assert.deepEqual(await (await fetch(url)).arrayBuffer(), await blob.arrayBuffer());
   });
 }
+
+test("queues, is told how it gets on, and fetches", async () => {
+  const { request_id: requestId, status } = await client.queue.submit(APP, { input: small });
+  assert.equal(status, "IN_QUEUE");
+  const lines = [];
+  const updates = await client.queue.streamStatus(APP, { requestId, logs: true });
+  for await (const { logs } of updates) lines.push(...(logs ?? []).map((log) => log.message));
+  assert.deepEqual(lines, LOG, "each line is sent once");
+  assert.equal((await updates.done()).status, "COMPLETED");
+  const asked = await client.queue.status(APP, { requestId, logs: true });
+  assert.deepEqual([asked.status, asked.logs.map((log) => log.message)], ["COMPLETED", LOG]);
+  assert.deepEqual((await client.queue.status(APP, { requestId })).logs, []);
+  const result = await client.queue.result(APP, { requestId });
+  assert.deepEqual([result.requestId, result.data.seed], [requestId, 5]);
+});
 
 test("cancels", async () => {
   const { request_id: requestId } = await client.queue.submit(APP, { input: long });
@@ -148,10 +166,21 @@ test("bad input has its fields named, and is sent once", async () => {
 
 test("other errors have their statuses", async () => {
   const strangers = clientBy(ways["the proxy"], "wrong");
-  assert.equal((await thrown(strangers.run(APP, { input: small }))).status, 401);
-  assert.equal((await thrown(client.run("fal-ai/nothing", { input: small }))).status, 404);
+  const refused = await thrown(strangers.run(APP, { input: small }));
+  assert.deepEqual([refused.name, refused.status], ["ApiError", 401]);
+  const unknown = await thrown(client.run("fal-ai/nothing", { input: small }));
+  assert.deepEqual([unknown.name, unknown.status], ["ApiError", 404]);
   sent.length = 0;
   const error = await thrown(client.run("fal-ai/broken", { input: small }));
   assert.deepEqual([error.status, error.body.error_type], [500, "internal_error"]);
   assert.equal(sent.length, 1);
+});
+
+test("the proxy leads to no other host", async () => {
+  const headers = { Authorization: `Key ${KEY}`, "x-fal-target-url": "https://example.com/x" };
+  const answer = await fetch(`${BASE_URL}/api/fal/proxy`, { method: "POST", headers, body: "{}" });
+  assert.equal(answer.status, 412);
+  const { detail, error_type: kind } = await answer.json();
+  assert.match(detail, /x-fal-target-url/);
+  assert.equal(kind, "precondition_failed");
 });
