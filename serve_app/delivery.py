@@ -29,20 +29,15 @@ class Delivered:
 
     Attributes:
         url: where it is, or None if it is sent along.
-        data: the file that is sent along.
+        base64: the file that is sent along.
         media_type: of the file.
         facts: what is known of it, see `described`.
     """
 
     url: str | None = None
-    data: bytes = b""
+    base64: str | None = None
     media_type: str
     facts: Mapping[str, Any]
-
-    @property
-    def base64(self) -> str | None:
-        """What is sent along, if it is."""
-        return None if self.url else base64.b64encode(self.data).decode()
 
     @property
     def data_url(self) -> str:
@@ -116,7 +111,7 @@ class Delivery:
         media_type = f"image/{encoding.format}"
         if base is None:
             facts = described(image, f"{image.seed}.{encoding.format}", len(data))
-            return Delivered(data=data, media_type=media_type, facts=facts)
+            return Delivered(base64=await _text(data), media_type=media_type, facts=facts)
         name = await self._files.save(data, encoding.format)
         url = await self._links.file(base, name)
         return Delivered(url=url, media_type=media_type, facts=described(image, name, len(data)))
@@ -142,4 +137,9 @@ class Delivery:
         data = await self._files.read(facts["name"], 0, facts["bytes"])
         if data is None:
             raise RequestError("The job's images are not kept any more.", code="result_gone", status=410)
-        return Delivered(data=data, media_type=media_type, facts=facts)
+        return Delivered(base64=await _text(data), media_type=media_type, facts=facts)
+
+
+async def _text(data: bytes) -> str:
+    """Megabytes in base64, beside the event loop."""
+    return (await asyncio.to_thread(base64.b64encode, data)).decode()

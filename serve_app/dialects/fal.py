@@ -24,7 +24,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from serve_app import telemetry
 from serve_app.delivery import error_of
 from serve_app.dialects.bodies import CLIENT_CLOSED, JSONFields, document_body, document_errors, read_json
-from serve_app.dialects.image_inputs import PARAMETERS, EditInput, ImageInput, order
+from serve_app.dialects.image_inputs import PARAMETERS, EditInput, ImageInput, InputReader
 from serve_app.errors import NO_RETRY, InvalidParameter, RequestError, in_words
 from serve_app.job_runner import Submission
 from serve_app.jobs import Job, Owner, Priority
@@ -64,6 +64,8 @@ REQUEST = re.compile(r"/requests/([0-9a-f-]{36})(/|$)")
 REQUEST_ID = "x-fal-request-id"
 RETRIED = (408, 409, 429, 502, 503)
 """By the clients, whatever the headers say; 504 is too, but for one header."""
+NAMES = PARAMETERS | {"webhook_url": "fal_webhook"}
+"""What this API calls parameters."""
 PLACES = {"fal_webhook": "query", "logs": "query"}
 """Where parameters stand that are not in the body."""
 ERROR_TYPES = {
@@ -199,12 +201,17 @@ class Upload(BaseModel):
     file_url: str = Field(description="What to give as an input.")
 
 
+def _kind(error: RequestError) -> str:
+    """Fal's word for an error."""
+    by_status = {400: "value_error", 500: "internal_error"}
+    return ERROR_TYPES.get(error.code, by_status.get(error.status, error.code))
+
+
 def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
     """The error in this API's envelope."""
-    error = in_words(error, PARAMETERS | {"webhook_url": "fal_webhook"})
-    status, headers = error.status, dict(error.headers)
+    error = in_words(error, NAMES)
+    status, headers, kind = error.status, dict(error.headers), _kind(error)
     final = error.headers.get("x-should-retry") == "false"
-    kind = ERROR_TYPES.get(error.code, {400: "value_error", 500: "internal_error"}.get(status, error.code))
     if status == 400:
         status = HTTPStatus.UNPROCESSABLE_ENTITY
     elif final and status == HTTPStatus.GATEWAY_TIMEOUT:
@@ -382,9 +389,8 @@ def _status(job: Job, base: str, logs: list[dict[str, Any]]) -> Status:
         **facts,
     )
     if job.state != "succeeded":
-        response = error_response(_error(job))
-        status.error = str(json.loads(bytes(response.body))["detail"])
-        status.error_type = response.headers["X-Fal-Error-Type"]
+        error = in_words(_error(job), NAMES)
+        status.error, status.error_type = error.message, _kind(error)
     return status
 
 
@@ -420,10 +426,7 @@ def router(
     """The routes of this API."""
     routes = APIRouter()
 
-    async def read(request: Request, app: str, fields_type: type[ImageInput]) -> tuple[ImageInput, Order]:
-        most = limits.max_body_bytes if issubclass(fields_type, EditInput) else limits.max_json_bytes
-        fields = await read_json(request, fields_type, most)
-        return fields, order(fields, app, request, generator, sources)
+    reader = InputReader(generator, sources, limits)
 
     def add_app(path: str, fields_type: type[ImageInput], name: str) -> None:
         """The routes that run and queue what takes these fields."""
@@ -437,7 +440,7 @@ def router(
         )
         async def run(app: str, request: Request, start_within_s: Seconds = None) -> Output:
             """Make images while the client waits."""
-            fields, ordered = await read(request, app, fields_type)
+            fields, ordered = await reader.read(request, fields_type, app)
             made = await _begun_within(
                 start_within_s, delivery, request, ordered, inline=fields.sync_mode or False
             )
@@ -461,7 +464,7 @@ def router(
             ] = "normal",
         ) -> Submitted:
             """Queue a request."""
-            fields, ordered = await read(request, app, fields_type)
+            fields, ordered = await reader.read(request, fields_type, app)
             base = links.base(request)
             job, _ = await runner.submit(
                 Submission(

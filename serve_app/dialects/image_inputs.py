@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
-from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, request_id
+from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, read_json, request_id
 from serve_app.errors import RequestError
 from serve_app.generation import MAX_SEED, Generation
 from serve_app.images import Encoding
@@ -15,6 +15,8 @@ from serve_app.orders import Order
 if TYPE_CHECKING:
     from fastapi import Request
 
+    from deployments.config import ModelConfig
+    from serve_app.config import Limits
     from serve_app.generation import Generator
     from serve_app.sources import SourceReader
 
@@ -136,34 +138,55 @@ class EditInput(ImageInput):
     ] = Field(description="Of 1 to 4 PNG, JPEG or WebP images: http, https, or data with base64.")
 
 
-def order(
-    fields: ImageInput, model: str, request: Request, generator: Generator, sources: SourceReader
-) -> Order:
-    """What the fields ask for.
+class InputReader:
+    """Reads what is to be made.
 
-    Raises:
-        RequestError: 404, there is no such model.
+    Args:
+        generator: knows the models.
+        sources: gets and decodes source images.
+        limits: on bodies.
     """
-    config = generator.model(model)
-    family = config.traits
-    size = fields.image_size or ImageSize.model_construct(width=1024, height=1024)
-    wanted = (size.width, size.height)
-    width, height = (-(-side // family.side_multiple) * family.side_multiple for side in wanted)  # rounded up
-    urls = fields.image_urls if isinstance(fields, EditInput) else []
-    return Order(
-        generation=Generation(
-            model=config.name,
-            prompt=fields.prompt,
-            size=(width, height),
-            crop=None if wanted == (width, height) else wanted,
-            n=fields.num_images or 1,
-            steps=fields.num_inference_steps or STEPS,
-            guidance_scale=fields.guidance_scale,
-            seed=fields.seed,
-            request_id=request_id(request),
-            key_id=request.state.key_id,
-        ),
-        encoding=Encoding(fields.output_format or "jpeg"),
-        sources=len(urls),
-        prepare=sources.fetching(urls, family) if urls else None,
-    )
+
+    def __init__(self, generator: Generator, sources: SourceReader, limits: Limits) -> None:
+        self._generator = generator
+        self._sources = sources
+        self._limits = limits
+
+    async def read(
+        self, request: Request, fields_type: type[ImageInput], model: str
+    ) -> tuple[ImageInput, Order]:
+        """The fields of a body, and what they ask a model for.
+
+        Raises:
+            RequestError: it cannot be read, or is not valid; 404, there is no such model.
+        """
+        limits = self._limits
+        most = limits.max_body_bytes if issubclass(fields_type, EditInput) else limits.max_json_bytes
+        fields = await read_json(request, fields_type, most)
+        return fields, self._order(fields, self._generator.model(model), request)
+
+    def _order(self, fields: ImageInput, model: ModelConfig, request: Request) -> Order:
+        family = model.traits
+        size = fields.image_size or ImageSize.model_construct(width=1024, height=1024)
+        wanted = (size.width, size.height)
+        width, height = (
+            -(-side // family.side_multiple) * family.side_multiple for side in wanted
+        )  # rounded up
+        urls = fields.image_urls if isinstance(fields, EditInput) else []
+        return Order(
+            generation=Generation(
+                model=model.name,
+                prompt=fields.prompt,
+                size=(width, height),
+                crop=None if wanted == (width, height) else wanted,
+                n=fields.num_images or 1,
+                steps=fields.num_inference_steps or STEPS,
+                guidance_scale=fields.guidance_scale,
+                seed=fields.seed,
+                request_id=request_id(request),
+                key_id=request.state.key_id,
+            ),
+            encoding=Encoding(fields.output_format or "jpeg"),
+            sources=len(urls),
+            prepare=self._sources.fetching(urls, family) if urls else None,
+        )

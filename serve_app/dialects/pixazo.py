@@ -19,8 +19,8 @@ from pydantic import BaseModel, Field
 
 from serve_app import telemetry
 from serve_app.delivery import error_of
-from serve_app.dialects.bodies import JSONFields, document_body, document_errors, parse_json, read, read_json
-from serve_app.dialects.image_inputs import PARAMETERS, EditInput, ImageInput, order
+from serve_app.dialects.bodies import JSONFields, document_body, document_errors, parse_json, read
+from serve_app.dialects.image_inputs import PARAMETERS, EditInput, ImageInput, InputReader
 from serve_app.errors import InvalidParameter, RequestError, in_words
 from serve_app.job_runner import Submission
 from serve_app.jobs import Job, Owner, State
@@ -184,6 +184,7 @@ def router(
 ) -> APIRouter:
     """The routes of this API."""
     routes = APIRouter()
+    reader = InputReader(generator, sources, limits)
 
     async def view(job: Job, base: str) -> Result:
         made = []
@@ -241,12 +242,11 @@ def router(
             ] = "",
         ) -> Result:
             """Submit a request."""
-            most = limits.max_body_bytes if issubclass(fields_type, EditInput) else limits.max_json_bytes
-            fields = await read_json(request, fields_type, most)
+            fields, order = await reader.read(request, fields_type, MODEL)
             base = links.base(request)
             job, _ = await runner.submit(
                 Submission(
-                    order=order(fields, MODEL, request, generator, sources),
+                    order=order,
                     api=API,
                     answer={"kind": kind, "sync_mode": fields.sync_mode or False},
                     base_url=base,

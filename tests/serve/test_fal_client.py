@@ -71,7 +71,12 @@ def test_it_subscribes_and_is_told_how_it_gets_on(fal: Any) -> None:
     ids: list[str] = []
     made = fal.subscribe(
         f"{APP}/image-to-image",
-        arguments=SMALL | {"image_urls": [fal.encode_image(Image.new("RGB", (512, 512), "red"))]},
+        # Long enough to be seen in progress, by who asks every 100 ms.
+        arguments=SMALL
+        | {
+            "image_urls": [fal.encode_image(Image.new("RGB", (512, 512), "red"))],
+            "num_inference_steps": 50,
+        },
         with_logs=True,
         on_queue_update=told.append,
         on_enqueue=ids.append,

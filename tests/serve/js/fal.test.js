@@ -57,7 +57,7 @@ for (const [name, way] of Object.entries(ways)) {
       const updates = [];
       const enqueued = [];
       const { data, requestId } = await fal.subscribe(APP, {
-        input: small,
+        input: { ...small, num_inference_steps: 50 }, // long enough to be seen in progress
         mode,
         logs: true,
         pollInterval: 100,
