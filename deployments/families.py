@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from deployments.calls import Call
     from deployments.config import ModelConfig
-    from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
+    from deployments.types import DecodeRequest, Pixels, Prior, PriorRequest
 
 
 class PriorEngine(Protocol):
@@ -42,7 +42,7 @@ class PriorEngine(Protocol):
             CheckpointError: one of them is missing or does not fit.
         """
 
-    def submit(self, request: PriorRequest, call: Call) -> Future[PriorTokens]:
+    def submit(self, request: PriorRequest, call: Call) -> Future[Prior]:
         """Ask for the prior tokens of one unit; may be called from any thread.
 
         Progress is reported a few times a second at most. The future fails with `Cancelled` within a token

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from deployments.config import ModelConfig
     from deployments.families import PriorEngine
-    from deployments.types import Event, PriorRequest, PriorTokens
+    from deployments.types import Event, Prior, PriorRequest
 
 
 class PriorStage:
@@ -30,7 +30,7 @@ class PriorStage:
         self._loader.thread.submit(engine.run)
         return engine
 
-    async def generate(self, request: PriorRequest) -> AsyncIterator[Event | PriorTokens]:
+    async def generate(self, request: PriorRequest) -> AsyncIterator[Event | Prior]:
         """Make the prior tokens of one unit, the last item; a cancelled call stops within a token."""
         engine = await self._loader.engine(request.asked_at)
         items = stream(lambda call: engine.submit(request, call))

@@ -15,15 +15,21 @@ TokenGrid = NDArray[np.int64]
 """Prior tokens of one image: shape (height / 32, width / 32), values below the codebook's size."""
 
 
+Embedding = NDArray[np.float32]
+"""What a text encoder makes of a text; also of numbers that were shorter."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PriorRequest:
-    """Asks the prior stage for the tokens of one unit.
+    """Asks the prior stage about one unit.
 
     Attributes:
         prompt: plain text. Whatever it contains, none of it is read as a control token.
         width: of the image to be made, in pixels; legal for the family (see `deployments.families`).
         height: likewise.
-        seed: 0 to 2**63 - 1. Equal requests with equal seeds get equal tokens.
+        seed: 0 to 2**63 - 1. Equal requests with equal seeds get equal answers.
+        negative_prompt: what not to paint; empty for families that have none.
+        guidance_scale: as in the decoder's request.
         sources: source images, already of legal size; empty for text-to-image.
         asked_at: when the unit was asked for, on the clock of `time.time`; see `deployments.loading`.
     """
@@ -32,25 +38,51 @@ class PriorRequest:
     width: int
     height: int
     seed: int
+    negative_prompt: str = ""
+    guidance_scale: float = 0
     sources: tuple[Pixels, ...] = ()
     asked_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorTokens:
-    """What the prior stage answers.
+class Prior:
+    """What the prior stage answers, for the decoder stage to follow; each family has a kind of its own.
+
+    Attributes:
+        text_tokens: how many tokens were read of the texts.
+        source_tokens: how many of the source images.
+        drawn_tokens: how many were drawn.
+    """
+
+    text_tokens: int = 0
+    source_tokens: int = 0
+    drawn_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTokens(Prior):
+    """What an autoregressive model answers. Of its drawn tokens some are of a smaller image that comes first.
 
     Attributes:
         target: tokens of the image to be made.
         sources: tokens of each source image, in the order of the request.
-        read: how many tokens prompt and source images made.
-        drawn: how many tokens were drawn: those of the image and of the smaller one that comes before it.
     """
 
     target: TokenGrid
     sources: tuple[TokenGrid, ...] = ()
-    read: int = 0
-    drawn: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEmbeddings(Prior):
+    """What a text encoder answers.
+
+    Attributes:
+        prompt: a line for each token: shape (tokens, channels).
+        negative_prompt: likewise; None where guidance is off.
+    """
+
+    prompt: Embedding
+    negative_prompt: Embedding | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +90,7 @@ class Progress:
     """How far a stage has come with a unit.
 
     Attributes:
-        done: tokens drawn, or denoising steps made.
+        done: tokens drawn or read, or denoising steps made.
         total: of how many.
         seconds: since the stage began with the unit.
     """
@@ -73,14 +105,16 @@ class DecodeRequest:
     """Asks the decoder stage for the pixels of one unit.
 
     Attributes:
-        prompt: as in the prior's request; the decoder reads only the text in quotes.
+        prompt: as in the prior's request.
         width: in pixels.
         height: in pixels.
         seed: of the initial noise, 0 to 2**63 - 1.
         steps: denoising steps, at least 1.
-        guidance_scale: 0 or more; at 1 and below, guidance is off.
+        guidance_scale: classifier-free guidance, 0 or more; from where on it is off the family says.
+        cfg_normalization: whether guidance may not make the velocity larger; for families that have it.
+        strength: how much of the source image is painted over, more than 0 to 1; likewise.
         previews: how many are wanted, 0 to 3; fewer come when there are few steps.
-        tokens: what the prior stage answered.
+        prior: what the prior stage answered.
         sources: the same source images that the prior stage was given.
         asked_at: as in the prior's request.
     """
@@ -91,7 +125,9 @@ class DecodeRequest:
     seed: int
     steps: int
     guidance_scale: float
-    tokens: PriorTokens
+    prior: Prior
+    cfg_normalization: bool = False
+    strength: float = 1
     previews: int = 0
     sources: tuple[Pixels, ...] = ()
     asked_at: float = field(default_factory=time.time)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from deployments.config import ModelConfig
-    from deployments.types import PriorTokens
+    from deployments.types import Prior
     from serve_app.config import Limits
 
 MAX_SEED = 2**63 - 1
@@ -174,7 +174,7 @@ class Model:
     """A served model and its two stages, each of which tells how it gets on before its result."""
 
     config: ModelConfig
-    prior: Callable[[PriorRequest], AsyncGenerator[Event | PriorTokens, None]]
+    prior: Callable[[PriorRequest], AsyncGenerator[Event | Prior, None]]
     decode: Callable[[DecodeRequest], AsyncGenerator[Event | Pixels, None]]
 
 
@@ -423,7 +423,7 @@ class Generator:
         self._units.append(unit)
         try:
             await self._turn()
-            tokens = await made_by("prior", partial(model.prior, prior_request))
+            prior = await made_by("prior", partial(model.prior, prior_request))
             decode_request = DecodeRequest(
                 prompt=generation.prompt,
                 width=width,
@@ -432,7 +432,7 @@ class Generator:
                 steps=generation.steps,
                 guidance_scale=generation.guidance_scale,
                 previews=generation.partial_images,
-                tokens=tokens,
+                prior=prior,
                 sources=generation.sources,
                 asked_at=asked_at,
             )
@@ -469,15 +469,14 @@ class Generator:
             ) from error
         finally:
             self._units.remove(unit)
-        source_tokens = sum(grid.size for grid in tokens.sources)
         if generation.crop:
             pixels = cropped(pixels, *generation.crop)
         made = GeneratedImage(
             pixels=pixels,
             seed=seed,
-            text_tokens=tokens.read - source_tokens,
-            source_tokens=source_tokens,
-            drawn_tokens=tokens.drawn,
+            text_tokens=prior.text_tokens,
+            source_tokens=prior.source_tokens,
+            drawn_tokens=prior.drawn_tokens,
             waiting_s=time.monotonic() - unit.began - sum(seconds.values()),
             prior_s=seconds["prior"],
             decoder_s=seconds["decoder"],

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import GlmImagePipeline
+from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.transformers.transformer_glm_image import GlmImageTransformerBlock
 from torch import nn
 
 if TYPE_CHECKING:
@@ -65,8 +68,43 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
             self._glyphs.popitem(last=False)
         return embeds
 
-    def name_passes(self) -> None:
-        """Tell a step cache which forward pass is which, so that it compares each with its like."""
+    def try_step(self, side: int) -> object:
+        """See `deployments.acceleration.Pipeline`. Its two passes come one after the other."""
+        dit = self.transformer
+        latent_side = side // self.vae_scale_factor
+        tokens = (latent_side // dit.config.patch_size) ** 2
+        rotary = torch.empty(tokens, dit.config.attention_head_dim)
+        output: object = dit(
+            hidden_states=torch.empty(1, dit.config.in_channels, latent_side, latent_side, dtype=dit.dtype),
+            encoder_hidden_states=torch.empty(1, 256, dit.config.text_embed_dim, dtype=dit.dtype),
+            prior_token_id=torch.zeros(1, tokens, dtype=torch.long),
+            prior_token_drop=torch.empty(0, dtype=torch.long),  # a mask would make shapes depend on contents
+            timestep=torch.zeros(1),
+            target_size=torch.zeros(1, 2, dtype=dit.dtype),
+            crop_coords=torch.zeros(1, 2, dtype=dit.dtype),
+            image_rotary_emb=(rotary, rotary),
+        )
+        return output
+
+    def source_bytes(self, side: int) -> int:
+        """What the DiT keeps of a square source image while the edit is painted: keys and values."""
+        config = self.transformer.config
+        tokens = (side // self.vae_scale_factor // config.patch_size) ** 2
+        width = config.num_attention_heads * config.attention_head_dim
+        size: int = 2 * config.num_layers * tokens * width * self.vae.dtype.itemsize
+        return size
+
+    def cache_steps(self, threshold: float) -> None:
+        """See `deployments.acceleration.Pipeline`.
+
+        diffusers' first-block cache keeps apart what the passes with and without guidance leave, if it is
+        told which is which; upstream's pipeline does not tell it.
+        """
+        # diffusers does not list this block: image first, then text.
+        TransformerBlockRegistry.register(
+            GlmImageTransformerBlock,
+            TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
+        )
         forward = self.transformer.forward
 
         def named(*args: Any, **kwargs: Any) -> Any:
@@ -74,6 +112,7 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
                 return forward(*args, **kwargs)
 
         self.transformer.forward = named
+        self.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
 
     def _pass_name(self) -> str:
         """Upstream's order: a pass for each source image, then in every step two, or one without guidance."""

@@ -287,6 +287,7 @@ def _result(job: _Job) -> PriorTokens | NotANumber:
     return PriorTokens(
         target=drawn[-rows * columns :].view(rows, columns).numpy(),
         sources=tuple(tokens.view(grid).numpy() for tokens, grid in sources),
-        read=len(job.sequence.prompt),
-        drawn=len(drawn),
+        text_tokens=len(job.sequence.prompt) - sum(rows * columns for rows, columns in job.sequence.sources),
+        source_tokens=sum(rows * columns for rows, columns in job.sequence.sources),
+        drawn_tokens=len(drawn),
     )

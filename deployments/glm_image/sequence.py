@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from deployments.prompts import plain_text
+
 if TYPE_CHECKING:
     from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
     from deployments.types import PriorRequest
-
-ZERO_WIDTH_SPACE = "\u200b"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Sequencer:
         content: list[dict[str, Any]] = [
             {"type": "image", "image": Image.fromarray(source)} for source in request.sources
         ]
-        content.append({"type": "text", "text": self.plain_text(request.prompt)})
+        content.append({"type": "text", "text": plain_text(self._processor.tokenizer, request.prompt)})
         inputs = self._processor.apply_chat_template(
             [[{"role": "user", "content": content}]],
             tokenize=True,
@@ -85,23 +85,3 @@ class Sequencer:
             pixel_values=inputs.get("pixel_values"),
             sources=tuple(map(tuple, sources)),
         )
-
-    def plain_text(self, prompt: str) -> str:
-        """The prompt with every string that the tokenizer would read as a control token broken up.
-
-        Other prompts come back as they are. The break is a zero-width space, so that the text reads
-        the same; it is looked for again until there is none, since a break may bring forth another.
-        """
-        tokenizer = self._processor.tokenizer
-        reserved = tokenizer.added_tokens_decoder.keys()
-        while True:
-            encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-            found = [
-                start
-                for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-                if token in reserved and end - start > 1  # one letter cannot be broken
-            ]
-            if not found:
-                return prompt
-            for start in reversed(found):
-                prompt = prompt[: start + 1] + ZERO_WIDTH_SPACE + prompt[start + 1 :]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from deployments.types import Event
 
+TOKENS = PriorTokens(target=np.random.default_rng(0).integers(0, tiny.BENCHMARK.codebook, (16, 16)))
 REQUEST = DecodeRequest(
     prompt='A red boat called "Aurora" at dawn',
     width=512,
@@ -37,7 +38,7 @@ REQUEST = DecodeRequest(
     seed=0,
     steps=10,
     guidance_scale=1.5,
-    tokens=PriorTokens(target=np.random.default_rng(0).integers(0, tiny.BENCHMARK.codebook, (16, 16))),
+    prior=TOKENS,
 )
 UNITS = 8
 
@@ -49,7 +50,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def upstream(pipeline: GlmImagePipeline, request: DecodeRequest) -> None:
-    tokens = torch.from_numpy(request.tokens.target.repeat(2, 0).repeat(2, 1).reshape(1, -1))
+    tokens = torch.from_numpy(TOKENS.target.repeat(2, 0).repeat(2, 1).reshape(1, -1))
     pipeline(
         prompt=request.prompt,
         width=request.width,

@@ -60,7 +60,7 @@ class Bare:
         asked = PriorRequest(prompt="a boat", width=512, height=512, seed=1)
         async for tokens in self._prior.generate.remote(asked):
             request = DecodeRequest(
-                prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, tokens=tokens
+                prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, prior=tokens
             )
         async for pixels in self._decoder.decode.remote(request):
             size = len(encode(pixels, Encoding()))

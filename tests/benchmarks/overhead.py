@@ -48,7 +48,7 @@ def direct() -> Callable[[], None]:
         asked = PriorRequest(prompt="a boat", width=512, height=512, seed=1)
         tokens = prior.submit(asked, call).result()
         request = DecodeRequest(
-            prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, tokens=tokens
+            prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, prior=tokens
         )
         encode(decoder.decode(request, call), Encoding())
 

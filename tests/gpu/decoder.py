@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from deployments import acceleration
 from deployments.calls import Call
 from deployments.config import Acceleration, DecoderConfig
 from deployments.errors import OutOfMemoryError
-from deployments.glm_image import acceleration
 from deployments.glm_image.decoder import Decoder
 from deployments.glm_image.pipeline import DecoderPipeline
 from deployments.types import DecodeRequest, PriorTokens
@@ -52,7 +52,7 @@ def unit(options: argparse.Namespace, side: int, *, seed: int = 0) -> DecodeRequ
         seed=seed,
         steps=options.steps,
         guidance_scale=1.5,
-        tokens=PriorTokens(target=tokens),
+        prior=PriorTokens(target=tokens),
     )
 
 

@@ -10,10 +10,11 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from pydantic import ValidationError
 
+from deployments import acceleration
 from deployments.calls import Call
 from deployments.config import Acceleration, DecoderConfig, ModelConfig
 from deployments.errors import Cancelled, OutOfMemoryError, UnsupportedOption
-from deployments.glm_image import acceleration, checkpoint
+from deployments.glm_image import checkpoint
 from deployments.glm_image.decoder import Decoder
 from deployments.types import Pixels
 from tests.conftest import needs_compiler

@@ -36,13 +36,13 @@ REQUEST = DecodeRequest(
     seed=1,
     steps=4,
     guidance_scale=1.5,
-    tokens=PriorTokens(target=tokens(16, 16)),
+    prior=PriorTokens(target=tokens(16, 16)),
 )
 EDIT = replace(
     REQUEST,
     width=544,
     sources=(noise(512, 544), noise(640, 512)),
-    tokens=PriorTokens(target=tokens(16, 17), sources=(tokens(17, 16), tokens(16, 20))),
+    prior=PriorTokens(target=tokens(16, 17), sources=(tokens(17, 16), tokens(16, 20))),
 )
 
 
@@ -193,7 +193,7 @@ def test_a_preview_has_at_most_half_the_sides(
     decoder: Decoder, width: int, height: int, shape: tuple[int, int]
 ) -> None:
     request = replace(REQUEST, width=width, height=height, steps=2, previews=1)
-    request = replace(request, tokens=PriorTokens(target=tokens(height // 32, width // 32)))
+    request = replace(request, prior=PriorTokens(target=tokens(height // 32, width // 32)))
     reported: list[Event] = []
     decoder.decode(request, Call(report=reported.append))
     assert [event.pixels.shape[:2] for event in reported if isinstance(event, Preview)] == [shape]

@@ -26,6 +26,7 @@ from deployments.glm_image import checkpoint
 from deployments.glm_image.language_model_cpu import CPULanguageModel, PackedLinear
 from deployments.glm_image.language_model_gpu import GPULanguageModel, blocks_until
 from deployments.glm_image.prior import PROGRESS_S, PriorEngine
+from deployments.prompts import plain_text
 from deployments.types import Pixels, PriorRequest, PriorTokens, TokenGrid
 
 CODEBOOK_SIZE = 256
@@ -254,13 +255,13 @@ def test_reserved_strings_reach_the_model_as_letters(loaded: Loaded) -> None:
 
 @pytest.mark.parametrize("prompt", ["", "a boat", "ÖFFNUNG 早安 🙂", "< sop > <|im", "x\u200by"])
 def test_other_prompts_stay_as_they_are(loaded: Loaded, prompt: str) -> None:
-    assert loaded.engine._sequencer.plain_text(prompt) == prompt
+    assert plain_text(loaded.processor.tokenizer, prompt) == prompt
 
 
 def test_a_break_that_brings_forth_another_reserved_string_is_broken_too(config: ModelConfig) -> None:
     loaded = Loaded(config)
     loaded.processor.tokenizer.add_special_tokens({"extra_special_tokens": ["p>|q", "q|r"]})
-    plain = loaded.engine._sequencer.plain_text("<sop>|q|r<sop>")
+    plain = plain_text(loaded.processor.tokenizer, "<sop>|q|r<sop>")
     assert plain.replace("\u200b", "") == "<sop>|q|r<sop>"
     assert not any(reserved in plain for reserved in ("<sop>", "p>|q", "q|r"))
 

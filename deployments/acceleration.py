@@ -4,29 +4,47 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
-from diffusers.hooks import FirstBlockCacheConfig
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.models.transformers.transformer_glm_image import GlmImageTransformerBlock
 
 from deployments.calls import Call
 from deployments.errors import OutOfMemoryError, UnsupportedOption
 from deployments.memory import free_bytes, working_bytes
-from deployments.types import DecodeRequest, PriorTokens
+from deployments.types import DecodeRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from deployments.config import DecoderConfig
-    from deployments.glm_image.pipeline import DecoderPipeline
+    from deployments.types import Prior
 
 logger = logging.getLogger("ray.serve")
 
 
-def apply(pipeline: DecoderPipeline, config: DecoderConfig, *, max_side: int) -> None:
+class Pipeline(Protocol):
+    """A family's pipeline: diffusers' `DiffusionPipeline` with a DiT and a VAE, and two things more."""
+
+    transformer: Any
+    vae: Any
+    vae_scale_factor: int
+    components: Any
+    to: Any
+    enable_model_cpu_offload: Any
+    enable_group_offload: Any
+
+    def try_step(self, side: int) -> object:
+        """The DiT's part in a step with guidance, of a square image: its shapes count, not its contents."""
+
+    def cache_steps(self, threshold: float) -> None:
+        """Leave out the DiT's blocks but the first where that one's change is close to the last step's.
+
+        Raises:
+            UnsupportedOption: diffusers cannot do so with this DiT.
+        """
+
+
+def apply(pipeline: Pipeline, config: DecoderConfig, *, max_side: int) -> None:
     """Apply the options to a pipeline whose components are on the CPU, and put it on its device.
 
     Args:
@@ -44,7 +62,7 @@ def apply(pipeline: DecoderPipeline, config: DecoderConfig, *, max_side: int) ->
     working = _working_bytes(pipeline, max_side)
     for name, option, is_wanted in (
         ("quantization", quantize, chosen.quantization != "none"),
-        ("step_cache", partial(cache_steps, threshold=chosen.step_cache), chosen.step_cache > 0),
+        ("step_cache", lambda pipeline: pipeline.cache_steps(chosen.step_cache), chosen.step_cache > 0),
         ("attention", partial(choose_attention, backend=chosen.attention), chosen.attention != "native"),
         ("compile", compile_blocks, chosen.compile),
     ):
@@ -54,16 +72,11 @@ def apply(pipeline: DecoderPipeline, config: DecoderConfig, *, max_side: int) ->
             except Exception as error:
                 raise UnsupportedOption(f"decoder.acceleration.{name} cannot be had here: {error}") from error
     place(pipeline, torch.device(config.device), chosen.offload, working)
-    logger.info(
-        "images of up to %dx%d; each source image of that size takes %.1f GB more",
-        max_side,
-        max_side,
-        _source_bytes(pipeline, max_side) / 1e9,
-    )
+    logger.info("images of up to %dx%d", max_side, max_side)
 
 
-def try_out(config: DecoderConfig, decode: Callable[[DecodeRequest, Call], Any]) -> None:
-    """Make a small image when there are options that may fail, or compile, only when they are used.
+def try_out(config: DecoderConfig, decode: Callable[[DecodeRequest, Call], Any], prior: Prior) -> None:
+    """Make an image of 512×512 with this prior when there are options that may fail only when used.
 
     Raises:
         UnsupportedOption: it could not be made.
@@ -71,9 +84,8 @@ def try_out(config: DecoderConfig, decode: Callable[[DecodeRequest, Call], Any])
     used = config.acceleration.model_dump(exclude_defaults=True)
     if not used:
         return
-    tokens = PriorTokens(target=np.zeros((16, 16), dtype=np.int64))
     request = DecodeRequest(
-        prompt="", width=512, height=512, seed=0, steps=2, guidance_scale=1.5, tokens=tokens
+        prompt="", width=512, height=512, seed=0, steps=2, guidance_scale=1.5, prior=prior
     )
     try:
         decode(request, Call())
@@ -83,24 +95,24 @@ def try_out(config: DecoderConfig, decode: Callable[[DecodeRequest, Call], Any])
         ) from error
 
 
-def quantize(pipeline: DecoderPipeline) -> None:
+def quantize(pipeline: Pipeline) -> None:
     """Keep the DiT's weights in 8 bits (float8_e4m3fn), and compute in the type they had."""
     pipeline.transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=pipeline.transformer.dtype
     )
 
 
-def tile_vae(pipeline: DecoderPipeline) -> None:
+def tile_vae(pipeline: Pipeline) -> None:
     """Decode large images in overlapping tiles, whose seams are blended."""
     pipeline.vae.enable_tiling()
 
 
-def choose_attention(pipeline: DecoderPipeline, backend: str) -> None:
+def choose_attention(pipeline: Pipeline, backend: str) -> None:
     """Use one of diffusers' attention backends."""
     pipeline.transformer.set_attention_backend(backend)
 
 
-def compile_blocks(pipeline: DecoderPipeline) -> None:
+def compile_blocks(pipeline: Pipeline) -> None:
     """Compile the DiT's block, for all of them together.
 
     It is compiled anew for each kind of call: with or without text, sizes, reading or writing a source.
@@ -108,22 +120,7 @@ def compile_blocks(pipeline: DecoderPipeline) -> None:
     pipeline.transformer.compile_repeated_blocks(fullgraph=True, recompile_limit=64)
 
 
-def cache_steps(pipeline: DecoderPipeline, threshold: float) -> None:
-    """Leave out all blocks but the first where that one's change is close to the last step's.
-
-    diffusers' first-block cache keeps apart what the passes with and without guidance leave, if it is told
-    which is which; GLM-Image's pipeline does not tell it.
-    """
-    # diffusers does not list this block: image first, then text.
-    TransformerBlockRegistry.register(
-        GlmImageTransformerBlock,
-        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
-    )
-    pipeline.name_passes()
-    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-
-
-def place(pipeline: DecoderPipeline, device: torch.device, offload: str, working: dict[str, int]) -> None:
+def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[str, int]) -> None:
     """Put the pipeline on its device, whole or in turns, and say how much memory that takes.
 
     Args:
@@ -169,37 +166,12 @@ def place(pipeline: DecoderPipeline, device: torch.device, offload: str, working
         pipeline.to(device)
 
 
-def _working_bytes(pipeline: DecoderPipeline, side: int) -> dict[str, int]:
+def _working_bytes(pipeline: Pipeline, side: int) -> dict[str, int]:
     """What the two large parts take beside their weights for a square image."""
-    dit, vae = pipeline.transformer, pipeline.vae
+    vae = pipeline.vae
     latent_side = side // pipeline.vae_scale_factor
-    tokens = (latent_side // dit.config.patch_size) ** 2
-    rotary = torch.empty(tokens, dit.config.attention_head_dim)
-
-    def step() -> object:
-        return dit(
-            hidden_states=torch.empty(1, dit.config.in_channels, latent_side, latent_side, dtype=dit.dtype),
-            encoder_hidden_states=torch.empty(1, 256, dit.config.text_embed_dim, dtype=dit.dtype),
-            prior_token_id=torch.zeros(1, tokens, dtype=torch.long),
-            prior_token_drop=torch.empty(0, dtype=torch.long),  # a mask would make shapes depend on contents
-            timestep=torch.zeros(1),
-            target_size=torch.zeros(1, 2, dtype=dit.dtype),
-            crop_coords=torch.zeros(1, 2, dtype=dit.dtype),
-            image_rotary_emb=(rotary, rotary),
-        )
-
-    def decode() -> object:
-        return vae.decode(
-            torch.empty(1, vae.config.latent_channels, latent_side, latent_side, dtype=vae.dtype)
-        )
-
-    return {"transformer": working_bytes(step), "vae": working_bytes(decode)}
-
-
-def _source_bytes(pipeline: DecoderPipeline, side: int) -> int:
-    """What the DiT keeps of a square source image while the edit is painted: keys and values."""
-    config = pipeline.transformer.config
-    tokens = (side // pipeline.vae_scale_factor // config.patch_size) ** 2
-    width = config.num_attention_heads * config.attention_head_dim
-    size: int = 2 * config.num_layers * tokens * width * pipeline.vae.dtype.itemsize
-    return size
+    latents = (1, vae.config.latent_channels, latent_side, latent_side)
+    return {
+        "transformer": working_bytes(lambda: pipeline.try_step(side)),
+        "vae": working_bytes(lambda: vae.decode(torch.empty(latents, dtype=vae.dtype))),
+    }

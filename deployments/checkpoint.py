@@ -1,0 +1,179 @@
+"""Loading of checkpoints in diffusers' layout: a stage's own components, safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from tqdm import tqdm
+from transformers.utils.logging import set_tqdm_hook
+
+from deployments.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from deployments.config import ModelConfig
+
+logger = logging.getLogger("ray.serve")
+
+FILE_TYPES = ("json", "jinja", "model", "safetensors", "txt")
+"""What is downloaded of a component's folder: settings, vocabularies and safe weights."""
+
+
+def load(
+    model: ModelConfig,
+    components: Mapping[str, Any],
+    report: Callable[[float], None],
+    *,
+    tiny: Callable[[], Path],
+    device: str,
+    dtype: str,
+) -> dict[str, Any]:
+    """Load components of a model's checkpoint.
+
+    Args:
+        model: which.
+        components: their classes, by name.
+        report: told the share that is loaded, 0 to 1.
+        tiny: the folder of the family's tiny checkpoint.
+        device: where weights go.
+        dtype: theirs, as torch calls it.
+
+    Raises:
+        CheckpointError: the checkpoint or one of the components is missing or does not fit.
+    """
+    began = time.monotonic()
+    folder = tiny() if model.checkpoint == "tiny" else _locate(model, list(components))
+    sizes = {
+        name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
+        for name in components
+    }
+    parts: dict[str, Any] = {}
+    for name, cls in components.items():
+        with _told(partial(_report_part, report, sizes, name)):
+            parts[name] = _load_component(
+                folder, name, cls, device=torch.device(device), dtype=getattr(torch, dtype)
+            )
+    logger.info(
+        "%s: loaded %s from %s as %s on %s in %.1f s",
+        *(model.name, ", ".join(parts), folder, dtype, device, time.monotonic() - began),
+    )
+    return parts
+
+
+def _report_part(report: Callable[[float], None], sizes: Mapping[str, int], name: str, loaded: float) -> None:
+    """Report a component of which so much is loaded, after those before it."""
+    names = list(sizes)
+    before = sum(sizes[earlier] for earlier in names[: names.index(name)])
+    report((before + loaded * sizes[name]) / max(1, sum(sizes.values())))
+
+
+@contextmanager
+def _told(report: Callable[[float], None]) -> Iterator[None]:
+    """Be told the share of a component that is loaded: by the tensor where transformers loads it.
+
+    diffusers has no hook. The libraries' own bars, which would fill the log, are silent meanwhile.
+    """
+
+    class Bar(_SilentBar):
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if self.total:
+                report(self.n / self.total)
+
+    before = set_tqdm_hook(lambda _, args, kwargs: Bar(*args, **kwargs))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+    report(1.0)
+
+
+def _locate(model: ModelConfig, components: list[str]) -> Path:
+    """The checkpoint's folder, with at least these components downloaded if it comes from the Hub."""
+    folder = Path(model.checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.revision is None:
+        raise CheckpointError(
+            f"checkpoint {model.checkpoint!r} is not a folder on this machine; "
+            "if it is a Hub id, give `revision` (a commit's 40 digits) too"
+        )
+    try:
+        return Path(
+            snapshot_download(
+                model.checkpoint,
+                revision=model.revision,
+                allow_patterns=[
+                    "model_index.json",
+                    *(f"{name}/*.{suffix}" for name in components for suffix in FILE_TYPES),
+                ],
+                tqdm_class=_LoggedProgress,
+            )
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {model.checkpoint!r} at revision {model.revision} could not be had: {error}"
+        ) from error
+
+
+def _load_component(folder: Path, name: str, cls: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load one component.
+
+    The class is ours to say, not the checkpoint's: what the index declares is only compared.
+    """
+    try:
+        declared = json.loads((folder / "model_index.json").read_text())[name][1]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder}: model_index.json lists no component {name!r}") from error
+    if declared != cls.__name__:
+        raise CheckpointError(f"{folder}: component {name!r} is a {declared}, not a {cls.__name__}")
+    if not (folder / name).is_dir():
+        raise CheckpointError(f"{folder}: component {name!r} is missing")
+    has_weights = issubclass(cls, torch.nn.Module)
+    try:
+        if not has_weights:
+            return cls.from_pretrained(folder / name)
+        component, report = cls.from_pretrained(
+            folder / name, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever the libraries raise, the component is to be named
+        raise CheckpointError(f"{folder}: component {name!r} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        # The libraries fill such gaps with random numbers: an image would come, of noise.
+        raise CheckpointError(f"{folder}: component {name!r} lacks weights: {', '.join(missing)}")
+    try:
+        return component.to(device)
+    except Exception as error:  # no such device, or too little memory on it
+        raise CheckpointError(f"{folder}: component {name!r} cannot be put on {device}: {error}") from error
+
+
+class _SilentBar(tqdm):  # type: ignore[misc]
+    """A progress bar that paints nothing; `display` is called whenever it would."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False, "leave": False})
+
+
+class _LoggedProgress(_SilentBar):
+    """A progress bar for a log: a line every ten seconds, where the library's bars are painted often."""
+
+    logged_at = float("-inf")
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Called with every file and every few bytes, for three bars, two of which count the same bytes.
+
+        When a bar is closed `msg` is empty; that may be when it is collected, long after.
+        """
+        now = time.monotonic()
+        if msg is None and self.unit == "B" and self.n and now - _LoggedProgress.logged_at >= 10:
+            _LoggedProgress.logged_at = now
+            logger.info("downloading: %.0f of at least %.0f MB", self.n / 1e6, self.total / 1e6)
