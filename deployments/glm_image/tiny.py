@@ -9,12 +9,7 @@ server runs, for real, on a laptop. What it paints is noise. `TINY` takes second
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
-import shutil
-import tempfile
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -23,7 +18,6 @@ from diffusers import (
     GlmImagePipeline,
     GlmImageTransformer2DModel,
 )
-from huggingface_hub import cached_assets_path
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -37,6 +31,8 @@ from transformers import (
     T5EncoderModel,
 )
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
+
+from deployments.recipes import Recipe
 
 VISION_SPECIAL_TOKENS = 2
 """Image start and image end, the first ids past the codebook, as in the released checkpoint."""
@@ -104,43 +100,6 @@ BENCHMARK = Sizes(
     codebook=1024, prior_width=512, prior_layers=10, prior_heads=8, decoder_heads=16, decoder_layers=6
 )
 PRESETS = {"tiny": TINY, "benchmark": BENCHMARK}
-
-
-def cached(sizes: Sizes = TINY) -> Path:
-    """The folder of the checkpoint of these sizes in the user's cache, written when it is not there yet.
-
-    The folder's name holds a digest of the sizes and of this file, so that a changed recipe is not
-    served from an old cache. Safe when several processes ask at once.
-    """
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + repr(sizes).encode()).hexdigest()[:16]
-    folder: Path = cached_assets_path("glm-image-server", namespace="tiny") / recipe
-    if not folder.exists():
-        write(folder, sizes)
-    return folder
-
-
-def write(folder: Path, sizes: Sizes = TINY) -> None:
-    """Write a checkpoint to `folder`, which appears at once and whole.
-
-    When another process has written the folder meanwhile, its work is kept: the two are equal.
-
-    Raises:
-        FileExistsError: `folder` is there and holds something other than a checkpoint.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _pipeline(sizes).save_pretrained(scratch, safe_serialization=True)
-        scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        try:
-            scratch.rename(folder)
-        except OSError as error:  # not empty: somebody was there first
-            if not folder.exists():
-                raise
-            if not (folder / "model_index.json").exists():
-                raise FileExistsError(f"{folder} exists and is not a checkpoint") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _pipeline(sizes: Sizes) -> GlmImagePipeline:
@@ -296,33 +255,9 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
-def main() -> None:
-    """Write a checkpoint where the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deployments.glm_image.tiny",
-        description="Write a GLM-Image checkpoint with random weights, to test or to benchmark with.",
-    )
-    parser.add_argument("folder", type=Path, help="where to write it; must not exist yet")
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="the sizes to begin with")
-    for field in dataclasses.fields(Sizes):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=int,
-            help="; ".join(f"{k}: {getattr(v, field.name)}" for k, v in PRESETS.items()),
-        )
-    options = vars(parser.parse_args())
-    folder, preset = options.pop("folder"), PRESETS[options.pop("preset")]
-    chosen = {name: value for name, value in options.items() if value is not None}
-    if folder.exists():
-        parser.error(f"{folder} exists already")
-    try:
-        sizes = dataclasses.replace(preset, **chosen)
-    except ValueError as error:
-        parser.error(str(error))
-    write(folder.absolute(), sizes)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"wrote {folder} ({size / 1e6:.1f} MB)")
-
+RECIPE = Recipe(__file__, PRESETS, _pipeline)
+cached = RECIPE.cached
+write = RECIPE.write
 
 if __name__ == "__main__":
-    main()
+    RECIPE.main()

@@ -1,0 +1,110 @@
+"""Small checkpoints with random weights, made of a family's real classes: cached, or written by hand.
+
+They have the folder layout of released checkpoints and are loaded by the same code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from huggingface_hub import cached_assets_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from diffusers import DiffusionPipeline
+
+Sizes = TypeVar("Sizes")
+
+
+class Recipe(Generic[Sizes]):
+    """How a family's random checkpoints are made.
+
+    Args:
+        file: where the recipe is written.
+        presets: sizes by name, of a dataclass; the first ones are the usual ones.
+        make: makes the pipeline of these sizes.
+    """
+
+    def __init__(
+        self, file: str, presets: Mapping[str, Sizes], make: Callable[[Sizes], DiffusionPipeline]
+    ) -> None:
+        self._file = Path(file)
+        self._presets = presets
+        self._usual = next(iter(presets.values()))
+        self._make = make
+
+    def cached(self, sizes: Sizes | None = None) -> Path:
+        """The folder of the checkpoint of these sizes in the user's cache, written when it is not there yet.
+
+        The folder's name holds a digest of the sizes and of the recipe, so that a changed recipe is not
+        served from an old cache. Safe when several processes ask at once.
+        """
+        sizes = sizes or self._usual
+        digest = hashlib.sha256(self._file.read_bytes() + repr(sizes).encode()).hexdigest()[:16]
+        folder: Path = cached_assets_path("glm-image-server", namespace="tiny") / digest
+        if not folder.exists():
+            self.write(folder, sizes)
+        return folder
+
+    def write(self, folder: Path, sizes: Sizes | None = None) -> None:
+        """Write a checkpoint to `folder`, which appears at once and whole.
+
+        When another process has written the folder meanwhile, its work is kept: the two are equal.
+
+        Raises:
+            FileExistsError: `folder` is there and holds something other than a checkpoint.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            self._make(sizes or self._usual).save_pretrained(scratch, safe_serialization=True)
+            scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
+            try:
+                scratch.rename(folder)
+            except OSError as error:  # not empty: somebody was there first
+                if not folder.exists():
+                    raise
+                if not (folder / "model_index.json").exists():
+                    raise FileExistsError(f"{folder} exists and is not a checkpoint") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def main(self) -> None:
+        """Write a checkpoint where the command line says."""
+        usual: Any = self._usual
+        usual_name = next(iter(self._presets))
+        family = self._file.parent.name
+        parser = argparse.ArgumentParser(
+            prog=f"python -m deployments.{family}.{self._file.stem}",
+            description=f"Write a checkpoint of family {family} with random weights, to test or to benchmark "
+            "with.",
+        )
+        parser.add_argument("folder", type=Path, help="where to write it; must not exist yet")
+        parser.add_argument(
+            "--preset", choices=self._presets, default=usual_name, help="the sizes to begin with"
+        )
+        for field in dataclasses.fields(usual):
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=int,
+                help="; ".join(f"{k}: {getattr(v, field.name)}" for k, v in self._presets.items()),
+            )
+        options = vars(parser.parse_args())
+        folder, preset = options.pop("folder"), self._presets[options.pop("preset")]
+        chosen = {name: value for name, value in options.items() if value is not None}
+        if folder.exists():
+            parser.error(f"{folder} exists already")
+        try:
+            sizes = dataclasses.replace(preset, **chosen)  # type: ignore[type-var]  # a dataclass
+        except ValueError as error:
+            parser.error(str(error))
+        self.write(folder.absolute(), sizes)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        print(f"wrote {folder} ({size / 1e6:.1f} MB)")
