@@ -89,11 +89,11 @@ class PriorConfig(StageConfig):
     """The prior stage."""
 
     rows: int = Field(default=8, ge=1, description="Requests that one replica runs side by side.")
-    row_tokens: int = Field(
-        default=24_576,
+    row_tokens: int | None = Field(
+        default=None,
         ge=1,
-        description="Tokens that each of them may have: prompt, source images and image. The cache for all "
-        "rows is taken at the start.",
+        description="Tokens that each of them may have: what is read, and what is drawn. Where tokens are "
+        "drawn, the cache for all rows is taken at the start. Unset, the family's.",
     )
 
 
@@ -172,12 +172,32 @@ class DecoderConfig(StageConfig):
         return self
 
 
+MIN_STRENGTH = 0.01
+"""With less there might be no step to make."""
+
+
 class Defaults(Config):
     """What a request that leaves a parameter out gets."""
 
     steps: int = Field(default=50, ge=1, description="Denoising steps.")
-    guidance_scale: float = Field(
-        default=1.5, ge=0, allow_inf_nan=False, description="Classifier-free guidance; off at 1 and below."
+    guidance_scale: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Classifier-free guidance. Unset, the family's: 1.5 for `glm_image`, 4 for `z_image`.",
+    )
+    edit_guidance_scale: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Likewise for edits. Unset, the family's: `guidance_scale` for `glm_image`, 1.5 for "
+        "`z_image`.",
+    )
+    strength: float = Field(
+        default=0.6,
+        ge=MIN_STRENGTH,
+        le=1,
+        description="How much of a source image an edit paints over, in families that take `strength`.",
     )
     width: int = Field(default=1024, ge=1, description="In pixels; edits take the first source's instead.")
     height: int = Field(default=1024, ge=1, description="In pixels; likewise.")
@@ -189,7 +209,7 @@ class ModelConfig(Config):
     name: str = Field(
         min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="What clients call it."
     )
-    family: str = Field(description="The architecture: `glm_image`.")
+    family: str = Field(description=f"The architecture: {' or '.join(f'`{name}`' for name in FAMILIES)}.")
     checkpoint: str = Field(
         min_length=1,
         description="A folder in diffusers' layout, a Hub id (then `revision` too), or `tiny`: "
@@ -201,7 +221,7 @@ class ModelConfig(Config):
         description="The Hub commit to load, all 40 digits of it: what runs today runs tomorrow.",
     )
     defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
-    prior: PriorConfig = Field(description="The autoregressive stage.")
+    prior: PriorConfig = Field(description="What reads prompts: an autoregressive model, or a text encoder.")
     decoder: DecoderConfig = Field(description="The diffusion stage; as above.")
 
     @field_validator("family")
@@ -222,3 +242,17 @@ class ModelConfig(Config):
     def traits(self) -> Family:
         """What is known of the model's family."""
         return FAMILIES[self.family]
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that a request may have in the prior stage."""
+        return self.prior.row_tokens or self.traits.row_tokens
+
+    def guidance_scale(self, *, editing: bool) -> float:
+        """What a request gets that leaves it out."""
+        if editing:
+            for scale in (self.defaults.edit_guidance_scale, self.traits.edit_guidance_scale):
+                if scale is not None:
+                    return scale
+        scale = self.defaults.guidance_scale
+        return self.traits.guidance_scale if scale is None else scale

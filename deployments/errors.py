@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import traceback
+from functools import partial
+from typing import Any
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,12 +69,26 @@ class Cancelled(ModelError):  # noqa: N818 - a request that was called off is no
 
 
 class RequestTooLong(ModelError):  # noqa: N818 - the request's fault, not the model's
-    """A request has more tokens than the model's rows hold."""
+    """A request has more tokens than the model's rows hold.
 
-    def __init__(self, tokens: int, limit: int) -> None:
+    Attributes:
+        tokens: how many it has.
+        limit: how many there may be.
+        param: the text that is too long.
+        alone: whether nothing else counts; if not, source images and the image do too.
+    """
+
+    def __init__(self, tokens: int, limit: int, *, param: str = "prompt", alone: bool = False) -> None:
         super().__init__(tokens, limit)
         self.tokens = tokens
         self.limit = limit
+        self.param = param
+        self.alone = alone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which would leave out what is given by name."""
+        return partial(RequestTooLong, param=self.param, alone=self.alone), (self.tokens, self.limit)
 
     def __str__(self) -> str:
-        return f"prompt, source images and image make {self.tokens} tokens; at most {self.limit} fit"
+        others = "" if self.alone else ", source images and image"
+        return f"{self.param}{others} make {self.tokens} tokens; at most {self.limit} fit"

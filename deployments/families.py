@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from deployments.types import DecodeRequest, Pixels, Prior, PriorRequest
 
 
+Parameter = Literal["negative_prompt", "cfg_normalization", "strength"]
+"""What only some families take."""
+PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
+
+
 class PriorEngine(Protocol):
-    """Turns prompts and source images into prior tokens, for several requests at once.
+    """Turns prompts and source images into what the decoder follows, for several requests at once.
 
     Attributes:
         fault: why the engine has stopped for good, or None while it works.
-        done: how many tokens it has drawn, for whomever.
+        done: how many tokens it has drawn or, where none are drawn, read, for whomever.
     """
 
     fault: Exception | None
@@ -43,7 +48,7 @@ class PriorEngine(Protocol):
         """
 
     def submit(self, request: PriorRequest, call: Call) -> Future[Prior]:
-        """Ask for the prior tokens of one unit; may be called from any thread.
+        """Ask for the prior of one unit; may be called from any thread.
 
         Progress is reported a few times a second at most. The future fails with `Cancelled` within a token
         after the call is cancelled, and with `RequestTooLong` when the request has more tokens than a row.
@@ -54,7 +59,7 @@ class PriorEngine(Protocol):
 
 
 class Decoder(Protocol):
-    """Turns prior tokens into pixels. Used by one thread at a time.
+    """Turns priors into pixels. Used by one thread at a time.
 
     Attributes:
         fault: why it has stopped for good, or None while it works.
@@ -92,6 +97,13 @@ class Family:
 
     Attributes:
         package: where its engines are.
+        parameters: which of those that only some families take.
+        guidance_scale: what a request gets that leaves it out, unless the configuration says another.
+        edit_guidance_scale: likewise with source images; None is the same as without.
+        guidance_off: the largest guidance scale at which guidance is off.
+        row_tokens: of the prior stage, unless the configuration says another.
+        hosted_steps: denoising steps that fal's and Pixazo's documents take for unset; None where they have
+            none: the model's own.
         side_multiple: both sides of every image, made or given, are multiples of it.
         min_side: of every image, in pixels.
         max_side: of every image, in pixels.
@@ -100,6 +112,12 @@ class Family:
     """
 
     package: str
+    parameters: frozenset[Parameter]
+    guidance_scale: float
+    edit_guidance_scale: float | None
+    guidance_off: float
+    row_tokens: int
+    hosted_steps: int | None
     side_multiple: int
     min_side: int
     max_side: int
@@ -134,10 +152,31 @@ FAMILIES = {
     # is in transformers' image_processing_pil_glm_image.py, `smart_resize`.
     "glm_image": Family(
         package="deployments.glm_image",
+        parameters=frozenset(),
+        guidance_scale=1.5,
+        edit_guidance_scale=None,
+        guidance_off=1,
+        row_tokens=24_576,
+        hosted_steps=30,
         side_multiple=32,
         min_side=512,
         max_side=2048,
         max_aspect=4,
         max_sources=4,
+    ),
+    # The released models' page (total area of 512² to 2048² pixels) and `ZImagePipeline` (diffusers 0.42).
+    "z_image": Family(
+        package="deployments.z_image",
+        parameters=frozenset({"negative_prompt", "cfg_normalization", "strength"}),
+        guidance_scale=4,
+        edit_guidance_scale=1.5,
+        guidance_off=0,
+        row_tokens=512,
+        hosted_steps=None,
+        side_multiple=32,
+        min_side=512,
+        max_side=2048,
+        max_aspect=4,
+        max_sources=1,
     ),
 }

@@ -266,7 +266,8 @@ class AppConfig(Config):
             pixels = defaults.width * defaults.height
             for what, value, limit in (
                 ("number of steps", defaults.steps, "max_steps"),
-                ("guidance", defaults.guidance_scale, "max_guidance_scale"),
+                ("guidance", model.guidance_scale(editing=False), "max_guidance_scale"),
+                ("guidance of edits", model.guidance_scale(editing=True), "max_guidance_scale"),
                 ("size", pixels, "max_pixels"),
                 ("image's work", pixels * defaults.steps / 1e6, "max_megapixel_steps"),
             ):

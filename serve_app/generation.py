@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from deployments.config import MIN_STRENGTH
 from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
+from deployments.families import PARAMETERS, Parameter
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
@@ -47,7 +49,10 @@ class Generation:
         crop: width and height of the middle of each image, which alone is kept; None keeps all of it.
         n: how many images; image i has the seed `seed` + i; after the largest comes 0.
         steps: denoising steps.
-        guidance_scale: classifier-free guidance; off at 1 and below.
+        guidance_scale: classifier-free guidance.
+        negative_prompt: what not to paint, where the family takes it.
+        cfg_normalization: whether guidance may not make the velocity larger, likewise.
+        strength: how much of the source image is painted over, 0.01 to 1, likewise.
         seed: of the first image, 0 to 2**63 - 1; None draws one.
         partial_images: previews of each image, 0 to 3.
         sources: images to edit, already legal (see `serve_app.images.decode_source`).
@@ -62,6 +67,9 @@ class Generation:
     n: int = 1
     steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    cfg_normalization: bool | None = None
+    strength: float | None = None
     seed: int | None = None
     partial_images: int = 0
     sources: tuple[Pixels, ...] = ()
@@ -77,6 +85,9 @@ class Resolved(Generation):
     size: tuple[int, int]
     steps: int
     guidance_scale: float
+    negative_prompt: str
+    cfg_normalization: bool
+    strength: float
     seed: int
 
 
@@ -243,7 +254,10 @@ class Generator:
         left_out = {
             "size": (defaults.width, defaults.height),
             "steps": defaults.steps,
-            "guidance_scale": defaults.guidance_scale,
+            "guidance_scale": config.guidance_scale(editing=bool(generation.sources)),
+            "negative_prompt": "",
+            "cfg_normalization": False,
+            "strength": defaults.strength,
             "seed": secrets.randbelow(MAX_DRAWN_SEED),
         }
         filled_in = {name: value for name, value in left_out.items() if given[name] is None}
@@ -417,6 +431,8 @@ class Generator:
             width=width,
             height=height,
             seed=seed,
+            negative_prompt=generation.negative_prompt,
+            guidance_scale=generation.guidance_scale,
             sources=generation.sources,
             asked_at=asked_at,
         )
@@ -431,6 +447,8 @@ class Generator:
                 seed=seed,
                 steps=generation.steps,
                 guidance_scale=generation.guidance_scale,
+                cfg_normalization=generation.cfg_normalization,
+                strength=generation.strength,
                 previews=generation.partial_images,
                 prior=prior,
                 sources=generation.sources,
@@ -438,11 +456,14 @@ class Generator:
             )
             pixels = await made_by("decoder", partial(model.decode, decode_request))
         except RequestTooLong as error:
+            others = " together with source images and image"
+            remedy = ", or choose a smaller size or fewer source images"
+            if error.alone:
+                others = remedy = ""
             raise InvalidParameter(
-                "prompt",
-                f"makes {error.tokens} tokens together with source images and image, and "
-                f"{model.config.name} takes at most {error.limit}; shorten it, or choose a smaller size or "
-                "fewer source images",
+                error.param,
+                f"makes {error.tokens} tokens{others}, and {model.config.name} takes at most {error.limit}; "
+                f"shorten it{remedy}",
                 code="context_length_exceeded",
             ) from error
         except LoadingFailed as error:
@@ -506,12 +527,16 @@ class Generator:
         limits, family = self._limits, model.traits
         if not generation.prompt.strip():
             raise InvalidParameter("prompt", "must not be empty")
-        if len(generation.prompt) > limits.max_prompt_chars:
-            raise InvalidParameter(
-                "prompt",
-                f"has {len(generation.prompt)} characters; at most {limits.max_prompt_chars} are allowed",
-                code="string_above_max_length",
-            )
+        for param, text in (
+            ("prompt", generation.prompt),
+            ("negative_prompt", generation.negative_prompt or ""),
+        ):
+            if len(text) > limits.max_prompt_chars:
+                raise InvalidParameter(
+                    param,
+                    f"has {len(text)} characters; at most {limits.max_prompt_chars} are allowed",
+                    code="string_above_max_length",
+                )
         width, height = generation.size or (model.defaults.width, model.defaults.height)
         if not family.is_legal_size(width, height):
             raise InvalidParameter(
@@ -521,15 +546,39 @@ class Generator:
             ("n", generation.n, 1, limits.max_images),
             ("steps", generation.steps, 1, limits.max_steps),
             ("guidance_scale", generation.guidance_scale, 0, limits.max_guidance_scale),
+            ("strength", generation.strength, MIN_STRENGTH, 1),
             ("seed", generation.seed, 0, MAX_SEED),
             ("partial_images", generation.partial_images, 0, MAX_PARTIAL_IMAGES),
         ):
             if value is not None and not least <= value <= most:
                 raise InvalidParameter(param, f"must be {least} to {most}, not {value!s:.50}")
+        self._check_taken(generation, model, editing=sources > 0)
         if sources > family.max_sources:
             raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {sources}")
         if generation.size or not sources:
             self._work(generation)
+
+    def _check_taken(self, generation: Generation, model: ModelConfig, *, editing: bool) -> None:
+        """Refuse what the model would not look at.
+
+        Raises:
+            InvalidParameter: a parameter that has no effect.
+        """
+        family = model.traits
+        scale = generation.guidance_scale
+        if scale is None:
+            scale = model.guidance_scale(editing=editing)
+        without_guidance = f"has no effect at guidance_scale {scale:g}, where guidance is off; leave it out"
+        reasons: dict[Parameter, str] = {}
+        if scale <= family.guidance_off:
+            reasons |= {"negative_prompt": without_guidance, "cfg_normalization": without_guidance}
+        if not editing:
+            reasons["strength"] = "is of edits: there is no source image to paint over; leave it out"
+        for param in PARAMETERS:
+            if param not in family.parameters:
+                reasons[param] = f"is not supported: {model.name} has none; leave it out"
+            if getattr(generation, param) not in (None, False, "") and param in reasons:
+                raise InvalidParameter(param, reasons[param], code="unsupported_parameter")
 
     def _work(self, generation: Generation) -> float:
         """In megapixels × denoising steps × images.

@@ -113,7 +113,7 @@ class PriorEngine:
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
         """See `deployments.families.PriorEngine`."""
         weights, processor = checkpoint.load_prior(model, report)
-        return cls(weights, processor, on_its_device(weights, model.prior.rows, model.prior.row_tokens))
+        return cls(weights, processor, on_its_device(weights, model.prior.rows, model.row_tokens))
 
     def submit(self, request: PriorRequest, call: Call) -> Future[PriorTokens]:
         """See `deployments.families.PriorEngine`. Requests get their rows in the order of submission."""

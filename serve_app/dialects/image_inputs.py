@@ -34,7 +34,6 @@ PRESETS = {
     "landscape_hd": (1536, 1152),
 }
 """Width and height in pixels: https://docs.fal.ai, for what it names."""
-STEPS = 30
 MAX_IMAGES = 4
 MAX_SOURCES = 4
 PARAMETERS = {
@@ -86,10 +85,13 @@ class ImageInput(JSONFields):
         Field(default=None, description="A preset, or width and height; `square_hd` if unset.")
     )
     num_inference_steps: int | None = Field(
-        default=None, ge=1, le=100, description=f"Denoising steps; {STEPS} if unset."
+        default=None,
+        ge=1,
+        le=100,
+        description="Denoising steps; if unset, 30 for GLM-Image.",
     )
     guidance_scale: float | None = Field(
-        default=None, ge=1, le=10, allow_inf_nan=False, description="The model's default, 1.5, if unset."
+        default=None, ge=1, le=10, allow_inf_nan=False, description="The model's default if unset."
     )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Drawn if unset.")
     num_images: int | None = Field(
@@ -180,7 +182,7 @@ class InputReader:
                 size=(width, height),
                 crop=None if wanted == (width, height) else wanted,
                 n=fields.num_images or 1,
-                steps=fields.num_inference_steps or STEPS,
+                steps=fields.num_inference_steps or family.hosted_steps,
                 guidance_scale=fields.guidance_scale,
                 seed=fields.seed,
                 request_id=request_id(request),

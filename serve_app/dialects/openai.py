@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from deployments.families import PARAMETERS
 from serve_app import images, telemetry
 from serve_app.dialects.bodies import media_type
 from serve_app.dialects.openai_schemas import (
     ANSWERS,
+    HINT,
     Defaults,
     EditByReference,
     EditForm,
@@ -186,8 +188,16 @@ def _describe(model: ModelConfig) -> Model:
         defaults=Defaults(
             size=f"{defaults.width}x{defaults.height}",
             num_inference_steps=defaults.steps,
-            guidance_scale=defaults.guidance_scale,
+            guidance_scale=model.guidance_scale(editing=False),
+            edit_guidance_scale=model.guidance_scale(editing=True),
+            strength=defaults.strength if "strength" in family.parameters else None,
         ),
+        guidance_off=family.guidance_off,
+        parameters=[
+            name
+            for name, field in ImageRequest.model_fields.items()
+            if field.description != HINT and (name not in PARAMETERS or name in family.parameters)
+        ],
         safety_checker=False,
         prompt_expansion=False,
         lossy_options=model.decoder.acceleration.lossy,

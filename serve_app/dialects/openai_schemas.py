@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from deployments.config import MIN_STRENGTH
+from deployments.families import PARAMETERS
 from serve_app import images
 from serve_app.dialects.bodies import MAX_ID_CHARS, NOT_BLANK, Fields, JSONFields, document_errors
 from serve_app.generation import MAX_PARTIAL_IMAGES, MAX_SEED
@@ -38,8 +40,6 @@ HINT = "A hint without an effect here."
 
 
 UNSUPPORTED = {  # what OpenAI's or the documents' clients may send, and why it is refused
-    "negative_prompt": "the model has none; say in the prompt what the image is to show",
-    "cfg_normalization": "the model has none; leave it out or false",
     "mask": "the model edits the whole image; say in the prompt what is to change",
     "markup": "the model edits the whole image; say in the prompt what is to change",
     "svg": "images are PNG, JPEG or WebP",
@@ -77,7 +77,20 @@ class ImageRequest(Fields):
     background: Literal["auto", "opaque"] | None = Field(default=None, description="Images are opaque.")
     num_inference_steps: int | None = Field(default=None, description="Denoising steps.")
     guidance_scale: float | None = Field(
-        default=None, allow_inf_nan=False, description="Classifier-free guidance; off at 1 and below."
+        default=None,
+        allow_inf_nan=False,
+        description="Classifier-free guidance; off at the model's `guidance_off` and below.",
+    )
+    negative_prompt: str | None = Field(
+        default=None, description="What not to paint. Refused where guidance is off, since nobody would look."
+    )
+    cfg_normalization: bool | None = Field(
+        default=None, description="Whether guidance may not make the predicted velocity larger; likewise."
+    )
+    strength: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="For edits: how much of the source image is painted over; with 1 nothing is left of it.",
     )
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Equal requests with equal seeds get equal images."
@@ -126,7 +139,7 @@ class EditByReference(_FromJSON, EditRequest):
 class EditForm(EditRequest):
     """The fields of an edit, beside its files."""
 
-    @field_validator("stream", mode="before")
+    @field_validator("stream", "cfg_normalization", mode="before")
     @classmethod
     def _true_or_false(cls, text: str) -> bool:
         if text != "true":  # false is unset already; pydantic would take yes and on, too
@@ -267,6 +280,8 @@ class Model(BaseModel):
     max_source_images: int
     sizes: Sizes
     defaults: Defaults
+    guidance_off: float = Field(description="The largest guidance scale at which there is no guidance.")
+    parameters: list[str] = Field(description="What has an effect on its images and answers.")
     safety_checker: bool = Field(
         description="Whether images are checked; if not, nothing is found, whatever an API says of them."
     )
@@ -288,6 +303,8 @@ class Defaults(BaseModel):
     size: str
     num_inference_steps: int
     guidance_scale: float
+    edit_guidance_scale: float
+    strength: float | None = Field(default=None, description="If the model takes it.")
 
 
 class Models(BaseModel):
@@ -396,6 +413,8 @@ def _schema(
         "quality": {"enum": [word for word, (_, steps) in QUALITIES.items() if steps <= limits.max_steps]},
         "num_inference_steps": {"minimum": 1, "maximum": limits.max_steps},
         "guidance_scale": {"minimum": 0, "maximum": limits.max_guidance_scale},
+        "negative_prompt": {"maxLength": limits.max_prompt_chars},
+        "strength": {"minimum": MIN_STRENGTH, "maximum": 1},
         "partial_images": {"minimum": 0, "maximum": MAX_PARTIAL_IMAGES},
         "webhook_url": {"format": "webhook"},
     }
@@ -411,6 +430,15 @@ def _schema(
         for name, reason in UNSUPPORTED.items()
     }
     schema["allOf"] = [_either("output_compression", [100, *unset], "output_format", ["jpeg", "webp"])]
+    for param in PARAMETERS:
+        takers = [model for model in models if param in model.traits.parameters]
+        if not takers:
+            schema["properties"][param] = {"enum": list(unset), "description": "No model takes it."}
+        elif len(takers) < len(models):
+            names: list[Any] = [model.name for model in takers]
+            if models[0] in takers:
+                names += unset
+            schema["allOf"].append(_either(param, list(unset), "model", names))
     if issubclass(fields, JobFields):
         schema["properties"]["stream"] = {"enum": list(unset), "description": "Follow the job's events."}
     else:
@@ -423,7 +451,7 @@ def _either(name: str, values: list[Any], other: str, others: list[Any]) -> dict
     return {
         "anyOf": [
             {"properties": {name: {"enum": values}}},
-            {"properties": {other: {"enum": others}}, "required": [other]},
+            {"properties": {other: {"enum": others}}, "required": [] if None in others else [other]},
         ]
     }
 

@@ -1,0 +1,1 @@
+"""Z-Image: checkpoint loading, the text encoder, the decoder and a tiny checkpoint."""

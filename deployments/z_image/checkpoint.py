@@ -1,0 +1,55 @@
+"""The components of Z-Image that each stage loads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from transformers import Qwen2Tokenizer, Qwen3Model
+
+from deployments.checkpoint import load
+from deployments.z_image import tiny
+from deployments.z_image.pipeline import DecoderPipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deployments.config import ModelConfig
+
+PRIOR_COMPONENTS = {"tokenizer": Qwen2Tokenizer, "text_encoder": Qwen3Model}
+DECODER_COMPONENTS = {
+    "transformer": ZImageTransformer2DModel,
+    "vae": AutoencoderKL,
+    "scheduler": FlowMatchEulerDiscreteScheduler,
+}
+
+
+def load_prior(
+    model: ModelConfig, report: Callable[[float], None] = lambda _: None
+) -> tuple[Qwen3Model, Qwen2Tokenizer]:
+    """Load the text encoder, on its device, and its tokenizer.
+
+    Args:
+        model: which.
+        report: told the share that is loaded, 0 to 1.
+
+    Raises:
+        CheckpointError: the checkpoint or one of the two components is missing or does not fit.
+    """
+    stage = model.prior
+    parts = load(model, PRIOR_COMPONENTS, report, tiny=tiny.cached, device=stage.device, dtype=stage.dtype)
+    return parts["text_encoder"], parts["tokenizer"]
+
+
+def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> DecoderPipeline:
+    """Load the pipeline, on the CPU, without the text encoder.
+
+    Args:
+        model: which.
+        report: told the share that is loaded, 0 to 1.
+
+    Raises:
+        CheckpointError: the checkpoint or one of the components is missing or does not fit.
+    """
+    parts = load(model, DECODER_COMPONENTS, report, tiny=tiny.cached, device="cpu", dtype=model.decoder.dtype)
+    return DecoderPipeline(**parts, text_encoder=None, tokenizer=None)

@@ -1,0 +1,259 @@
+"""Both families on one server, configs/tiny-both.yaml: upstream's pixels, and neither disturbs the other."""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+import yaml
+from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
+from PIL import Image
+
+from deployments.glm_image import tiny as glm_image
+from deployments.types import Pixels
+from deployments.z_image import tiny as z_image
+from tests.serve.conftest import ROOT, Upstream, config_file, served, until
+
+PROMPT = "A lighthouse with the words ÖFFNUNG 9–17 on it"
+STEPS: dict[str, Any] = {"num_inference_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    args = yaml.safe_load((ROOT / "configs/tiny-both.yaml").read_text())["applications"][0]["args"]
+    with served(config_file(tmp_path_factory.mktemp("both"), args.pop("models"), **args)) as running:
+        yield running.url
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@cache
+def pipelines() -> tuple[ZImagePipeline, ZImageImg2ImgPipeline]:
+    generating = ZImagePipeline.from_pretrained(z_image.cached(), local_files_only=True)
+    editing = ZImageImg2ImgPipeline(**generating.components)
+    for pipeline in (generating, editing):
+        pipeline.set_progress_bar_config(disable=True)
+    return generating, editing
+
+
+def upstreams(seed: int, source: Pixels | None = None, **arguments: Any) -> Pixels:
+    """What diffusers' own pipelines make."""
+    torch.set_num_threads(1)  # as the server's stages
+    generating, editing = pipelines()
+    arguments |= {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": 4} | arguments
+    if source is None:
+        images = generating(PROMPT, width=544, height=512, **arguments).images
+    else:
+        images = editing(PROMPT, Image.fromarray(source), **arguments).images
+    return np.asarray(images[0])
+
+
+def pixels(answer: Any) -> list[Pixels]:
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one.b64_json)))) for one in answer.data]
+
+
+def generate(client: openai.OpenAI, model: str, n: int = 1, **extra: Any) -> list[Pixels]:
+    answer = client.images.generate(
+        model=model,
+        prompt=PROMPT,
+        size="544x512",
+        n=n,
+        response_format="b64_json",
+        extra_body={"seed": 7} | extra,
+    )
+    return pixels(answer)
+
+
+SOURCE = np.random.default_rng(0).integers(0, 256, (544, 512, 3), dtype=np.uint8)
+
+
+def edit(client: openai.OpenAI, model: str, source: Pixels = SOURCE, **fields: Any) -> Pixels:
+    file = io.BytesIO()
+    Image.fromarray(source).save(file, "PNG")
+    extra = {name: value for name, value in fields.items() if name != "size"}
+    (image,) = pixels(
+        client.images.edit(
+            model=model,
+            prompt=PROMPT,
+            image=("source.png", file.getvalue()),
+            response_format="b64_json",
+            extra_body={"seed": 7} | extra,
+            **{name: value for name, value in fields.items() if name == "size"},
+        )
+    )
+    return image
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"guidance_scale": 4.0}),
+        ({"negative_prompt": "blurry"}, {"guidance_scale": 4.0, "negative_prompt": "blurry"}),
+        ({"guidance_scale": 0}, {"guidance_scale": 0.0}),
+        (
+            {"guidance_scale": 7.5, "cfg_normalization": True, "negative_prompt": "blurry"},
+            {"guidance_scale": 7.5, "cfg_normalization": True, "negative_prompt": "blurry"},
+        ),
+    ],
+)
+def test_text_to_image_equals_upstream(
+    client: openai.OpenAI, asked: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    first, second = generate(client, "z-image", n=2, **STEPS, **asked)
+    assert np.array_equal(first, upstreams(7, **expected))
+    assert np.array_equal(second, upstreams(8, **expected))
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"guidance_scale": 1.5, "strength": 0.6}),
+        (
+            {"strength": 0.3, "guidance_scale": 5, "negative_prompt": "dark"},
+            {"strength": 0.3, "guidance_scale": 5.0, "negative_prompt": "dark"},
+        ),
+        ({"strength": 1, "cfg_normalization": True}, {"strength": 1.0, "cfg_normalization": True}),
+    ],
+)
+def test_edits_equal_upstream(client: openai.OpenAI, asked: dict[str, Any], expected: dict[str, Any]) -> None:
+    expected = {"guidance_scale": 1.5} | expected
+    assert np.array_equal(edit(client, "z-image", **STEPS, **asked), upstreams(7, SOURCE, **expected))
+
+
+def test_a_source_fills_an_image_of_another_shape_and_is_cut(client: openai.OpenAI) -> None:
+    made = edit(client, "z-image", size="1024x512", **STEPS)
+    middle = Image.fromarray(SOURCE).resize((1024, 512), Image.Resampling.LANCZOS, (0, 144, 512, 400))
+    assert np.array_equal(made, upstreams(7, np.asarray(middle), guidance_scale=1.5, strength=0.6))
+
+
+def test_turbo_has_its_own_defaults(client: openai.OpenAI) -> None:
+    turbo: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 0.0}
+    (generated,) = generate(client, "z-image-turbo")
+    assert np.array_equal(generated, upstreams(7, **turbo))
+    assert np.array_equal(edit(client, "z-image-turbo"), upstreams(7, SOURCE, strength=0.6, **turbo))
+
+
+def test_the_first_model_is_the_default(client: openai.OpenAI, upstream: Callable[[Path], Upstream]) -> None:
+    answer = client.images.generate(
+        prompt=PROMPT,
+        size="512x512",
+        response_format="b64_json",
+        extra_body={"seed": 7, "num_inference_steps": 2},
+    )
+    assert np.array_equal(pixels(answer)[0], upstream(glm_image.cached())(PROMPT, 512, 512, seed=7))
+
+
+def test_a_job_and_fals_queue_make_the_same(client: openai.OpenAI, http: httpx.Client) -> None:
+    (expected,) = generate(client, "z-image", **STEPS, negative_prompt="blurry")
+    asked = {"model": "z-image", "prompt": PROMPT, "size": "544x512", "seed": 7, "negative_prompt": "blurry"}
+    job = http.post("/v1/images/jobs", json=asked | STEPS).json()
+    until(lambda: http.get(f"/v1/images/jobs/{job['id']}").json()["status"] == "succeeded")
+    result = http.get(f"/v1/images/jobs/{job['id']}").json()["result"]["data"][0]
+    file = http.get(result["url"]).content
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), expected)
+
+    asked = {"prompt": PROMPT, "image_size": {"width": 544, "height": 512}, "seed": 7, "output_format": "png"}
+    made = http.post("/fal-ai/z-image-turbo", json=asked).json()["images"][0]
+    expected = generate(client, "z-image-turbo")[0]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(http.get(made["url"]).content))), expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "reason"),
+    [
+        ({"model": "glm-image", "negative_prompt": "x"}, "negative_prompt", "glm-image has none"),
+        ({"model": "glm-image", "cfg_normalization": True}, "cfg_normalization", "glm-image has none"),
+        ({"model": "glm-image", "strength": 0.5}, "strength", "glm-image has none"),
+        ({"model": "z-image", "strength": 0.5}, "strength", "no source image"),
+        ({"model": "z-image-turbo", "negative_prompt": "x"}, "negative_prompt", "guidance is off"),
+        ({"model": "z-image", "guidance_scale": 0, "cfg_normalization": True}, "cfg_normalization", "is off"),
+        ({"model": "z-image", "prompt": "x" * 600}, "prompt", "takes at most 512; shorten it"),
+        ({"model": "z-image", "negative_prompt": "x" * 600}, "negative_prompt", "takes at most 512"),
+    ],
+)
+def test_what_a_model_does_not_take_is_refused_by_name(
+    http: httpx.Client, asked: dict[str, Any], param: str, reason: str
+) -> None:
+    answer = http.post("/v1/images/generations", json={"prompt": "a boat", "size": "512x512"} | asked)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert reason in error["message"]
+
+
+def test_more_source_images_than_a_model_takes_are_refused(http: httpx.Client) -> None:
+    file = io.BytesIO()
+    Image.fromarray(SOURCE).save(file, "PNG")
+    files = [("image[]", file.getvalue())] * 2
+    answer = http.post("/v1/images/edits", data={"prompt": "x", "model": "z-image"}, files=files)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "image"
+
+
+def test_the_models_tell_what_they_take(http: httpx.Client) -> None:
+    glm, base, turbo = http.get("/v1/models").json()["data"]
+    assert set(base["parameters"]) - set(glm["parameters"]) == {
+        "negative_prompt",
+        "cfg_normalization",
+        "strength",
+    }
+    assert {"prompt", "seed", "guidance_scale"} <= set(glm["parameters"])
+    assert "style" not in base["parameters"]
+    assert base["defaults"] == {
+        "size": "1024x1024",
+        "num_inference_steps": 50,
+        "guidance_scale": 4.0,
+        "edit_guidance_scale": 1.5,
+        "strength": 0.6,
+    }
+    assert turbo["defaults"]["num_inference_steps"] == 8
+    assert (glm["guidance_off"], base["guidance_off"]) == (1, 0)
+    assert (glm["max_source_images"], base["max_source_images"]) == (4, 1)
+
+
+def test_previews_and_progress_come_from_both_families(http: httpx.Client) -> None:
+    asked = {"prompt": PROMPT, "size": "512x512", "stream": True, "partial_images": 2} | STEPS
+    for model in ("glm-image", "z-image"):
+        with http.stream("POST", "/v1/images/generations", json=asked | {"model": model}) as answer:
+            text = answer.read().decode()
+        assert re.findall("^event: (.*)$", text, re.MULTILINE) == [
+            "image_generation.partial_image",
+            "image_generation.partial_image",
+            "image_generation.completed",
+        ]
+
+
+def test_unloading_one_model_leaves_the_other_generating(client: openai.OpenAI, http: httpx.Client) -> None:
+    generate(client, "glm-image", num_inference_steps=2)
+    with ThreadPoolExecutor(1) as pool:
+        before = http.get("/health").json()["models"]
+        made = pool.submit(generate, client, "z-image", num_inference_steps=40)
+        until(lambda: http.get("/v1/internal/status").json()["status"] == "generating")
+        answer = http.post("/v1/internal/unload?model=glm-image")
+        assert answer.status_code == 200, answer.text
+        assert not made.done()
+        states = http.get("/health").json()["models"]
+        assert {stage["state"] for stage in states["glm-image"].values()} == {"unloaded"}
+        assert "unloaded" not in {stage["state"] for stage in states["z-image"].values()}
+        assert {stage["state"] for stage in before["glm-image"].values()} == {"ready"}
+        (image,) = made.result(120)
+    assert np.array_equal(image, upstreams(7, guidance_scale=4.0, num_inference_steps=40))
