@@ -9,6 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from deployments.families import FAMILIES, Family
 
 
+def _of_families(trait: str) -> str:
+    """In words, for descriptions."""
+    values = {name: getattr(family, trait) for name, family in FAMILIES.items()}
+    return ", ".join(
+        f"{'as without' if value is None else str(value)} for `{name}`" for name, value in values.items()
+    )
+
+
 class Config(BaseModel):
     """Base of every part: immutable, and a misspelt key is an error."""
 
@@ -93,7 +101,8 @@ class PriorConfig(StageConfig):
         default=None,
         ge=1,
         description="Tokens that each of them may have: what is read, and what is drawn. Where tokens are "
-        "drawn, the cache for all rows is taken at the start. Unset, the family's.",
+        f"drawn, the cache for all rows is taken at the start. Unset, the family's: "
+        f"{_of_families('row_tokens')}.",
     )
 
 
@@ -184,14 +193,13 @@ class Defaults(Config):
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="Classifier-free guidance. Unset, the family's: 1.5 for `glm_image`, 4 for `z_image`.",
+        description=f"Classifier-free guidance. Unset, the family's: {_of_families('guidance_scale')}.",
     )
     edit_guidance_scale: float | None = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="Likewise for edits. Unset, the family's: `guidance_scale` for `glm_image`, 1.5 for "
-        "`z_image`.",
+        description=f"Likewise for edits. Unset, the family's: {_of_families('edit_guidance_scale')}.",
     )
     strength: float = Field(
         default=0.6,

@@ -111,7 +111,7 @@ class DecodeRequest:
         seed: of the initial noise, 0 to 2**63 - 1.
         steps: denoising steps, at least 1.
         guidance_scale: classifier-free guidance, 0 or more; from where on it is off the family says.
-        cfg_normalization: whether guidance may not make the velocity larger; for families that have it.
+        cfg_normalization: whether guidance may not lengthen the velocity; for families that have it.
         strength: how much of the source image is painted over, more than 0 to 1; likewise.
         previews: how many are wanted, 0 to 3; fewer come when there are few steps.
         prior: what the prior stage answered.

@@ -51,7 +51,7 @@ class Generation:
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
         negative_prompt: what not to paint, where the family takes it.
-        cfg_normalization: whether guidance may not make the velocity larger, likewise.
+        cfg_normalization: whether guidance may not lengthen the velocity, likewise.
         strength: how much of the source image is painted over, 0.01 to 1, likewise.
         seed: of the first image, 0 to 2**63 - 1; None draws one.
         partial_images: previews of each image, 0 to 3.

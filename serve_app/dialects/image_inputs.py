@@ -88,7 +88,7 @@ class ImageInput(JSONFields):
         default=None,
         ge=1,
         le=100,
-        description="Denoising steps; if unset, 30 for GLM-Image.",
+        description="Denoising steps; 30 if unset, and with models that are not GLM-Image their own default.",
     )
     guidance_scale: float | None = Field(
         default=None, ge=1, le=10, allow_inf_nan=False, description="The model's default if unset."

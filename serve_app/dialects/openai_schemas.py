@@ -85,7 +85,7 @@ class ImageRequest(Fields):
         default=None, description="What not to paint. Refused where guidance is off, since nobody would look."
     )
     cfg_normalization: bool | None = Field(
-        default=None, description="Whether guidance may not make the predicted velocity larger; likewise."
+        default=None, description="Whether guidance may not lengthen the predicted velocity; likewise."
     )
     strength: float | None = Field(
         default=None,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from deployments.families import FAMILIES
+
 ROOT = Path(__file__).parents[2]
 CLIENTS = {"aiohttp", "ftplib", "http.client", "httpx", "requests", "smtplib", "urllib.request", "urllib3"}
 CONNECTING = {"connect", "connect_ex", "create_connection", "open_connection", "sock_connect"}
@@ -89,3 +91,15 @@ def test_another_way_out_would_be_seen(tmp_path: Path, program: str) -> None:
     file = tmp_path / "module.py"
     file.write_text(program)
     assert opens_connections(file)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outside_of_a_familys_folder_one_map_alone_names_it(name: str) -> None:
+    """Apps and routes of hosted APIs are called glm-image, which is no family's name."""
+    naming = {
+        str(file.relative_to(ROOT))
+        for plane in ("deployments", "serve_app")
+        for file in (ROOT / plane).rglob("*.py")
+        if name in file.read_text() and file.parent.name != name
+    }
+    assert naming == {"deployments/families.py"}
