@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import numpy as np
 import openai
 import pytest
@@ -228,6 +229,28 @@ def test_the_models_tell_what_they_take(http: httpx.Client) -> None:
     assert turbo["defaults"]["num_inference_steps"] == 8
     assert (glm["guidance_off"], base["guidance_off"]) == (1, 0)
     assert (glm["max_source_images"], base["max_source_images"]) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_valid"),
+    [
+        ({"model": "z-image", "negative_prompt": "x"}, True),
+        ({"model": "glm-image", "negative_prompt": "x"}, False),
+        ({"negative_prompt": "x"}, False),
+        ({"negative_prompt": ""}, True),
+        ({"model": "z-image", "cfg_normalization": True}, True),
+        ({"cfg_normalization": True}, False),
+        ({"cfg_normalization": None}, True),
+    ],
+)
+def test_the_document_says_which_model_takes_what(
+    http: httpx.Client, asked: dict[str, Any], is_valid: bool
+) -> None:
+    route = http.get("/openapi.json").json()["paths"]["/v1/images/generations"]["post"]
+    schema = route["requestBody"]["content"]["application/json"]["schema"]
+    assert jsonschema_rs.validator_for(schema).is_valid({"prompt": "a boat"} | asked) == is_valid
+    body = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 1} | asked
+    assert (http.post("/v1/images/generations", json=body).status_code == 200) == is_valid
 
 
 def test_previews_and_progress_come_from_both_families(http: httpx.Client) -> None:

@@ -168,6 +168,16 @@ def test_a_text_that_upstream_would_cut_is_refused_and_its_company_is_not(
     assert all(len(future.result(30).prompt) for future in futures[1:])
 
 
+def test_a_text_may_fill_its_row(running: PriorEngine) -> None:
+    def tokens(letters: int) -> int:
+        return running.submit(ask("x" * letters), Call()).result(30).text_tokens
+
+    most = 512 - tokens(0)
+    assert tokens(most) == 512
+    with pytest.raises(RequestTooLong, match="513"):
+        tokens(most + 1)
+
+
 def test_what_is_cancelled_before_it_began_is_not_encoded(
     engine: PriorEngine, batches: list[tuple[int, ...]]
 ) -> None:
