@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Parameter = Literal["negative_prompt", "cfg_normalization", "strength"]
 """What only some families take."""
 PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
+GUIDANCE_PARAMETERS: frozenset[Parameter] = frozenset({"negative_prompt", "cfg_normalization"})
+"""What has no effect without guidance."""
 
 
 class PriorEngine(Protocol):

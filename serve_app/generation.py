@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from deployments.config import MIN_STRENGTH
 from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
-from deployments.families import PARAMETERS, Parameter
+from deployments.families import GUIDANCE_PARAMETERS, PARAMETERS, Parameter
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
@@ -568,10 +568,10 @@ class Generator:
         scale = generation.guidance_scale
         if scale is None:
             scale = model.guidance_scale(editing=editing)
-        without_guidance = f"has no effect at guidance_scale {scale:g}, where guidance is off; leave it out"
         reasons: dict[Parameter, str] = {}
         if scale <= family.guidance_off:
-            reasons |= {"negative_prompt": without_guidance, "cfg_normalization": without_guidance}
+            problem = f"has no effect at guidance_scale {scale:g}, where guidance is off; leave it out"
+            reasons |= dict.fromkeys(GUIDANCE_PARAMETERS, problem)
         if not editing:
             reasons["strength"] = "is of edits: there is no source image to paint over; leave it out"
         for param in PARAMETERS:

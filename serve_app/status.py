@@ -31,8 +31,8 @@ class StageStatus(TypedDict):
     Attributes:
         state: the best of its replicas'.
         replicas: how many are loaded.
-        done: tokens that these have drawn, or denoising steps that they have made, since they loaded; those
-            of images that were called off included.
+        done: tokens that these have drawn (or read, where none are drawn), or denoising steps that they have
+            made, since they loaded; those of images that were called off included.
         progress: of its loading, 0 to 1.
         reason: why it failed, or what its loading waits for.
     """

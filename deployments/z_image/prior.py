@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 256 * 2**20
 """Of embeddings, in the CPU's memory; the longest text takes 5 MB."""
+GPU_LINES = 2
+"""Texts of one batch on a GPU: a prompt and its negative one. Each is of `row_tokens`, so that arithmetic
+takes the time already, not reading weights; and what would fill up a larger batch is arithmetic, too."""
 
 Tokens = tuple[int, ...]
 
@@ -48,7 +51,7 @@ class PriorEngine:
     Args:
         text_encoder: the checkpoint's; its last layer, whose output nobody reads, is taken away.
         tokenizer: the checkpoint's.
-        rows: texts of one batch.
+        rows: texts of one batch, on a CPU, and requests that are answered together.
         row_tokens: of each, chat template included; shorter ones are padded.
     """
 
@@ -63,6 +66,7 @@ class PriorEngine:
         self._rows = rows
         self._row_tokens = row_tokens
         self._fixed_shape = text_encoder.device.type != "cpu"
+        self._lines = GPU_LINES if self._fixed_shape else rows
         self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
         self._embeddings: OrderedDict[Tokens, Embedding] = OrderedDict()
         self.fault: EngineFault | None = None
@@ -101,7 +105,7 @@ class PriorEngine:
         for one in asked:
             try:
                 texts = self._texts(one.request)
-            except RequestTooLong as error:
+            except Exception as error:  # noqa: BLE001 - it is this request's alone
                 one.future.set_exception(error)
                 continue
             one.call.report(Progress(done=0, total=sum(map(len, texts)), seconds=0))
@@ -147,9 +151,9 @@ class PriorEngine:
         for text in texts & self._embeddings.keys():
             self._embeddings.move_to_end(text)
         missing = sorted(texts - self._embeddings.keys())
-        for begin in range(0, len(missing), self._rows):
-            batch = missing[begin : begin + self._rows]
-            lines = self._rows if self._fixed_shape else len(batch)
+        for begin in range(0, len(missing), self._lines):
+            batch = missing[begin : begin + self._lines]
+            lines = self._lines if self._fixed_shape else len(batch)
             ids = torch.full((lines, self._row_tokens), self._tokenizer.pad_token_id)
             mask = torch.zeros((lines, self._row_tokens), dtype=torch.bool)
             mask[:, 0] = True  # of lines that stay empty

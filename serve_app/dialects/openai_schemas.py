@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.config import MIN_STRENGTH
-from deployments.families import PARAMETERS
+from deployments.families import GUIDANCE_PARAMETERS, PARAMETERS, Parameter
 from serve_app import images
 from serve_app.dialects.bodies import MAX_ID_CHARS, NOT_BLANK, Fields, JSONFields, document_errors
 from serve_app.generation import MAX_PARTIAL_IMAGES, MAX_SEED
@@ -430,15 +430,18 @@ def _schema(
         for name, reason in UNSUPPORTED.items()
     }
     schema["allOf"] = [_either("output_compression", [100, *unset], "output_format", ["jpeg", "webp"])]
+    taken = frozenset[Parameter]().union(*(model.traits.parameters for model in models))
     for param in PARAMETERS:
-        takers = [model for model in models if param in model.traits.parameters]
-        if not takers:
+        if param not in taken:
             schema["properties"][param] = {"enum": list(unset), "description": "No model takes it."}
-        elif len(takers) < len(models):
-            names: list[Any] = [model.name for model in takers]
-            if models[0] in takers:
-                names += unset
-            schema["allOf"].append(_either(param, list(unset), "model", names))
+    if not issubclass(fields, EditRequest):
+        schema["properties"]["strength"] = {"enum": list(unset), "description": "Of edits."}
+    elif issubclass(fields, JobRequest) and "strength" in taken:
+        schema["allOf"].append(
+            {"anyOf": [{"properties": {"strength": {"enum": list(unset)}}}, {"required": ["images"]}]}
+        )
+    for model in models:
+        schema["allOf"] += [_if_model(model, models, unset, rule) for rule in _rules(model, taken, unset)]
     if issubclass(fields, JobFields):
         schema["properties"]["stream"] = {"enum": list(unset), "description": "Follow the job's events."}
     else:
@@ -451,9 +454,44 @@ def _either(name: str, values: list[Any], other: str, others: list[Any]) -> dict
     return {
         "anyOf": [
             {"properties": {name: {"enum": values}}},
-            {"properties": {other: {"enum": others}}, "required": [] if None in others else [other]},
+            {"properties": {other: {"enum": others}}, "required": [other]},
         ]
     }
+
+
+def _rules(
+    model: ModelConfig, taken: frozenset[Parameter], unset: tuple[str | bool | None, ...]
+) -> list[dict[str, Any]]:
+    """What holds of this model's requests, of the parameters that are taken by some model."""
+    family = model.traits
+
+    def left_out(param: str) -> dict[str, Any]:
+        return {"properties": {param: {"enum": list(unset)}}}
+
+    guided: dict[str, Any] = {
+        "properties": {"guidance_scale": {"type": "number", "exclusiveMinimum": family.guidance_off}},
+        "required": ["guidance_scale"],
+    }
+    if min(model.guidance_scale(editing=editing) for editing in (False, True)) > family.guidance_off:
+        guided = {"anyOf": [guided, left_out("guidance_scale")]}
+    return [
+        *(left_out(param) for param in sorted(taken - family.parameters)),
+        *({"anyOf": [left_out(param), guided]} for param in sorted(family.parameters & GUIDANCE_PARAMETERS)),
+    ]
+
+
+def _if_model(
+    model: ModelConfig, models: list[ModelConfig], unset: tuple[str | bool | None, ...], rule: dict[str, Any]
+) -> dict[str, Any]:
+    """The rule holds, or another model is asked for."""
+    others: list[Any] = [other.name for other in models if other is not model]
+    if not others:
+        return rule
+    if model is models[0]:
+        another = {"properties": {"model": {"enum": others}}, "required": ["model"]}
+    else:
+        another = {"properties": {"model": {"enum": [*others, *unset]}}}
+    return {"anyOf": [another, rule]}
 
 
 def _sizes(models: list[ModelConfig], limits: Limits) -> str:

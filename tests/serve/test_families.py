@@ -241,6 +241,10 @@ def test_the_models_tell_what_they_take(http: httpx.Client) -> None:
         ({"model": "z-image", "cfg_normalization": True}, True),
         ({"cfg_normalization": True}, False),
         ({"cfg_normalization": None}, True),
+        ({"model": "z-image", "guidance_scale": 0, "negative_prompt": "x"}, False),
+        ({"model": "z-image-turbo", "negative_prompt": "x"}, False),
+        ({"model": "z-image-turbo", "guidance_scale": 2, "negative_prompt": "x"}, True),
+        ({"model": "z-image", "strength": 0.5}, False),
     ],
 )
 def test_the_document_says_which_model_takes_what(

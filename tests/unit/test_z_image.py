@@ -22,6 +22,7 @@ from deployments.errors import (
     UnsupportedOption,
 )
 from deployments.families import FAMILIES
+from deployments.prompts import plain_text
 from deployments.types import (
     DecodeRequest,
     Embedding,
@@ -135,9 +136,10 @@ def test_a_text_is_encoded_once_while_it_is_kept(
 def test_on_a_gpu_every_batch_is_of_one_shape(
     running: PriorEngine, batches: list[tuple[int, ...]], upstream: ZImagePipeline
 ) -> None:
-    running._fixed_shape = True
-    made = running.submit(ask(guidance_scale=4), Call()).result(30)
-    assert batches == [(ROWS, 512)]
+    running._fixed_shape, running._lines = True, 2
+    made = running.submit(ask(), Call()).result(30)
+    running.submit(ask("a goat", guidance_scale=4), Call()).result(30)
+    assert batches == [(2, 512)] * 2
     assert np.array_equal(made.prompt, upstreams(upstream, "a boat"))
 
 
@@ -166,6 +168,19 @@ def test_a_text_that_upstream_would_cut_is_refused_and_its_company_is_not(
         futures[0].result(30)
     assert (refused.value.param, refused.value.alone, refused.value.limit) == (param, True, 512)
     assert all(len(future.result(30).prompt) for future in futures[1:])
+
+
+def test_what_cannot_be_read_is_that_requests_fault(
+    running: PriorEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tokenizer: Any, text: str) -> str:
+        return plain_text(tokenizer, text) if text != "bad" else str(1 / 0)
+
+    monkeypatch.setattr(prior_module, "plain_text", fail)
+    bad, good = running.submit(ask("bad"), Call()), running.submit(ask(), Call())
+    with pytest.raises(ZeroDivisionError):
+        bad.result(30)
+    assert len(good.result(30).prompt)
 
 
 def test_a_text_may_fill_its_row(running: PriorEngine) -> None:
