@@ -53,7 +53,8 @@ class PriorEngine(Protocol):
         """Ask for the prior of one unit; may be called from any thread.
 
         Progress is reported a few times a second at most. The future fails with `Cancelled` within a token
-        after the call is cancelled, and with `RequestTooLong` when the request has more tokens than a row.
+        after the call is cancelled, if tokens are drawn, and with `RequestTooLong` when the request has more
+        tokens than a row.
         """
 
     def run(self) -> None:

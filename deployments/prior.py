@@ -31,7 +31,7 @@ class PriorStage:
         return engine
 
     async def generate(self, request: PriorRequest) -> AsyncIterator[Event | Prior]:
-        """Make the prior tokens of one unit, the last item; a cancelled call stops within a token."""
+        """Make the prior of one unit, the last item; a cancelled call stops as soon as the engine can."""
         engine = await self._loader.engine(request.asked_at)
         items = stream(lambda call: engine.submit(request, call))
         async with aclosing(items):

@@ -11,16 +11,17 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from huggingface_hub import cached_assets_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from _typeshed import DataclassInstance
     from diffusers import DiffusionPipeline
 
-Sizes = TypeVar("Sizes")
+Sizes = TypeVar("Sizes", bound="DataclassInstance")
 
 
 class Recipe(Generic[Sizes]):
@@ -78,7 +79,6 @@ class Recipe(Generic[Sizes]):
 
     def main(self) -> None:
         """Write a checkpoint where the command line says."""
-        usual: Any = self._usual
         usual_name = next(iter(self._presets))
         family = self._file.parent.name
         parser = argparse.ArgumentParser(
@@ -90,7 +90,7 @@ class Recipe(Generic[Sizes]):
         parser.add_argument(
             "--preset", choices=self._presets, default=usual_name, help="the sizes to begin with"
         )
-        for field in dataclasses.fields(usual):
+        for field in dataclasses.fields(self._usual):
             parser.add_argument(
                 f"--{field.name.replace('_', '-')}",
                 type=int,
@@ -102,7 +102,7 @@ class Recipe(Generic[Sizes]):
         if folder.exists():
             parser.error(f"{folder} exists already")
         try:
-            sizes = dataclasses.replace(preset, **chosen)  # type: ignore[type-var]  # a dataclass
+            sizes = dataclasses.replace(preset, **chosen)
         except ValueError as error:
             parser.error(str(error))
         self.write(folder.absolute(), sizes)

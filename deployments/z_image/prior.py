@@ -167,7 +167,8 @@ class PriorEngine:
             if not torch.isfinite(hidden[: len(batch)][mask[: len(batch)].to(device)]).all():
                 raise NotANumber("the text encoder's embeddings are not numbers")
             for text, line in zip(batch, hidden, strict=False):
-                self._embeddings[text] = line[: len(text)].float().cpu().numpy()
+                # A copy: a part of the batch would keep the whole of it.
+                self._embeddings[text] = line[: len(text)].float().cpu().numpy().copy()
                 self.done += len(text)
 
     def _fail(self, asked: list[_Asked], error: Exception) -> None:

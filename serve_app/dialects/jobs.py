@@ -53,7 +53,7 @@ class ImageProgress(BaseModel):
     """How far one image is."""
 
     stage: Literal["waiting", "prior", "decoder"]
-    done: int | None = Field(default=None, description="Tokens drawn, or denoising steps made.")
+    done: int | None = Field(default=None, description="Tokens drawn or read, or denoising steps made.")
     total: int | None = Field(default=None, description="Of how many.")
 
 

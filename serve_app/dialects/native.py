@@ -43,7 +43,7 @@ class Unit(BaseModel):
     request_id: str
     model: str
     stage: Literal["waiting", "prior", "decoder"]
-    done: int | None = Field(default=None, description="Tokens drawn, or denoising steps made.")
+    done: int | None = Field(default=None, description="Tokens drawn or read, or denoising steps made.")
     total: int | None = Field(default=None, description="Of how many.")
     ahead: int | None = Field(default=None, description="While it waits: how many images came before it.")
     seconds: float = Field(description="Its age.")
