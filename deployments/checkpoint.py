@@ -1,4 +1,8 @@
-"""Loading of checkpoints in diffusers' layout: a stage's own components, safetensors only, no remote code."""
+"""Loading of checkpoints: safetensors only, by classes of our choosing, no remote code.
+
+A model's is in diffusers' layout, a folder for each component, of which a stage loads its own; a classifier's
+or a chat model's is in transformers' layout, all in one folder.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,7 +30,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 FILE_TYPES = ("json", "jinja", "model", "safetensors", "txt")
-"""What is downloaded of a component's folder: settings, vocabularies and safe weights."""
+"""What is downloaded of a folder: settings, vocabularies and safe weights."""
+
+
+class Source(Protocol):
+    """What of a configuration says where a checkpoint is; see `deployments.config`."""
+
+    @property
+    def checkpoint(self) -> str:
+        """A folder, a Hub id, or `tiny`."""
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub's commit."""
 
 
 def load(
@@ -52,22 +68,63 @@ def load(
         CheckpointError: the checkpoint or one of the components is missing or does not fit.
     """
     began = time.monotonic()
-    folder = tiny() if model.checkpoint == "tiny" else _locate(model, list(components))
+    patterns = [f"{name}/*.{suffix}" for name in components for suffix in FILE_TYPES]
+    folder = tiny() if model.checkpoint == "tiny" else _locate(model, ["model_index.json", *patterns])
     sizes = {
         name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
         for name in components
     }
     parts: dict[str, Any] = {}
     for name, cls in components.items():
+        _check_component(folder, name, cls)
         with _told(partial(_report_part, report, sizes, name)):
-            parts[name] = _load_component(
-                folder, name, cls, device=torch.device(device), dtype=getattr(torch, dtype)
-            )
+            what, where = f"component {name!r}", folder / name
+            if issubclass(cls, torch.nn.Module):
+                parts[name] = _load_weights(where, f"{folder}: {what}", cls, device=device, dtype=dtype)
+            else:
+                parts[name] = _load_settings(where, f"{folder}: {what}", cls)
     logger.info(
         "%s: loaded %s from %s as %s on %s in %.1f s",
         *(model.name, ", ".join(parts), folder, dtype, device, time.monotonic() - began),
     )
     return parts
+
+
+def load_flat(
+    source: Source,
+    model_class: Any,
+    reader_class: Any,
+    report: Callable[[float], None],
+    *,
+    tiny: Callable[[], Path],
+    device: str,
+    dtype: str,
+) -> tuple[Any, Any]:
+    """Load a checkpoint in transformers' layout.
+
+    Args:
+        source: where it is.
+        model_class: of the model, which is in its evaluation mode then.
+        reader_class: of what prepares its input.
+        report: told the share that is loaded, 0 to 1.
+        tiny: the folder of the tiny checkpoint.
+        device: where weights go.
+        dtype: theirs, as torch calls it.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or does not fit.
+    """
+    began = time.monotonic()
+    folder = tiny() if source.checkpoint == "tiny" else _locate(source, [f"*.{one}" for one in FILE_TYPES])
+    safe = {
+        "trust_remote_code": False
+    }  # classes that look into the checkpoint for theirs would ask a terminal
+    reader = _load_settings(folder, f"{folder}: its {reader_class.__name__}", reader_class, **safe)
+    with _told(report):
+        what = f"{folder}: its {model_class.__name__}"
+        model = _load_weights(folder, what, model_class, device=device, dtype=dtype, **safe)
+    logger.info("loaded %s as %s on %s in %.1f s", folder, dtype, device, time.monotonic() - began)
+    return model, reader
 
 
 def _report_part(report: Callable[[float], None], sizes: Mapping[str, int], name: str, loaded: float) -> None:
@@ -97,36 +154,35 @@ def _told(report: Callable[[float], None]) -> Iterator[None]:
     report(1.0)
 
 
-def _locate(model: ModelConfig, components: list[str]) -> Path:
-    """The checkpoint's folder, with at least these components downloaded if it comes from the Hub."""
-    folder = Path(model.checkpoint).expanduser()
+def _locate(source: Source, patterns: list[str]) -> Path:
+    """The checkpoint's folder, with at least these files downloaded if it comes from the Hub."""
+    folder = Path(source.checkpoint).expanduser()
     if folder.is_dir():
         return folder
-    if model.revision is None:
+    if source.revision is None:
         raise CheckpointError(
-            f"checkpoint {model.checkpoint!r} is not a folder on this machine; "
+            f"checkpoint {source.checkpoint!r} is not a folder on this machine; "
             "if it is a Hub id, give `revision` (a commit's 40 digits) too"
         )
+    flat = not any("/" in pattern for pattern in patterns)  # to the Hub, a star stands for folders, too
     try:
         return Path(
             snapshot_download(
-                model.checkpoint,
-                revision=model.revision,
-                allow_patterns=[
-                    "model_index.json",
-                    *(f"{name}/*.{suffix}" for name in components for suffix in FILE_TYPES),
-                ],
+                source.checkpoint,
+                revision=source.revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"] if flat else None,
                 tqdm_class=_LoggedProgress,
             )
         )
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {model.checkpoint!r} at revision {model.revision} could not be had: {error}"
+            f"checkpoint {source.checkpoint!r} at revision {source.revision} could not be had: {error}"
         ) from error
 
 
-def _load_component(folder: Path, name: str, cls: Any, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load one component.
+def _check_component(folder: Path, name: str, cls: Any) -> None:
+    """Look whether a component is there, and what it should be.
 
     The class is ours to say, not the checkpoint's: what the index declares is only compared.
     """
@@ -138,22 +194,30 @@ def _load_component(folder: Path, name: str, cls: Any, *, device: torch.device, 
         raise CheckpointError(f"{folder}: component {name!r} is a {declared}, not a {cls.__name__}")
     if not (folder / name).is_dir():
         raise CheckpointError(f"{folder}: component {name!r} is missing")
-    has_weights = issubclass(cls, torch.nn.Module)
+
+
+def _load_settings(folder: Path, what: str, cls: Any, **options: Any) -> Any:
+    """Load what has no weights; `what` names it in errors."""
     try:
-        if not has_weights:
-            return cls.from_pretrained(folder / name)
-        component, report = cls.from_pretrained(
-            folder / name, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # whatever the libraries raise, the component is to be named
-        raise CheckpointError(f"{folder}: component {name!r} cannot be loaded: {error}") from error
+        return cls.from_pretrained(folder, **options)
+    except Exception as error:  # whatever the libraries raise, it is to be named
+        raise CheckpointError(f"{what} cannot be loaded: {error}") from error
+
+
+def _load_weights(folder: Path, what: str, cls: Any, *, device: str, dtype: str, **options: Any) -> Any:
+    """Load what has weights; likewise."""
+    options |= {"torch_dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
+    try:
+        component, report = cls.from_pretrained(folder, **options)
+    except Exception as error:
+        raise CheckpointError(f"{what} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
-        # The libraries fill such gaps with random numbers: an image would come, of noise.
-        raise CheckpointError(f"{folder}: component {name!r} lacks weights: {', '.join(missing)}")
+        # The libraries fill such gaps with random numbers: something would come, of noise.
+        raise CheckpointError(f"{what} lacks weights: {', '.join(missing)}")
     try:
-        return component.to(device)
+        return component.to(torch.device(device))
     except Exception as error:  # no such device, or too little memory on it
-        raise CheckpointError(f"{folder}: component {name!r} cannot be put on {device}: {error}") from error
+        raise CheckpointError(f"{what} cannot be put on {device}: {error}") from error
 
 
 class _SilentBar(tqdm):  # type: ignore[misc]

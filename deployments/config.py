@@ -181,6 +181,55 @@ class DecoderConfig(StageConfig):
         return self
 
 
+REVISION = "The Hub commit to load, all 40 digits of it: what runs today runs tomorrow."
+COMMIT = "^[0-9a-f]{40}$"
+DEFAULT_CLASSIFIER = "Falconsai/nsfw_image_detection"
+DEFAULT_CLASSIFIER_REVISION = "63e0a066bb08d2ae47324b540fba3adfd4536569"
+
+
+class ClassifierConfig(StageConfig):
+    """The classifier of the safety checker, small enough for a CPU: where it runs and how."""
+
+    device: Literal["cuda", "cpu"] = Field(default="cpu", description="As of a stage, but for the default.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="float32", description="As of a stage, but for the default."
+    )
+    checkpoint: str = Field(
+        default=DEFAULT_CLASSIFIER,
+        min_length=1,
+        description="A ViT for image classification of transformers: a folder, a Hub id (then `revision` "
+        "too), or `tiny`: random weights.",
+    )
+    revision: str | None = Field(
+        default=None,
+        pattern=COMMIT,
+        description=f"{REVISION} Unset, that of the default checkpoint is `{DEFAULT_CLASSIFIER_REVISION}`.",
+    )
+    unsafe_labels: tuple[str, ...] = Field(
+        default=("nsfw",),
+        min_length=1,
+        description="Of the classifier's labels those whose probabilities, added up, are an image's score.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("checkpoint", DEFAULT_CLASSIFIER) == DEFAULT_CLASSIFIER:
+            return {"revision": DEFAULT_CLASSIFIER_REVISION} | fields
+        return fields
+
+
+class ChatModelConfig(StageConfig):
+    """The chat model of the prompt expander: where it runs and how."""
+
+    checkpoint: str = Field(
+        min_length=1,
+        description="A chat model of transformers: a folder, a Hub id (then `revision` too), or `tiny`: "
+        "random weights, which write random letters.",
+    )
+    revision: str | None = Field(default=None, pattern=COMMIT, description=REVISION)
+
+
 MIN_STRENGTH = 0.01
 """With less there might be no step to make."""
 
@@ -225,12 +274,14 @@ class ModelConfig(Config):
     )
     revision: str | None = Field(
         default=None,
-        pattern=r"^[0-9a-f]{40}$",
-        description="The Hub commit to load, all 40 digits of it: what runs today runs tomorrow.",
+        pattern=COMMIT,
+        description=REVISION,
     )
     defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
     prior: PriorConfig = Field(description="What reads prompts: an autoregressive model, or a text encoder.")
-    decoder: DecoderConfig = Field(description="The diffusion stage; as above.")
+    decoder: DecoderConfig = Field(
+        description="The diffusion stage; `deployment` to `cpu_threads` as above, and:"
+    )
 
     @field_validator("family")
     @classmethod

@@ -6,24 +6,22 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deployments.calls import stream
-from deployments.loading import Loader, Replica
+from deployments.families import Decoder
+from deployments.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from deployments.config import ModelConfig
-    from deployments.families import Decoder
     from deployments.types import DecodeRequest, Event, Pixels
 
 
-class DecoderStage:
+class DecoderStage(Stage[Decoder]):
     """Serves one replica of a model's decoder, a unit at a time."""
 
     async def __init__(self, model: ModelConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._model = model
-        self._replica = Replica()
-        self._loader = Loader(self._load, cpu_threads=model.decoder.cpu_threads, tell=self._replica.tell)
-        await self._loader.wait(self._replica.has_ready_sibling)
+        await super().__init__(model.decoder)
 
     def _load(self, report: Callable[[float], None]) -> Decoder:
         return self._model.traits.decoder().load(self._model, report)
@@ -35,11 +33,3 @@ class DecoderStage:
         async with aclosing(items):
             async for item in items:
                 yield item
-
-    def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
-        self._loader.check_health()
-
-    def __del__(self) -> None:
-        """Called by Serve when the replica is to go."""
-        self._replica.leave()

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from deployments.calls import Call
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, release
+from deployments.memory import cleared
 from deployments.types import Preview, Progress
 
 if TYPE_CHECKING:
@@ -113,13 +114,9 @@ class PipelineDecoder(ABC):
     def _clean_up(self, error: Exception) -> None:
         """Make ready for the next unit, if the device still works."""
         release(error)
-        if self._device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self._device)  # a device that is lost raises the same error for ever
-            except RuntimeError as error:
-                self.fault = EngineFault(f"the decoder stopped: {error}")
-                return
-            torch.cuda.empty_cache()
+        if lost := cleared(self._device):
+            self.fault = EngineFault(f"the decoder stopped: {lost}")
+            return
         self._pipeline.maybe_free_model_hooks()  # upstream's own last step
 
     def _preview(self, latents: torch.Tensor) -> Pixels:

@@ -23,6 +23,17 @@ def free_bytes(device: torch.device) -> int:
     return available
 
 
+def cleared(device: torch.device) -> Exception | None:
+    """Let go, after an error, of what the work has left on the device; returns why that is lost, if it is."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)  # a device that is lost raises the same error for ever
+        except RuntimeError as error:
+            return error
+        torch.cuda.empty_cache()
+    return None
+
+
 def working_bytes(computation: Callable[[], object]) -> int:
     """The most memory that a computation takes at once beside the weights it reads.
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ZERO_WIDTH_SPACE = "\u200b"
+QUOTATION_MARKS = (("'", "'"), ("“", "”"), ('"', '"'), ("「", "」"))
+"""What GLM-Image takes for quotation marks: `GlmImagePipeline.get_glyph_texts` (diffusers 0.42)."""
+QUOTED = [re.compile(f"{begin}([^{begin}{end}]*){end}") for begin, end in QUOTATION_MARKS]
+
+
+def quoted_texts(prompt: str) -> list[str]:
+    """What of a prompt is to be painted as text: by the kind of quotation marks, then in its order.
+
+    Two apostrophes are quotation marks, too, as they are to the model.
+    """
+    return [text for quoted in QUOTED for text in quoted.findall(prompt)]
 
 
 def plain_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -146,5 +146,35 @@ class Preview:
     pixels: Pixels
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckRequest:
+    """Asks the safety checker about an image.
+
+    Attributes:
+        pixels: the image.
+        asked_at: when it was asked for, as in `PriorRequest`.
+    """
+
+    pixels: Pixels
+    asked_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpansionRequest:
+    """Asks a chat model to rewrite a prompt.
+
+    Attributes:
+        instruction: what it is to do.
+        prompt: plain text, as in `PriorRequest`.
+        max_tokens: of the answer, at least 1.
+        asked_at: when it was asked for, as in `PriorRequest`.
+    """
+
+    instruction: str
+    prompt: str
+    max_tokens: int
+    asked_at: float = field(default_factory=time.time)
+
+
 Event = Progress | Preview
 """What a stage tells of a unit before its result."""

@@ -3,6 +3,7 @@
 import asyncio
 import warnings
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,18 +15,24 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import ModelConfig, StageConfig
+from deployments.config import StageConfig
 from deployments.decoder import DecoderStage
 from deployments.errors import EngineFault
 from deployments.prior import PriorStage
+from deployments.prompt_expansion import PromptExpander
+from deployments.safety import SafetyChecker
 from deployments.scaling import RENEWAL_S, GateKeeper, ScalingPolicy
+from serve_app import prompt_expansion, safety
 from serve_app.config import AppConfig
 from serve_app.database import Database
 from serve_app.errors import ReplicaDied, RequestError
 from serve_app.generation import Generator, Model
 from serve_app.ingress import create_app
 from serve_app.lifecycle import Lifecycle
-from serve_app.status import Deployment, StatusReader
+from serve_app.outbound import Outbound
+from serve_app.prompt_expansion import PromptExpansion
+from serve_app.safety import SafetyCheck
+from serve_app.status import HELPER, Deployment, StatusReader
 from serve_app.storage import FileStore
 
 GOING: dict[str, Any] = {"graceful_shutdown_timeout_s": 600, "graceful_shutdown_wait_loop_s": 0.2}
@@ -43,7 +50,7 @@ def build_app(args: AppConfig) -> Application:
     """
     if ray.is_initialized() and (problem := lacking_gpus(args)):
         raise ValueError(problem)
-    stages = {model.name: _bind_stages(model) for model in args.models}
+    stages = {name: {key: _bind(part) for key, part in parts.items()} for name, parts in _parts(args).items()}
     # Requests wait for images here, so their number is no measure of load; Ray's default of 5 would be one.
     # The ingress logs its requests itself, see `serve_app.telemetry`; Serve puts JSON into its files only.
     log = {"encoding": "JSON", "enable_access_log": False}
@@ -52,9 +59,66 @@ def build_app(args: AppConfig) -> Application:
     return ingress.bind(args, stages)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A deployment beside the ingress.
+
+    Attributes:
+        name: its own.
+        cls: what its replicas run.
+        argument: what they are made with.
+        config: where and how they run.
+        at_once: requests that one runs side by side.
+        needed_as: by which name it is known that there is work for it.
+    """
+
+    name: str
+    cls: type[Any]
+    argument: Any
+    config: StageConfig
+    at_once: int
+    needed_as: str
+
+
+def _parts(config: AppConfig) -> dict[str, dict[str, _Part]]:
+    """All of them, as `StatusReader` has them."""
+    parts = {
+        model.name: {
+            "prior": _Part(
+                name=f"{model.name}-prior",
+                cls=PriorStage,
+                argument=model,
+                config=model.prior,
+                at_once=model.prior.rows,
+                needed_as=model.name,
+            ),
+            "decoder": _Part(
+                name=f"{model.name}-decoder",
+                cls=DecoderStage,
+                argument=model,
+                config=model.decoder,
+                at_once=1,
+                needed_as=model.name,
+            ),
+        }
+        for model in config.models
+    }
+    if config.safety_checker:
+        parts |= _helper(safety.NAME, SafetyChecker, config.safety_checker.classifier)
+    if config.prompt_expander and config.prompt_expander.chat_model:
+        parts |= _helper(prompt_expansion.NAME, PromptExpander, config.prompt_expander.chat_model)
+    return parts
+
+
+def _helper(name: str, cls: type[Any], config: StageConfig) -> dict[str, dict[str, _Part]]:
+    deployment = name.replace(" ", "-")
+    part = _Part(name=deployment, cls=cls, argument=config, config=config, at_once=1, needed_as=name)
+    return {name: {HELPER: part}}
+
+
 def lacking_gpus(config: AppConfig) -> str | None:
     """What is wrong if the cluster has too few GPUs: Ray would wait for more to be added, for ever."""
-    stages = [stage for model in config.models for stage in (model.prior, model.decoder)]
+    stages = [part.config for parts in _parts(config).values() for part in parts.values()]
     wanted = sum(stage.max_replicas * stage.num_gpus for stage in stages)
     present = ray.cluster_resources().get("GPU", 0)
     if wanted <= present or config.cluster.autoscaling:
@@ -65,29 +129,24 @@ def lacking_gpus(config: AppConfig) -> str | None:
     )
 
 
-def _bind_stages(model: ModelConfig) -> dict[str, Application]:
-    stages: dict[str, Application] = {}
-    for name, cls, stage, at_once in (
-        ("prior", PriorStage, model.prior, model.prior.rows),
-        ("decoder", DecoderStage, model.decoder, 1),
-    ):
-        options: dict[str, Any] = {
-            "name": f"{model.name}-{name}",
-            # One request more than run at once: it begins without a pause when another one ends.
-            "max_ongoing_requests": at_once + 1,
-            "autoscaling_config": _autoscaling(model.name, stage, at_once),
-            "logging_config": {"encoding": "JSON"},
-            "health_check_period_s": RENEWAL_S,  # a dead replica is noticed, and replaced, no later
-        }
-        stages[name] = serve.deployment(**(GOING | options | stage.deployment))(cls).bind(model)
-    return stages
+def _bind(part: _Part) -> Application:
+    options: dict[str, Any] = {
+        "name": part.name,
+        # One request more than run at once: it begins without a pause when another one ends.
+        "max_ongoing_requests": part.at_once + 1,
+        "autoscaling_config": _autoscaling(part),
+        "logging_config": {"encoding": "JSON"},
+        "health_check_period_s": RENEWAL_S,  # a dead replica is noticed, and replaced, no later
+    }
+    return serve.deployment(**(GOING | options | part.config.deployment))(part.cls).bind(part.argument)
 
 
-def _autoscaling(model: str, stage: StageConfig, at_once: int) -> AutoscalingConfig:
+def _autoscaling(part: _Part) -> AutoscalingConfig:
+    stage = part.config
     policy = AutoscalingPolicy(
         policy_function=ScalingPolicy,
         policy_kwargs={
-            "model": model,
+            "model": part.needed_as,
             "min_replicas": stage.min_replicas,
             "idle_timeout_s": stage.idle_timeout_s,
         },
@@ -98,7 +157,7 @@ def _autoscaling(model: str, stage: StageConfig, at_once: int) -> AutoscalingCon
         return AutoscalingConfig(
             min_replicas=0,
             max_replicas=stage.max_replicas,
-            target_ongoing_requests=stage.target_load or at_once,
+            target_ongoing_requests=stage.target_load or part.at_once,
             policy=policy,
             # The policy keeps all delays itself. What it is told must be fresh and never more than there is:
             # a stage that has none is woken by a queue, and an old queue would wake what was just unloaded.
@@ -115,6 +174,7 @@ class Ingress:
 
     def __init__(self, config: AppConfig, stages: dict[str, dict[str, DeploymentHandle[Any]]]) -> None:
         changed = asyncio.Event()
+        outbound = Outbound(config.outbound)
         models = {
             model.name: Model(
                 config=model,
@@ -123,24 +183,30 @@ class Ingress:
             )
             for model in config.models
         }
-        self._generator = Generator(models, config.limits, changed.set)
+        self._generator = Generator(
+            models,
+            config.limits,
+            changed.set,
+            safety=_safety(config, stages),
+            expansion=_expansion(config, stages, outbound),
+        )
         app_name = serve.get_replica_context().app_name
         gate = GateKeeper(app_name)
         status = StatusReader(
             app_name,
             {
-                model.name: {
-                    stage: Deployment(name=handle.deployment_name, num_gpus=getattr(model, stage).num_gpus)
-                    for stage, handle in stages[model.name].items()
+                name: {
+                    key: Deployment(name=part.name, num_gpus=part.config.num_gpus)
+                    for key, part in parts.items()
                 }
-                for model in config.models
+                for name, parts in _parts(config).items()
             },
             gate,
             autoscaling=config.cluster.autoscaling,
         )
         lifecycle = Lifecycle(self._generator, changed, gate, status)
         files, database = FileStore(config.storage), Database(config.database.url)
-        self._app = create_app(config, self._generator, lifecycle, files, database)
+        self._app = create_app(config, self._generator, lifecycle, files, database, outbound)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica."""
@@ -149,6 +215,30 @@ class Ingress:
     async def drain(self) -> None:
         """Take on nothing more; return when requests have ended and jobs are back in the queue."""
         await asyncio.gather(self._generator.drain(), self._app.state.runner.stop())
+
+
+def _safety(config: AppConfig, stages: dict[str, dict[str, DeploymentHandle[Any]]]) -> SafetyCheck | None:
+    if config.safety_checker is None:
+        return None
+    return SafetyCheck(config.safety_checker, _caller(stages[safety.NAME][HELPER].check))
+
+
+def _expansion(
+    config: AppConfig, stages: dict[str, dict[str, DeploymentHandle[Any]]], outbound: Outbound
+) -> PromptExpansion | None:
+    """The way to the prompt expander.
+
+    Raises:
+        ValueError: the variable of the environment that is to hold its key is not set.
+    """
+    expander = config.prompt_expander
+    if expander is None:
+        return None
+    if expander.endpoint:
+        ask = prompt_expansion.by_endpoint(expander.endpoint, outbound)
+    else:
+        ask = prompt_expansion.by_deployment(_caller(stages[prompt_expansion.NAME][HELPER].expand))
+    return PromptExpansion(expander, ask, config.limits.max_prompt_chars)
 
 
 def _caller(method: DeploymentHandle[Any]) -> Callable[[Any], AsyncGenerator[Any, None]]:

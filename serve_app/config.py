@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, HttpUrl, model_validator
 
-from deployments.config import Config, ModelConfig
+from deployments.config import ChatModelConfig, ClassifierConfig, Config, ModelConfig
 
 
 class Limits(Config):
@@ -215,6 +215,73 @@ class OutboundConfig(Config):
     )
 
 
+class SafetyCheckerConfig(Config):
+    """Whether images are fit to be shown: those that are made, their previews, and source images."""
+
+    classifier: ClassifierConfig = Field(
+        default_factory=ClassifierConfig,
+        description="What looks at images, in a deployment of its own; `deployment` to `cpu_threads` as of "
+        "`models[].prior`, and:",
+    )
+    threshold: float = Field(
+        default=0.5, gt=0, le=1, description="The score, 0 to 1, from which on an image is flagged."
+    )
+    low_threshold: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Likewise for requests that ask for less: by `moderation: low` in OpenAI's API, by "
+        "`enable_safety_checker: false` in fal's and Pixazo's. Unset, their images are not checked.",
+    )
+    on_failure: Literal["closed", "open"] = Field(
+        default="closed",
+        description="What becomes of images that cannot be checked: `closed`, their requests fail; `open`, "
+        "they are handed out.",
+    )
+    timeout_s: float = Field(
+        default=60,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for one image, loading included, which begins with the request; then it cannot "
+        "be checked.",
+    )
+
+
+class EndpointConfig(Config):
+    """A language model behind OpenAI's API for chat completions."""
+
+    base_url: HttpUrl = Field(
+        description="What `/chat/completions` is put after. One that is not public stands in "
+        "`outbound.allow`, too."
+    )
+    model: str = Field(min_length=1, description="What it is called there.")
+    key_env: str | None = Field(
+        default=None, min_length=1, description="The variable of the environment that holds the key."
+    )
+
+
+class PromptExpanderConfig(Config):
+    """Who rewrites prompts, for requests that ask for that: one of the two."""
+
+    chat_model: ChatModelConfig | None = Field(
+        default=None, description="A chat model in a deployment of its own; likewise."
+    )
+    endpoint: EndpointConfig | None = Field(default=None, description="Somebody else's.")
+    max_tokens: int = Field(default=256, ge=1, description="Most tokens of a new prompt.")
+    timeout_s: float = Field(
+        default=30,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for one prompt, loading included; then it stays as it is.",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.chat_model is None) == (self.endpoint is None):
+            raise ValueError("give either chat_model or endpoint")
+        return self
+
+
 class ClusterConfig(Config):
     """The Ray cluster that it runs on."""
 
@@ -239,6 +306,12 @@ class AppConfig(Config):
     ingress: IngressConfig = Field(default_factory=IngressConfig, description="The API plane.")
     outbound: OutboundConfig = Field(
         default_factory=OutboundConfig, description="Connections that users ask for."
+    )
+    safety_checker: SafetyCheckerConfig | None = Field(
+        default=None, description="Looks at images; unset, nobody does. `{}` has the defaults."
+    )
+    prompt_expander: PromptExpanderConfig | None = Field(
+        default=None, description="Rewrites prompts; unset, nobody does."
     )
     public_url: HttpUrl | None = Field(
         default=None, description="Base of the URLs in answers; unset, what the client used."

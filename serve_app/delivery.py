@@ -40,6 +40,11 @@ class Delivered:
     facts: Mapping[str, Any]
 
     @property
+    def is_flagged(self) -> bool:
+        """Whether the safety checker has found something."""
+        return (self.facts["unsafety"] or 0) >= 1
+
+    @property
     def data_url(self) -> str:
         """Where it is or, by https://www.rfc-editor.org/rfc/rfc2397, what it is."""
         return self.url or f"data:{self.media_type};base64,{self.base64}"
@@ -131,6 +136,7 @@ class Delivery:
 
     async def _kept(self, job: Job, facts: dict[str, Any], base: str, *, inline: bool) -> Delivered:
         media_type = f"image/{job.encoding['format']}"
+        facts = {"prompt": job.request["prompt"], "unsafety": None} | facts  # of older versions' jobs
         if not inline:
             url = await self._links.file(base, facts["name"])
             return Delivered(url=url, media_type=media_type, facts=facts)

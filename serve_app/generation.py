@@ -6,18 +6,22 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
+
+import numpy as np
 
 from deployments.config import MIN_STRENGTH
 from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
 from deployments.families import GUIDANCE_PARAMETERS, PARAMETERS, Parameter
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
+from serve_app import prompt_expansion, safety
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
 from serve_app.images import cropped
+from serve_app.prompt_expansion import Expansion
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -25,11 +29,15 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from deployments.types import Prior
     from serve_app.config import Limits
+    from serve_app.prompt_expansion import PromptExpansion
+    from serve_app.safety import Moderation, SafetyCheck
 
 MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
 MAX_DRAWN_SEED = 2**52
 """JavaScript holds integers below 2**53: the seeds of the images that follow are to be among them too."""
+TOO_LONG = "context_length_exceeded"
+"""The code of errors over texts that have more tokens than the model takes."""
 PACE_S = 0.002
 """Between the beginnings of two units: each keeps the event loop for about so long."""
 
@@ -56,6 +64,9 @@ class Generation:
         seed: of the first image, 0 to 2**63 - 1; None draws one.
         partial_images: previews of each image, 0 to 3.
         sources: images to edit, already legal (see `serve_app.images.decode_source`).
+        expand_prompt: whether the prompt is rewritten first.
+        moderation: how strictly images are checked, if they are.
+        blacken: whether an image that is flagged becomes a black one; else the request fails.
         request_id: by which the client, or whoever asks for the status, knows it.
         key_id: of the API key with which it was asked for; empty if there was none.
     """
@@ -73,6 +84,9 @@ class Generation:
     seed: int | None = None
     partial_images: int = 0
     sources: tuple[Pixels, ...] = ()
+    expand_prompt: bool = False
+    moderation: Moderation = "auto"
+    blacken: bool = False
     request_id: str = ""
     key_id: str = ""
 
@@ -96,8 +110,13 @@ class GeneratedImage:
     """One image of a generation.
 
     Attributes:
-        pixels: the image.
+        pixels: the image; black if it was flagged.
         seed: makes it again, alone.
+        prompt: what was painted.
+        not_expanded: why that is the prompt that was sent, though it was to be expanded.
+        expansion_s: seconds that the expansion took.
+        unsafety: from 1 on it was flagged, see `SafetyCheck.unsafety`; None if it was not checked.
+        safety_s: seconds that the check took.
         text_tokens: what the prior stage read of the prompt.
         source_tokens: what it read of the source images.
         drawn_tokens: what it drew.
@@ -108,6 +127,11 @@ class GeneratedImage:
 
     pixels: Pixels
     seed: int
+    prompt: str
+    not_expanded: str = ""
+    expansion_s: float = 0
+    unsafety: float | None = None
+    safety_s: float = 0
     text_tokens: int = 0
     source_tokens: int = 0
     drawn_tokens: int = 0
@@ -173,6 +197,7 @@ class _Running:
     """A request that was taken on; its work begins when its images are decoded and it is paid for."""
 
     model: str
+    helpers: frozenset[str]
     units: int
     timeout: asyncio.Timeout
     has_begun: bool = False
@@ -196,22 +221,42 @@ class Generator:
         models: by name; the first one is the default.
         limits: what a request may ask for.
         on_change: called when a request is taken on, and when it ends.
+        safety: looks at images; None if nobody does.
+        expansion: rewrites prompts; likewise.
 
     Attributes:
         draining: whether no more requests are taken on.
     """
 
     def __init__(
-        self, models: Mapping[str, Model], limits: Limits, on_change: Callable[[], None] = lambda: None
+        self,
+        models: Mapping[str, Model],
+        limits: Limits,
+        on_change: Callable[[], None] = lambda: None,
+        *,
+        safety: SafetyCheck | None = None,
+        expansion: PromptExpansion | None = None,
     ) -> None:
         self._models = models
         self._limits = limits
+        self._safety = safety
+        self._expansion = expansion
         self._admission = Admission(limits)
         self._on_change = on_change
         self._running: list[_Running] = []
         self._units: list[RunningUnit] = []
         self.draining = False
         self._starting = asyncio.Lock()
+
+    @property
+    def checks_images(self) -> bool:
+        """Whether there is a safety checker."""
+        return self._safety is not None
+
+    @property
+    def expands_prompts(self) -> bool:
+        """Whether there is a prompt expander."""
+        return self._expansion is not None
 
     def models(self) -> list[ModelConfig]:
         """The configurations of all models, the default one first."""
@@ -274,8 +319,18 @@ class Generator:
         return sum(running.units for running in self._running)
 
     def needed(self) -> list[str]:
-        """The models that have work."""
-        return sorted({running.model for running in self._running if running.has_begun})
+        """The models that have work, and the helpers that have."""
+        begun = [running for running in self._running if running.has_begun]
+        return sorted({name for running in begun for name in (running.model, *running.helpers)})
+
+    def _helpers(self, generation: Generation) -> frozenset[str]:
+        """What else than its model a request needs."""
+        helpers = set()
+        if self._safety and self._safety.looks(generation.moderation):
+            helpers.add(safety.NAME)
+        if generation.expand_prompt:
+            helpers.add(prompt_expansion.NAME)
+        return frozenset(helpers)
 
     def count(self, models: Collection[str]) -> int:
         """How many requests of these models are running."""
@@ -357,7 +412,9 @@ class Generator:
             raise stopping()
         timeout = asyncio.timeout(deadline_s)
         model = self.model(generation.model).name
-        running = _Running(model=model, units=generation.n, timeout=timeout)
+        running = _Running(
+            model=model, helpers=self._helpers(generation), units=generation.n, timeout=timeout
+        )
         try:
             async with timeout:
                 self._running.append(running)
@@ -383,21 +440,59 @@ class Generator:
             report: is told of every image's progress, and given previews and the images as they come.
 
         Raises:
-            RequestError: what was asked for takes too much memory, a stage cannot be loaded, or the stages
-                keep dying over it.
-            InvalidParameter: the request is too long for the model.
+            RequestError: what was asked for takes too much memory, a stage cannot be loaded, the stages keep
+                dying over it, or an image was flagged or cannot be checked.
+            InvalidParameter: the request is too long for the model, or a source image was flagged.
         """
         resolved = self.resolved(generation)
+        await self._check_sources(resolved)
+        expansion = Expansion(resolved.prompt)
+        if resolved.expand_prompt and self._expansion:
+            expansion = await self._expansion.expand(resolved.prompt, editing=bool(resolved.sources))
+        try:
+            return await self._units_of(resolved, expansion, report)
+        except InvalidParameter as error:
+            if error.code != TOO_LONG or expansion.prompt == resolved.prompt:
+                raise
+            problem = f"the new prompt is too long for {resolved.model}"
+            expansion = Expansion(resolved.prompt, expansion.seconds, problem)
+            return await self._units_of(resolved, expansion, report)
+
+    async def _units_of(
+        self, generation: Resolved, expansion: Expansion, report: Report
+    ) -> list[GeneratedImage]:
+        """All images of a request, side by side."""
+        painted = replace(generation, prompt=expansion.prompt)
         try:
             async with asyncio.TaskGroup() as group:
                 units = [
-                    group.create_task(self._unit(resolved, image, report)) for image in range(resolved.n)
+                    group.create_task(self._unit(painted, expansion, image, report))
+                    for image in range(painted.n)
                 ]
         except BaseExceptionGroup as failures:  # one unit failed, and the group has stopped the others
             raise failures.exceptions[0] from None
         return [unit.result() for unit in units]
 
-    async def _unit(self, generation: Resolved, image: int, report: Report) -> GeneratedImage:
+    async def _unsafety(self, pixels: Pixels, generation: Generation) -> float | None:
+        """See `SafetyCheck.unsafety`."""
+        return await self._safety.unsafety(pixels, generation.moderation) if self._safety else None
+
+    async def _check_sources(self, generation: Generation) -> None:
+        """Have the source images looked at.
+
+        Raises:
+            InvalidParameter: one was flagged.
+            RequestError: one could not be checked.
+        """
+        for source in generation.sources:
+            if _is_flagged(await self._unsafety(source, generation)):
+                raise InvalidParameter(
+                    "sources", "was flagged by the safety checker; send another image", code=safety.VIOLATION
+                )
+
+    async def _unit(
+        self, generation: Resolved, expansion: Expansion, image: int, report: Report
+    ) -> GeneratedImage:
         model = self._models[generation.model]
         width, height = generation.size
         seed = (generation.seed + image) % (MAX_SEED + 1)
@@ -405,9 +500,13 @@ class Generator:
         asked_at = time.time()
         seconds: dict[Stage, float] = {"prior": 0, "decoder": 0}
 
-        def tell(stage: Stage, event: Event) -> None:
+        async def tell(stage: Stage, event: Event) -> None:
             if isinstance(event, Preview):
-                report(PartialImage(image=image, index=event.index, pixels=event.pixels))
+                with suppress(
+                    RequestError
+                ):  # what cannot be checked is not shown; the image is looked at, too
+                    if not _is_flagged(await self._unsafety(event.pixels, generation)):
+                        report(PartialImage(image=image, index=event.index, pixels=event.pixels))
             else:
                 if unit.progress is None:
                     unit.working_since = time.monotonic() - event.seconds
@@ -455,6 +554,11 @@ class Generator:
                 asked_at=asked_at,
             )
             pixels = await made_by("decoder", partial(model.decode, decode_request))
+            if generation.crop:
+                pixels = cropped(pixels, *generation.crop)
+            check_began = time.monotonic()
+            unsafety = await self._unsafety(pixels, generation)
+            safety_s = time.monotonic() - check_began
         except RequestTooLong as error:
             others = " together with source images and image"
             remedy = ", or choose a smaller size or fewer source images"
@@ -464,7 +568,7 @@ class Generator:
                 error.param,
                 f"makes {error.tokens} tokens{others}, and {model.config.name} takes at most {error.limit}; "
                 f"shorten it{remedy}",
-                code="context_length_exceeded",
+                code=TOO_LONG,
             ) from error
         except LoadingFailed as error:
             raise RequestError(
@@ -490,15 +594,26 @@ class Generator:
             ) from error
         finally:
             self._units.remove(unit)
-        if generation.crop:
-            pixels = cropped(pixels, *generation.crop)
+        if _is_flagged(unsafety):
+            if not generation.blacken:
+                raise RequestError(
+                    "The image was flagged by the safety checker; change the prompt, or the source images.",
+                    code=safety.VIOLATION,
+                    headers=NO_RETRY,
+                )
+            pixels = np.zeros_like(pixels)
         made = GeneratedImage(
             pixels=pixels,
             seed=seed,
+            prompt=generation.prompt,
+            not_expanded=expansion.problem,
+            expansion_s=expansion.seconds,
+            unsafety=unsafety,
+            safety_s=safety_s,
             text_tokens=prior.text_tokens,
             source_tokens=prior.source_tokens,
             drawn_tokens=prior.drawn_tokens,
-            waiting_s=time.monotonic() - unit.began - sum(seconds.values()),
+            waiting_s=time.monotonic() - unit.began - sum(seconds.values()) - safety_s,
             prior_s=seconds["prior"],
             decoder_s=seconds["decoder"],
         )
@@ -552,6 +667,12 @@ class Generator:
         ):
             if value is not None and not least <= value <= most:
                 raise InvalidParameter(param, f"must be {least} to {most}, not {value!s:.50}")
+        if generation.expand_prompt and not self._expansion:
+            raise InvalidParameter(
+                "expand_prompt",
+                "is not supported: the server has no prompt expander; leave it out, or set it to false",
+                code="unsupported_parameter",
+            )
         self._check_taken(generation, model, editing=sources > 0)
         if sources > family.max_sources:
             raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {sources}")
@@ -604,6 +725,10 @@ class Generator:
         return work
 
 
+def _is_flagged(unsafety: float | None) -> bool:
+    return unsafety is not None and unsafety >= 1
+
+
 def _stopped(running: _Running, deadline_s: float) -> RequestError:
     """Why a request was stopped before its end."""
     if running.called_off:
@@ -623,12 +748,14 @@ def _stopped(running: _Running, deadline_s: float) -> RequestError:
     )
 
 
-async def _result(events: AsyncGenerator[Event | Result, None], tell: Callable[[Event], None]) -> Result:
+async def _result(
+    events: AsyncGenerator[Event | Result, None], tell: Callable[[Event], Awaitable[None]]
+) -> Result:
     """The last of what a stage yields; the others are told."""
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Progress | Preview):
-                tell(event)
+                await tell(event)
             else:
                 result = event
     return result

@@ -32,7 +32,6 @@ from serve_app.job_runner import JobRunner
 from serve_app.jobs import JobStore
 from serve_app.links import Links
 from serve_app.openapi import describe
-from serve_app.outbound import Outbound
 from serve_app.signing import Signer
 from serve_app.sources import SourceReader
 from serve_app.uploads import Uploads
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from serve_app.database import Database
     from serve_app.generation import Generator
     from serve_app.lifecycle import Lifecycle
+    from serve_app.outbound import Outbound
     from serve_app.storage import FileStore
 
 
@@ -75,6 +75,7 @@ def create_app(
     lifecycle: Lifecycle,
     files: FileStore,
     database: Database,
+    outbound: Outbound,
 ) -> FastAPI:
     """The application, whose parts are given to it.
 
@@ -97,7 +98,7 @@ def create_app(
         lifespan=lifespan,
         generate_unique_id_function=lambda route: route.name,
     )
-    limits, outbound, links = config.limits, Outbound(config.outbound), Links(files, config.public_url)
+    limits, links = config.limits, Links(files, config.public_url)
     sources = SourceReader(outbound, files, limits)
     reader = RequestReader(generator, sources, limits)
     store = JobStore(database, max_jobs=limits.max_jobs, ttl_s=config.storage.ttl_s)

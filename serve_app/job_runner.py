@@ -366,6 +366,8 @@ class JobRunner:
             )
         async with self._generator.resumed(generation):
             made = await self._generator.run(generation, partial(self._note, run))
+            if problem := made[0].not_expanded:
+                run.log(f"the prompt was not expanded: {problem}")
             run.saves = [asyncio.create_task(self._save(run, image.pixels)) for image in made]
             await asyncio.wait(run.saves)  # which stops none of them when this is stopped
             return [described(image, *save.result()) for image, save in zip(made, run.saves, strict=True)]

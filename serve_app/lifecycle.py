@@ -62,6 +62,11 @@ class Lifecycle:
                 async with asyncio.timeout(RENEWAL_S if needed else None):
                     await self._changed.wait()
 
+    @property
+    def names(self) -> list[str]:
+        """Of all that can be unloaded: the models and the helpers."""
+        return self._status.names
+
     async def statuses(self, *, fresh: bool = False) -> ModelStatuses:
         """Each stage's, see `StatusReader.read`; asking wakes no model."""
         busy = {(unit.model, unit.progress.stage) for unit in self._generator.units if unit.progress}
@@ -83,7 +88,7 @@ class Lifecycle:
         """Have these models' replicas go, and return when they are gone.
 
         Args:
-            models: by their names.
+            models: by their names, and helpers by theirs.
             wait_s: how long to wait until no request of theirs is running.
             force: whether to call them off instead.
 

@@ -111,6 +111,24 @@ class Outbound:
         async with self._in_time(), self._request("POST", target, {**HEADERS, **headers}, body) as answer:
             return answer.status
 
+    async def ask(
+        self, url: str, body: bytes, headers: Mapping[str, str], *, max_bytes: int
+    ) -> tuple[int, bytes]:
+        """POST a question, for as long as the caller waits; returns the answer's status and body.
+
+        Args:
+            url: where to; a redirect is not followed.
+            body: the question.
+            headers: of it.
+            max_bytes: of the answer.
+
+        Raises:
+            OutboundError: the URL leads where it may not, or there was no valid answer, or too large a one.
+        """
+        target = _parse(url)
+        async with _told_plainly(), self._request("POST", target, {**HEADERS, **headers}, body) as answer:
+            return answer.status, await _body(answer, max_bytes)
+
     async def check(self, url: str) -> None:
         """Look whether a URL leads where it may.
 
@@ -125,11 +143,10 @@ class Outbound:
     async def _in_time(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._timeout_s):
-                yield
+                async with _told_plainly():
+                    yield
         except TimeoutError as error:
             raise OutboundError(f"took longer than {self._timeout_s:g} s") from error
-        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
-            raise OutboundError("could not be reached, or gave no valid answer") from error
 
     @asynccontextmanager
     async def _request(
@@ -169,6 +186,17 @@ class Outbound:
         if (host, port) not in self._allow and not all(map(_is_public, addresses)):
             raise OutboundError(NO_PUBLIC_ADDRESS)
         return str(addresses[0])
+
+
+@asynccontextmanager
+async def _told_plainly() -> AsyncIterator[None]:
+    """What goes wrong on the way."""
+    try:
+        yield
+    except TimeoutError:  # an OSError, and the caller's business
+        raise
+    except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+        raise OutboundError("could not be reached, or gave no valid answer") from error
 
 
 def _parse(text: str, base: URL | None = None) -> URL:
@@ -213,6 +241,10 @@ async def _image(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
         raise OutboundError("is not an image by its Content-Type")
     if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise OutboundError("comes with a Content-Encoding, which was not asked for")
+    return await _body(answer, max_bytes)
+
+
+async def _body(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     too_large = f"has more than the {max_bytes} bytes allowed"
     if (answer.content_length or 0) > max_bytes:
         raise OutboundError(too_large)

@@ -46,6 +46,8 @@ class StageStatus(TypedDict):
 
 ModelStatuses = dict[str, dict[str, StageStatus]]
 """By model, then by stage (`prior`, `decoder`)."""
+HELPER = "helper"
+"""What stands for a stage where there is but one: of the safety checker, and of the prompt expander."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class StatusReader:
 
     Args:
         app_name: of the Serve application.
-        deployments: by model, then by stage.
+        deployments: by model, then by stage; the helpers', by their names, as `HELPER`.
         gate: where the replicas report.
         autoscaling: whether missing GPUs are going to come.
     """
@@ -82,6 +84,11 @@ class StatusReader:
         self._statuses: ModelStatuses = {}
         self._read_at = float("-inf")
         self._silent_since: dict[str, float] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models and the helpers."""
+        return list(self._deployments)
 
     async def read(self, *, fresh: bool = False) -> ModelStatuses:
         """The states.

@@ -37,9 +37,15 @@ def note_job(request: Request, job: Job) -> None:
 
 
 def note_images(request: Request, made: list[GeneratedImage]) -> None:
-    """Have it say, too, how long each stage took: of several images, the longest times."""
+    """Have it say, too, how long each part took: of several images, the longest times."""
+    log = request.state.log
     for name in ("waiting_s", "prior_s", "decoder_s"):
-        request.state.log[name] = round(max(getattr(image, name) for image in made), 3)
+        log[name] = round(max(getattr(image, name) for image in made), 3)
+    for name in ("expansion_s", "safety_s"):
+        if seconds := max(getattr(image, name) for image in made):
+            log[name] = round(seconds, 3)
+    if problem := made[0].not_expanded:
+        log["not_expanded"] = problem
 
 
 def note_error(request: Request, code: str) -> None:

@@ -255,7 +255,7 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
-RECIPE = Recipe(__file__, PRESETS, _pipeline)
+RECIPE = Recipe(__file__, PRESETS, lambda sizes: (_pipeline(sizes),))
 cached = RECIPE.cached
 write = RECIPE.write
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deployments.errors import EngineFault, NotANumber, OutOfMemoryError, RequestTooLong, release
+from deployments.memory import cleared
 from deployments.prompts import plain_text
 from deployments.types import Progress, TextEmbeddings
 from deployments.z_image import checkpoint
@@ -173,16 +174,10 @@ class PriorEngine:
 
     def _fail(self, asked: list[_Asked], error: Exception) -> None:
         release(error)
-        device = self._text_encoder.device
         if isinstance(error, torch.OutOfMemoryError):
             error = OutOfMemoryError(f"the text encoder has too little memory for this request: {error}")
-        if device.type == "cuda":
-            try:
-                torch.cuda.synchronize(device)  # a device that is lost raises the same error for ever
-            except RuntimeError as lost:
-                error = self.fault = EngineFault(f"the text encoder stopped: {lost}")
-            else:
-                torch.cuda.empty_cache()
+        if lost := cleared(self._text_encoder.device):
+            error = self.fault = EngineFault(f"the text encoder stopped: {lost}")
         for one in asked:
             one.future.set_exception(error)
 

@@ -9,20 +9,9 @@ import dataclasses
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-from tokenizers import pre_tokenizers
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import Qwen3Config, Qwen3Model
 
-from deployments.recipes import Recipe
-
-CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif -%}
-"""
+from deployments.recipes import Recipe, chat_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +48,7 @@ BENCHMARK = Sizes(text_width=512, text_layers=10, decoder_heads=16, decoder_laye
 
 
 def _pipeline(sizes: Sizes) -> ZImagePipeline:
-    tokenizer = _tokenizer()
+    tokenizer = chat_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
         return ZImagePipeline(
@@ -69,22 +58,6 @@ def _pipeline(sizes: Sizes) -> ZImagePipeline:
             tokenizer=tokenizer,
             transformer=_dit(sizes),
         )
-
-
-def _tokenizer() -> Qwen2Tokenizer:
-    """Single bytes (a BPE without merges), then the control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    end, *others = CONTROL_TOKENS
-    tokenizer = Qwen2Tokenizer(
-        vocab={token: id_ for id_, token in enumerate([*alphabet, *CONTROL_TOKENS])},
-        merges=[],
-        unk_token=end,
-        eos_token=CONTROL_TOKENS[2],
-        pad_token=end,
-        extra_special_tokens=others,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 def _text_encoder(sizes: Sizes, vocabulary: int) -> Qwen3Model:
@@ -135,7 +108,7 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
-RECIPE = Recipe(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _pipeline)
+RECIPE = Recipe(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, lambda sizes: (_pipeline(sizes),))
 cached = RECIPE.cached
 write = RECIPE.write
 

@@ -76,6 +76,7 @@ ERROR_TYPES = {
     "invalid_image": "image_load_error",
     "deadline_exceeded": "request_timeout",
     "start_timeout": "request_timeout",
+    "content_policy_violation": "content_policy_violation",
     "stopping": "runner_scheduling_failure",
     "unavailable": "runner_scheduling_failure",
 }
@@ -119,8 +120,10 @@ class Output(BaseModel):
     images: list[File]
     timings: Timings
     seed: int = Field(description="Of the first image.")
-    has_nsfw_concepts: list[bool] = Field(description="Of each image; false, since nothing is checked.")
-    prompt: str = Field(description="What was painted.")
+    has_nsfw_concepts: list[bool] = Field(
+        description="Of each image whether it was flagged, and is black; false if nothing is checked."
+    )
+    prompt: str = Field(description="What was painted: the new prompt, if it was expanded.")
 
 
 class Problem(BaseModel):
@@ -301,7 +304,7 @@ class Views:
             return JSONResponse({"detail": "Request is still in progress"}, 400)
         if job.state == "succeeded":
             made = await self._delivery.of(job, base, inline=job.answer["sync_mode"])
-            return JSONResponse(_output(made, job.request["prompt"]).model_dump())
+            return JSONResponse(_output(made).model_dump())
         return error_response(_error(job))
 
     async def message(self, job: Job, timestamp: int, sign: Sign) -> Message:
@@ -340,7 +343,7 @@ def _error(job: Job) -> RequestError | InvalidParameter:
     )
 
 
-def _output(made: Sequence[Delivered], prompt: str) -> Output:
+def _output(made: Sequence[Delivered]) -> Output:
     return Output(
         images=[
             File(
@@ -355,8 +358,8 @@ def _output(made: Sequence[Delivered], prompt: str) -> Output:
         ],
         timings=Timings(inference=max(one.facts["prior_s"] + one.facts["decoder_s"] for one in made)),
         seed=made[0].facts["seed"],
-        has_nsfw_concepts=[False] * len(made),
-        prompt=prompt,
+        has_nsfw_concepts=[one.is_flagged for one in made],
+        prompt=made[0].facts["prompt"],
     )
 
 
@@ -426,7 +429,7 @@ def router(
     """The routes of this API."""
     routes = APIRouter()
 
-    reader = InputReader(generator, sources, limits)
+    reader = InputReader(generator, sources, limits, blacken=True)
 
     def add_app(path: str, fields_type: type[ImageInput], name: str) -> None:
         """The routes that run and queue what takes these fields."""
@@ -436,7 +439,7 @@ def router(
             name=f"fal_run_{name}",
             response_model=Output,
             responses=errors(404, 408, 413, 422, 429, 500, 503, 504, 507),
-            openapi_extra=document_body(fields_type),
+            openapi_extra=reader.document(fields_type),
         )
         async def run(app: str, request: Request, start_within_s: Seconds = None) -> Output:
             """Make images while the client waits."""
@@ -444,14 +447,14 @@ def router(
             made = await _begun_within(
                 start_within_s, delivery, request, ordered, inline=fields.sync_mode or False
             )
-            return _output(made, fields.prompt)
+            return _output(made)
 
         @routes.post(
             f"/queue/fal-ai/{{app}}{path}",
             name=f"fal_submit_{name}",
             response_model=Submitted,
             responses=errors(404, 408, 413, 422, 429, 500, 503, 507),
-            openapi_extra=document_body(fields_type),
+            openapi_extra=reader.document(fields_type),
         )
         async def submit(
             app: str,

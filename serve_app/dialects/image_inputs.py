@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, read_json, request_id
+from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, document_body, read_json, request_id
 from serve_app.errors import RequestError
 from serve_app.generation import MAX_SEED, Generation
 from serve_app.images import Encoding
@@ -41,6 +41,7 @@ PARAMETERS = {
     "size": "image_size",
     "steps": "num_inference_steps",
     "sources": "image_urls",
+    "expand_prompt": "enable_prompt_expansion",
 }
 """What these APIs call the parameters of a `Generation`."""
 
@@ -98,7 +99,9 @@ class ImageInput(JSONFields):
         default=None, ge=1, le=MAX_IMAGES, description="Image i has the seed `seed` + i; 1 if unset."
     )
     enable_safety_checker: bool | None = Field(
-        default=None, description="Taken, but no checker is configured: nothing is checked."
+        default=None,
+        description="Whether images are checked, if the server has a safety checker (`/v1/models` tells); "
+        "true if unset.",
     )
     output_format: Literal["jpeg", "png"] | None = Field(default=None, description="`jpeg` if unset.")
     sync_mode: bool | None = Field(
@@ -106,20 +109,9 @@ class ImageInput(JSONFields):
     )
     enable_prompt_expansion: bool | None = Field(
         default=None,
-        description="Refused if true: no expander is configured.",
-        json_schema_extra={"not": {"const": True}},
+        description="Whether the prompt is rewritten first; true is refused by a server that has no prompt "
+        "expander.",
     )
-
-    @field_validator("enable_prompt_expansion")
-    @classmethod
-    def _not_expanded(cls, wanted: bool | None) -> bool | None:
-        if wanted:
-            raise RequestError(
-                "This server expands no prompts; leave enable_prompt_expansion out, or set it to false.",
-                param="enable_prompt_expansion",
-                code="unsupported_parameter",
-            )
-        return wanted
 
 
 class EditInput(ImageInput):
@@ -147,12 +139,24 @@ class InputReader:
         generator: knows the models.
         sources: gets and decodes source images.
         limits: on bodies.
+        blacken: whether images that are flagged become black ones.
     """
 
-    def __init__(self, generator: Generator, sources: SourceReader, limits: Limits) -> None:
+    def __init__(
+        self, generator: Generator, sources: SourceReader, limits: Limits, *, blacken: bool = False
+    ) -> None:
         self._generator = generator
         self._sources = sources
         self._limits = limits
+        self._blacken = blacken
+
+    def document(self, fields_type: type[ImageInput]) -> dict[str, Any]:
+        """For the OpenAPI document: the body, of which nothing is promised that this server has not."""
+        document = document_body(fields_type)
+        if not self._generator.expands_prompts:
+            schema = document["requestBody"]["content"]["application/json"]["schema"]
+            schema["properties"]["enable_prompt_expansion"]["not"] = {"const": True}
+        return document
 
     async def read(
         self, request: Request, fields_type: type[ImageInput], model: str
@@ -185,6 +189,9 @@ class InputReader:
                 steps=fields.num_inference_steps or family.hosted_steps,
                 guidance_scale=fields.guidance_scale,
                 seed=fields.seed,
+                expand_prompt=fields.enable_prompt_expansion or False,
+                moderation="low" if fields.enable_safety_checker is False else "auto",
+                blacken=self._blacken,
                 request_id=request_id(request),
                 key_id=request.state.key_id,
             ),

@@ -176,9 +176,7 @@ class Views:
     async def _result(self, job: Job, base: str) -> ImagesResponse:
         inline = job.answer["response_format"] == "b64_json"
         made = await self._delivery.of(job, base, inline=inline)
-        return images_response(
-            made, job.request["prompt"], job.answer["quality"], job.encoding["format"], job.ended_at or 0
-        )
+        return images_response(made, job.answer["quality"], job.encoding["format"], job.ended_at or 0)
 
     async def message(self, job: Job, timestamp: int, sign: Sign) -> Message:
         """The webhook of an ended job: https://www.standardwebhooks.com, with asymmetric signatures."""
@@ -262,7 +260,7 @@ def router(
         response_model=JobView,
         response_model_exclude_none=True,
         responses=errors(400, 404, 408, 409, 413, 429, 500, 503, 507),
-        openapi_extra=job_body(generator.models(), limits),
+        openapi_extra=job_body(generator, limits),
     )
     async def submit_job(
         request: Request,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.dialects.openai_schemas import errors
 from serve_app.errors import RequestError, stopping
-from serve_app.status import ModelStatuses
+from serve_app.status import HELPER, ModelStatuses, StageStatus
 
 if TYPE_CHECKING:
     from serve_app.config import Limits
@@ -29,12 +29,19 @@ class Alive(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class Health(BaseModel):
+class Loaded(BaseModel):
+    """What is loaded."""
+
+    models: ModelStatuses = Field(description="By model, then by stage.")
+    safety_checker: StageStatus | None = Field(default=None, description="If there is one.")
+    prompt_expander: StageStatus | None = Field(default=None, description="If there is one of our own.")
+
+
+class Health(Loaded):
     """How the server is."""
 
     status: Literal["ok"] = "ok"
     model_loaded: bool = Field(description="Whether any model is.")
-    models: ModelStatuses = Field(description="By model, then by stage.")
 
 
 class Unit(BaseModel):
@@ -57,11 +64,10 @@ class Status(BaseModel):
     units: list[Unit]
 
 
-class Unloaded(BaseModel):
+class Unloaded(Loaded):
     """What was unloaded."""
 
     status: Literal["unloaded"] = "unloaded"
-    models: ModelStatuses
 
 
 class UnloadQuery(BaseModel):
@@ -69,7 +75,9 @@ class UnloadQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = Field(default=None, description="One model; all of them if unset.")
+    model: str | None = Field(
+        default=None, description="One model; if unset all of them, safety checker and prompt expander too."
+    )
     wait: bool = Field(default=False, description="Wait until no request is running.")
     force: bool = Field(default=False, description="Stop running requests; they get a 503.")
 
@@ -78,15 +86,27 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
     """The routes."""
     routes = APIRouter()
 
-    @routes.get("/health")
+    def by_kind(statuses: ModelStatuses) -> dict[str, Any]:
+        """As `Loaded` has them."""
+        models = {model.name for model in generator.models()}
+        return {
+            "models": {name: stages for name, stages in statuses.items() if name in models},
+            **{
+                name.replace(" ", "_"): stages[HELPER]
+                for name, stages in statuses.items()
+                if name not in models
+            },
+        }
+
+    @routes.get("/health", response_model_exclude_none=True)
     async def health() -> Health:
         """Whether the server answers, and which models are loaded. Never loads one."""
-        models = await lifecycle.statuses()
+        kinds = by_kind(await lifecycle.statuses())
         loaded = any(
             all(status["state"] in ("ready", "generating") for status in stages.values())
-            for stages in models.values()
+            for stages in kinds["models"].values()
         )
-        return Health(model_loaded=loaded, models=models)
+        return Health(model_loaded=loaded, **kinds)
 
     @routes.get("/livez")
     async def livez() -> Alive:
@@ -106,7 +126,7 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
         units = generator.units
         running = [unit for unit in units if unit.progress]
         stages = [stage for model in (await lifecycle.statuses()).values() for stage in model.values()]
-        doing: Literal["idle", "loading", "generating"] = "generating" if units else "idle"
+        doing: Literal["idle", "loading", "generating"] = "generating" if generator.pending else "idle"
         if not running and any(stage["state"] == "loading" for stage in stages):
             doing = "loading"
         return Status(
@@ -116,17 +136,20 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
         )
 
     @routes.api_route(
-        "/v1/internal/unload", methods=["GET", "POST"], responses=errors(400, 403, 404, 409, 503)
+        "/v1/internal/unload",
+        methods=["GET", "POST"],
+        response_model_exclude_none=True,
+        responses=errors(400, 403, 404, 409, 503),
     )
     async def unload(query: Annotated[UnloadQuery, Query()], request: Request) -> Unloaded:
         """Free the GPUs now; the next request loads again. Safe to call twice."""
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             # A browser would even take it for an image's address.
             raise RequestError("Other sites' pages may not unload.", code="cross_site", status=403)
-        models = [one.name for one in ([generator.model(query.model)] if query.model else generator.models())]
-        await lifecycle.unload(models, wait_s=limits.deadline_s if query.wait else 0, force=query.force)
+        names = [generator.model(query.model).name] if query.model else lifecycle.names
+        await lifecycle.unload(names, wait_s=limits.deadline_s if query.wait else 0, force=query.force)
         statuses = await lifecycle.statuses(fresh=True)
-        return Unloaded(models={model: statuses[model] for model in models})
+        return Unloaded(**by_kind({name: statuses[name] for name in names}))
 
     @routes.get(
         "/files/{name}",

@@ -59,7 +59,11 @@ Told = PartialImage | GeneratedImage
 Fields = TypeVar("Fields", bound=ImageRequest)
 
 STARTED = int(time.time())
-OUR_NAMES_FOR = {"steps": "num_inference_steps", "sources": "image"}
+OUR_NAMES_FOR = {
+    "steps": "num_inference_steps",
+    "sources": "image",
+    "expand_prompt": "enable_prompt_expansion",
+}
 """Where this API's word for a parameter is not the server's own."""
 
 
@@ -84,7 +88,7 @@ def router(generator: Generator, delivery: Delivery, reader: RequestReader, limi
         response_model=ImagesResponse,
         response_model_exclude_none=True,
         responses=ANSWERS,
-        openapi_extra=generation_body(generator.models(), limits),
+        openapi_extra=generation_body(generator, limits),
     )
     async def generations(request: Request) -> ImagesResponse | EventStream[Told]:
         """Make images from text."""
@@ -95,7 +99,7 @@ def router(generator: Generator, delivery: Delivery, reader: RequestReader, limi
         response_model=ImagesResponse,
         response_model_exclude_none=True,
         responses=ANSWERS,
-        openapi_extra=edit_body(generator.models(), limits),
+        openapi_extra=edit_body(generator, limits),
     )
     async def edits(request: Request) -> ImagesResponse | EventStream[Told]:
         """Make images from text and one to four images: a form with files, or JSON with URLs."""
@@ -145,17 +149,17 @@ def router(generator: Generator, delivery: Delivery, reader: RequestReader, limi
         if fields.stream:
             return await EventStream.begin(make, event, partial(_error_event, request))
         made = await delivery.make(request, order, inline=fields.response_format == "b64_json")
-        return images_response(made, fields.prompt, asked.quality, order.encoding.format, time.time())
+        return images_response(made, asked.quality, order.encoding.format, time.time())
 
     @routes.get("/models")
     async def list_models() -> Models:
         """The models that this server offers; the first one is the default."""
-        return Models(data=[_describe(model) for model in generator.models()])
+        return Models(data=[_describe(generator, model) for model in generator.models()])
 
     @routes.get("/models/{name}", responses=errors(404))
     async def get_model(name: str) -> Model:
         """One model and what it can do."""
-        return _describe(generator.model(name))
+        return _describe(generator, generator.model(name))
 
     return routes
 
@@ -175,8 +179,13 @@ def _error_event(request: Request, error: Exception) -> Event:
     return "error", json.loads(bytes(response.body))
 
 
-def _describe(model: ModelConfig) -> Model:
+def _describe(generator: Generator, model: ModelConfig) -> Model:
     family, defaults = model.traits, model.defaults
+    without: set[str] = {param for param in PARAMETERS if param not in family.parameters}
+    if not generator.expands_prompts:
+        without |= {"enable_prompt_expansion"}
+    if not generator.checks_images:
+        without |= {"moderation"}
     return Model(
         id=model.name,
         created=STARTED,
@@ -195,10 +204,10 @@ def _describe(model: ModelConfig) -> Model:
         guidance_off=family.guidance_off,
         parameters=[
             name
-            for name, field in ImageRequest.model_fields.items()
-            if field.description != HINT and (name not in PARAMETERS or name in family.parameters)
+            for name, field in GenerationRequest.model_fields.items()
+            if field.description != HINT and name not in without
         ],
-        safety_checker=False,
-        prompt_expansion=False,
+        safety_checker=generator.checks_images,
+        prompt_expansion=generator.expands_prompts,
         lossy_options=model.decoder.acceleration.lossy,
     )

@@ -138,6 +138,8 @@ class RequestReader:
             strength=fields.strength,
             seed=fields.seed,
             partial_images=fields.partial_images or 0,
+            expand_prompt=fields.enable_prompt_expansion or False,
+            moderation=getattr(fields, "moderation", None) or "auto",
             request_id=request_id(request),
             key_id=request.state.key_id,
         )

@@ -13,6 +13,7 @@ from serve_app import images
 from serve_app.dialects.bodies import MAX_ID_CHARS, NOT_BLANK, Fields, JSONFields, document_errors
 from serve_app.generation import MAX_PARTIAL_IMAGES, MAX_SEED
 from serve_app.jobs import Priority
+from serve_app.safety import Moderation
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from serve_app.config import Limits
     from serve_app.delivery import Delivered
+    from serve_app.generation import Generator
 
 MAX_FILES = 16
 """OpenAI's own bound; what a model takes may be less."""
@@ -37,6 +39,7 @@ QUALITIES: dict[str, tuple[Quality, int]] = {
 }
 """What an answer calls it, where three of the words are not allowed, and its denoising steps."""
 HINT = "A hint without an effect here."
+MODERATION = "How strictly images are checked, if the server has a safety checker; `auto` if unset."
 
 
 UNSUPPORTED = {  # what OpenAI's or the documents' clients may send, and why it is refused
@@ -95,6 +98,9 @@ class ImageRequest(Fields):
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Equal requests with equal seeds get equal images."
     )
+    enable_prompt_expansion: bool | None = Field(
+        default=None, description="Whether the prompt is rewritten first, by a language model."
+    )
     style: Literal["vivid", "natural"] | None = Field(default=None, description=HINT)
     complexity: Literal["low", "medium", "high"] | None = Field(default=None, description=HINT)
     user: str | None = Field(default=None, max_length=MAX_ID_CHARS, description=HINT)
@@ -114,7 +120,7 @@ class _FromJSON(JSONFields):
 class GenerationRequest(_FromJSON, ImageRequest):
     """The body of a generation."""
 
-    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
+    moderation: Moderation | None = Field(default=None, description=MODERATION)
 
 
 class EditRequest(ImageRequest):
@@ -132,14 +138,14 @@ class ImageReference(Fields):
 class EditByReference(_FromJSON, EditRequest):
     """The body of an edit whose source images stand elsewhere."""
 
-    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
+    moderation: Moderation | None = Field(default=None, description=MODERATION)
     images: list[ImageReference] = Field(min_length=1, max_length=MAX_FILES)
 
 
 class EditForm(EditRequest):
     """The fields of an edit, beside its files."""
 
-    @field_validator("stream", "cfg_normalization", mode="before")
+    @field_validator("stream", "cfg_normalization", "enable_prompt_expansion", mode="before")
     @classmethod
     def _true_or_false(cls, text: str) -> bool:
         if text != "true":  # false is unset already; pydantic would take yes and on, too
@@ -168,7 +174,7 @@ class JobFields(BaseModel):
 class JobRequest(JobFields, _FromJSON, EditRequest):
     """The body of a job: a generation's or, with `images`, an edit's."""
 
-    moderation: Literal["auto", "low"] | None = Field(default=None, description=HINT)
+    moderation: Moderation | None = Field(default=None, description=MODERATION)
     images: list[ImageReference] | None = Field(default=None, min_length=1, max_length=MAX_FILES)
 
 
@@ -181,7 +187,9 @@ class Image(BaseModel):
 
     url: str | None = None
     b64_json: str | None = None
-    revised_prompt: str = Field(description="The prompt that was painted: the one that was sent.")
+    revised_prompt: str = Field(
+        description="The prompt that was painted: the one that was sent, or the new one if it was expanded."
+    )
     seed: int = Field(description="Makes this image again, alone.")
 
 
@@ -227,14 +235,19 @@ def usage(images: Collection[Mapping[str, Any]]) -> Usage:
 
 
 def images_response(
-    made: Sequence[Delivered], prompt: str, quality: Quality | None, output_format: str, created: float
+    made: Sequence[Delivered], quality: Quality | None, output_format: str, created: float
 ) -> ImagesResponse:
     """The answer with these images."""
     first = made[0].facts
     return ImagesResponse(
         created=int(created),
         data=[
-            Image(url=one.url, b64_json=one.base64, revised_prompt=prompt, seed=one.facts["seed"])
+            Image(
+                url=one.url,
+                b64_json=one.base64,
+                revised_prompt=one.facts["prompt"],
+                seed=one.facts["seed"],
+            )
             for one in made
         ],
         size=f"{first['width']}x{first['height']}",
@@ -343,37 +356,37 @@ GENERATION_EXAMPLES = {
 }
 
 
-def generation_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
+def generation_body(generator: Generator, limits: Limits) -> dict[str, Any]:
     """For the OpenAPI document: the JSON body of a generation."""
-    schema = _schema(GenerationRequest, models, limits, unset=(None, "", False))
+    schema = _schema(GenerationRequest, generator, limits, unset=(None, "", False))
     return _body({"application/json": {"schema": schema, "examples": GENERATION_EXAMPLES}})
 
 
-def edit_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
+def edit_body(generator: Generator, limits: Limits) -> dict[str, Any]:
     """For the OpenAPI document: an edit as a form, or as JSON."""
-    return _form_or_json(EditForm, EditByReference, models, limits)
+    return _form_or_json(EditForm, EditByReference, generator, limits)
 
 
-def job_body(models: list[ModelConfig], limits: Limits) -> dict[str, Any]:
+def job_body(generator: Generator, limits: Limits) -> dict[str, Any]:
     """For the OpenAPI document: a job as a form, or as JSON."""
-    return _form_or_json(EditJobForm, JobRequest, models, limits)
+    return _form_or_json(EditJobForm, JobRequest, generator, limits)
 
 
 def _form_or_json(
-    form_type: type[ImageRequest], json_type: type[ImageRequest], models: list[ModelConfig], limits: Limits
+    form_type: type[ImageRequest], json_type: type[ImageRequest], generator: Generator, limits: Limits
 ) -> dict[str, Any]:
     several = {
         "type": "array",
         "minItems": 1,
-        "maxItems": max(model.traits.max_sources for model in models),
+        "maxItems": max(model.traits.max_sources for model in generator.models()),
     }
-    form = _schema(form_type, models, limits, unset=("", False))
+    form = _schema(form_type, generator, limits, unset=("", False))
     form["properties"]["image"] = several | {
         "items": {"type": "string", "format": "binary"},
         "description": "PNG, JPEG or WebP; also as `image[]`.",
     }
     form["required"].append("image")
-    by_reference = _schema(json_type, models, limits, unset=(None, "", False))
+    by_reference = _schema(json_type, generator, limits, unset=(None, "", False))
     by_reference["properties"]["images"] = several | {
         "items": {
             "type": "object",
@@ -399,13 +412,13 @@ def _body(content: dict[str, Any]) -> dict[str, Any]:
 
 def _schema(
     fields: type[ImageRequest],
-    models: list[ModelConfig],
+    generator: Generator,
     limits: Limits,
     *,
     unset: tuple[str | bool | None, ...],
 ) -> dict[str, Any]:
     """The schema of a body, with this server's own bounds."""
-    schema = fields.model_json_schema()
+    schema, models = fields.model_json_schema(), generator.models()
     bounds: dict[str, dict[str, Any]] = {
         "model": {"enum": [model.name for model in models]},
         "n": {"minimum": 1, "maximum": limits.max_images},
@@ -434,6 +447,9 @@ def _schema(
     for param in PARAMETERS:
         if param not in taken:
             schema["properties"][param] = {"enum": list(unset), "description": "No model takes it."}
+    if not generator.expands_prompts:
+        no_expander = {"enum": list(unset), "description": "The server has no prompt expander."}
+        schema["properties"]["enable_prompt_expansion"] = no_expander
     if not issubclass(fields, EditRequest):
         schema["properties"]["strength"] = {"enum": list(unset), "description": "Of edits."}
     elif issubclass(fields, JobRequest) and "strength" in taken:

@@ -24,6 +24,7 @@ from serve_app.dialects.image_inputs import PARAMETERS, EditInput, ImageInput, I
 from serve_app.errors import InvalidParameter, RequestError, in_words
 from serve_app.job_runner import Submission
 from serve_app.jobs import Job, Owner, State
+from serve_app.safety import VIOLATION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,6 +143,8 @@ def _error(error: RequestError | InvalidParameter) -> Error:
     if error.status == HTTPStatus.TOO_MANY_REQUESTS and "Retry-After" in error.headers:
         message = f"Rate limit exceeded. Retry after {error.headers['Retry-After']} seconds."
     code = CODES.get(error.status, HTTPStatus(error.status).name)
+    if error.code == VIOLATION:
+        code = VIOLATION.upper()
     return Error(code=code, message=message)
 
 
@@ -232,7 +235,7 @@ def router(
             name=f"pixazo_submit_{kind}".replace("-", "_"),
             response_model=Result,
             responses=errors(400, 404, 408, 413, 429, 500, 503, 507),
-            openapi_extra=document_body(fields_type),
+            openapi_extra=reader.document(fields_type),
         )
         async def submit(
             request: Request,

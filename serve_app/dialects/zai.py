@@ -33,6 +33,7 @@ from serve_app.images import Encoding
 from serve_app.job_runner import Submission
 from serve_app.jobs import Job, Owner, State
 from serve_app.orders import Order
+from serve_app.safety import VIOLATION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,6 +59,7 @@ CODES = {
     "expired_token": "1003",
     "model_not_found": "1211",
     "missing_required_parameter": "1213",
+    VIOLATION: "1301",
     "job_not_found": "1214",
 }
 CODES_BY_STATUS = {400: "1214", 404: "1222", 405: "1222", 413: "1214", 429: "1302"}
@@ -139,10 +141,14 @@ class Image(BaseModel):
 
 
 class ContentFilter(BaseModel):
-    """What was found by checking: nothing, since nothing is checked."""
+    """What was found by checking the images."""
 
     role: Literal["assistant"] = "assistant"
-    level: int = Field(default=3, description="From 0, the gravest, to 3.")
+    level: int = Field(
+        ge=0,
+        le=3,
+        description="From 0, which is withheld, to 3, the lightest, which what was not checked has, too.",
+    )
 
 
 class Images(BaseModel):
@@ -152,7 +158,7 @@ class Images(BaseModel):
     id: str
     request_id: str
     data: list[Image]
-    content_filter: list[ContentFilter] = [ContentFilter()]
+    content_filter: list[ContentFilter]
 
 
 class Task(BaseModel):
@@ -163,7 +169,9 @@ class Task(BaseModel):
     request_id: str
     task_status: Literal["PROCESSING", "SUCCESS", "FAIL"]
     image_result: list[Image] | None = Field(default=None, description="When it has succeeded.")
-    content_filter: list[ContentFilter] | None = Field(default=None, description="When it has succeeded.")
+    content_filter: list[ContentFilter] | None = Field(
+        default=None, description="When it has succeeded, or failed over what was found."
+    )
     error: Error | None = Field(default=None, description="When it has failed.")
 
 
@@ -171,13 +179,17 @@ class ZaiError(BaseModel):
     """The answer to a request that fails."""
 
     error: Error
+    content_filter: list[ContentFilter] | None = Field(
+        default=None, description="If it fails over what was found."
+    )
 
 
 def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
     """The error in this API's envelope."""
     error = in_words(error, PARAMETERS)
     status = 400 if error.code == "model_not_found" else error.status
-    return JSONResponse({"error": vars(_error(error))}, status, error.headers)
+    body = ZaiError(error=_error(error), content_filter=_withheld(error))
+    return JSONResponse(body.model_dump(exclude_none=True), status, error.headers)
 
 
 def _error(error: RequestError | InvalidParameter) -> Error:
@@ -189,6 +201,16 @@ def _error(error: RequestError | InvalidParameter) -> Error:
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document: an answer in this API's envelope for each status."""
     return document_errors(ZaiError, 401, *statuses)
+
+
+def _withheld(error: RequestError | InvalidParameter) -> list[ContentFilter] | None:
+    return [ContentFilter(level=0)] if error.code == VIOLATION else None
+
+
+def _found(made: Sequence[Delivered]) -> list[ContentFilter]:
+    """What was found of images that are not withheld: their levels are thirds of what is."""
+    unsafety = max(one.facts["unsafety"] or 0 for one in made)
+    return [ContentFilter(level=3 - int(3 * unsafety))]
 
 
 def _images(made: Sequence[Delivered]) -> list[Image]:
@@ -241,6 +263,7 @@ def router(
             id=task_id,
             request_id=fields.request_id or task_id,
             data=_images(made),
+            content_filter=_found(made),
         )
 
     @routes.post(
@@ -271,16 +294,17 @@ def router(
         return await task(job, links.base(request))
 
     async def task(job: Job, base: str) -> Task:
-        done = job.state == "succeeded"
         inline = job.answer["response_format"] == "b64_json"
+        made = await delivery.of(job, base, inline=inline) if job.state == "succeeded" else []
+        error = error_of(job.error) if job.error else None
         return Task(
             id=job.id,
             model=job.answer["model"],
             request_id=job.answer["request_id"] or job.id,
             task_status=TASK_STATUS[job.state],
-            image_result=_images(await delivery.of(job, base, inline=inline)) if done else None,
-            content_filter=[ContentFilter()] if done else None,
-            error=_error(error_of(job.error)) if job.error else None,
+            image_result=_images(made) if made else None,
+            content_filter=_found(made) if made else error and _withheld(error),
+            error=error and _error(error),
         )
 
     return routes

@@ -101,7 +101,7 @@ def test_what_an_answer_may_be_a_result_may_be(client: httpx.Client) -> None:
 def test_events_tell_of_the_queue_the_stages_and_previews_and_go_on_where_they_broke(
     client: httpx.Client,
 ) -> None:
-    job = submit(client, num_inference_steps=40, partial_images=2)
+    job = submit(client, num_inference_steps=100, partial_images=2)  # so that the second one is told in time
     came = []
     previews = set()
     for event in events(client, job):

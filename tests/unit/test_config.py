@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.config import ModelConfig
+from deployments.config import ModelConfig, StageConfig
 from serve_app.app import build_app
 from serve_app.config import AppConfig
 
@@ -139,23 +139,36 @@ def test_a_configuration_that_asks_for_more_gpus_than_there_are_is_refused(
             build_app(config)
 
 
-def reference(model: type[BaseModel], prefix: str = "", described: set[type] | None = None) -> list[str]:
-    """The rows of the README's table, from the code; a part that stands in two places is described once."""
+def reference(
+    model: type[BaseModel], prefix: str = "", described: set[tuple[object, ...]] | None = None
+) -> list[str]:
+    """The rows of the README's table, from the code; what stages have in common is described once."""
     rows: list[str] = []
     described = set() if described is None else described
     for name, field in model.model_fields.items():
         several = get_origin(field.annotation) is tuple
-        kind = get_args(field.annotation)[0] if several else field.annotation
+        kind = (
+            get_args(field.annotation)[0] if several or None in parts(field.annotation) else field.annotation
+        )
         key = f"{prefix}{name}{'[]' if several else ''}"
         default = "required"
         if not field.is_required():
             value = field.get_default(call_default_factory=True)
             default = "" if value in (None, {}, ()) or isinstance(value, BaseModel) else f"`{value}`"
-        rows.append(f"| `{key}` | {default.replace(str(Path.home()), '~')} | {field.description} |")
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in described:
-            described.add(kind)
+        row = f"{default.replace(str(Path.home()), '~')} | {field.description}"
+        if name in StageConfig.model_fields and (name, row) in described:
+            continue
+        described.add((name, row))
+        rows.append(f"| `{key}` | {row} |")
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and (kind,) not in described:
+            described.add((kind,))
             rows += reference(kind, f"{key}.", described)
     return rows
+
+
+def parts(annotation: object) -> tuple[object, ...]:
+    """Of a union; None is one of what need not be there."""
+    return tuple(None if one is type(None) else one for one in get_args(annotation))
 
 
 def test_the_readme_lists_every_key_with_its_default() -> None:

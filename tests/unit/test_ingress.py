@@ -17,6 +17,7 @@ from serve_app.config import AppConfig
 from serve_app.database import Database
 from serve_app.generation import Generator, Model
 from serve_app.ingress import create_app
+from serve_app.outbound import Outbound
 from serve_app.storage import FileStore
 
 
@@ -52,7 +53,8 @@ def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[P
         generator = Generator({"m": Model(config=model, prior=prior, decode=decode)}, config.limits)
         lifecycle: Any = None  # asked by routes that are not tested here
         database = Database(f"sqlite:///{tmp_path}/jobs.db")
-        return create_app(config, generator, lifecycle, FileStore(config.storage), database)
+        outbound = Outbound(config.outbound)
+        return create_app(config, generator, lifecycle, FileStore(config.storage), database, outbound)
 
     return app
 

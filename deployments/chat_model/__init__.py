@@ -1,0 +1,1 @@
+"""The chat model of the prompt expander, which knows no Ray: prompts, rewritten."""

@@ -1,0 +1,113 @@
+"""Prompts rewritten by a chat model of transformers. No Ray in here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deployments.chat_model import tiny
+from deployments.checkpoint import load_flat
+from deployments.errors import Cancelled, EngineFault, OutOfMemoryError, release
+from deployments.memory import cleared
+from deployments.prompts import plain_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from deployments.calls import Call
+    from deployments.config import ChatModelConfig
+    from deployments.types import ExpansionRequest
+
+
+class ChatModel:
+    """Answers one request at a time, with what is most probable: equal requests get equal answers.
+
+    Used by one thread at a time.
+
+    Args:
+        model: any causal language model.
+        tokenizer: its own, with a chat template.
+
+    Attributes:
+        fault: why it has stopped for good, or None while it works.
+        done: how many tokens it has drawn.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        # A checkpoint's settings say how to draw; what is most probable is not drawn.
+        settings = model.generation_config
+        settings.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None)
+        self.fault: Exception | None = None
+        self.done = 0
+
+    @classmethod
+    def load(cls, config: ChatModelConfig, report: Callable[[float], None] = lambda _: None) -> ChatModel:
+        """Load the chat model.
+
+        Args:
+            config: which, and where it runs.
+            report: told, now and then, the share of the weights that is loaded, 0 to 1.
+
+        Raises:
+            CheckpointError: the checkpoint is missing or does not fit.
+        """
+        model, tokenizer = load_flat(
+            config,
+            AutoModelForCausalLM,
+            AutoTokenizer,
+            report,
+            tiny=tiny.cached,
+            device=config.device,
+            dtype=config.dtype,
+        )
+        return cls(model, tokenizer)
+
+    def expand(self, request: ExpansionRequest, call: Call) -> str:
+        """What the model answers to the prompt.
+
+        Raises:
+            Cancelled: the call was cancelled; within a token.
+            OutOfMemoryError: the device has too little memory.
+        """
+        if self.fault:
+            raise self.fault
+        try:
+            return self._expand(request, call)
+        except Exception as error:
+            release(error, "a prompt could not be expanded")
+            if lost := cleared(self._model.device):
+                self.fault = EngineFault(f"the chat model stopped: {lost}")
+            if isinstance(error, torch.OutOfMemoryError):
+                raise OutOfMemoryError("the chat model has too little memory for a prompt") from error
+            raise
+
+    @torch.inference_mode()
+    def _expand(self, request: ExpansionRequest, call: Call) -> str:
+        read = self._tokenizer.apply_chat_template(
+            [
+                {"role": "system", "content": request.instruction},
+                {"role": "user", "content": plain_text(self._tokenizer, request.prompt)},
+            ],
+            add_generation_prompt=True,
+            enable_thinking=False,  # of models that could; others' templates do not ask
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self._model.device)
+
+        def after_token(*_: object, **__: object) -> bool:
+            self.done += 1
+            if call.cancelled.is_set():
+                raise Cancelled
+            return False
+
+        answer = self._model.generate(
+            **read, max_new_tokens=request.max_tokens, stopping_criteria=[after_token]
+        )
+        text = self._tokenizer.decode(answer[0, read["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(text)

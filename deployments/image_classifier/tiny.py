@@ -1,0 +1,70 @@
+"""A small classifier with random weights, made of the real classes; see `deployments.recipes`.
+
+python -m deployments.image_classifier.tiny FOLDER [--preset benchmark] [--layers 4 …]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from deployments.recipes import Recipe
+
+LABELS = ("normal", "nsfw")
+HEADS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What may be chosen about the random checkpoint. Everything else follows or is as released.
+
+    Attributes:
+        width: hidden size, a multiple of 2.
+        layers: at least 1.
+        side: of the images it looks at, in pixels, a multiple of 16.
+        seed: of the weights.
+    """
+
+    width: int = 32
+    layers: int = 2
+    side: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, factor in (("width", HEADS), ("layers", 1), ("side", 16)):
+            if getattr(self, name) < 1 or getattr(self, name) % factor:
+                raise ValueError(f"{name} must be a multiple of {factor}, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, not {self.seed}")
+
+
+TINY = Sizes()
+BENCHMARK = Sizes(width=768, layers=12, side=224)
+"""The size of ViT-Base, which the usual checkpoints have."""
+
+
+def _make(sizes: Sizes) -> tuple[ViTForImageClassification, ViTImageProcessorPil]:
+    config = ViTConfig(
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * sizes.width,
+        image_size=sizes.side,
+        patch_size=16,
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: id_ for id_, label in enumerate(LABELS)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.seed)
+        model = ViTForImageClassification(config)
+    return model, ViTImageProcessorPil(size={"height": sizes.side, "width": sizes.side})
+
+
+RECIPE = Recipe(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
+cached = RECIPE.cached
+write = RECIPE.write
+
+if __name__ == "__main__":
+    RECIPE.main()

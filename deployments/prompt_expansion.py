@@ -1,0 +1,37 @@
+"""The prompt expander: what a replica of its Ray Serve deployment runs."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from deployments.calls import stream
+from deployments.stage import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from deployments.chat_model.chat_model import ChatModel
+    from deployments.config import ChatModelConfig
+    from deployments.types import Event, ExpansionRequest
+
+
+class PromptExpander(Stage["ChatModel"]):
+    """Serves one replica of the chat model, a prompt at a time."""
+
+    async def __init__(self, config: ChatModelConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._config = config
+        await super().__init__(config)
+
+    def _load(self, report: Callable[[float], None]) -> ChatModel:
+        from deployments.chat_model.chat_model import ChatModel  # which loads torch
+
+        return ChatModel.load(self._config, report)
+
+    async def expand(self, request: ExpansionRequest) -> AsyncIterator[Event | str]:
+        """What the chat model makes of a prompt, the only item; a cancelled call stops within a token."""
+        model = await self._loader.engine(request.asked_at)
+        items = stream(lambda call: self._loader.thread.submit(model.expand, request, call))
+        async with aclosing(items):
+            async for item in items:
+                yield item

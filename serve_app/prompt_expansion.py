@@ -1,0 +1,197 @@
+"""Prompts rewritten by a language model, if it does as it is told; else they stay as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError
+
+from deployments.errors import LoadingFailed
+from deployments.prompts import quoted_texts
+from deployments.types import ExpansionRequest
+from serve_app.errors import RequestError
+from serve_app.outbound import OutboundError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from deployments.types import Event
+    from serve_app.config import EndpointConfig, PromptExpanderConfig
+    from serve_app.outbound import Outbound
+
+logger = logging.getLogger("ray.serve")
+
+NAME = "prompt expander"
+"""By which it is needed and unloaded, as models are by theirs, in which there are no blanks."""
+INSTRUCTION = (
+    "You rewrite prompts for a text-to-image model. Describe the same picture in more detail: subject, "
+    "setting, composition, light, colours, style. Keep everything that the prompt says, and its "
+    "language. Text in quotation marks is painted into the picture: copy it, quotation marks included, "
+    "exactly as it is and as often as it is there, and use quotation marks and apostrophes for nothing "
+    "else. Answer with the new prompt alone, in one paragraph, without an introduction."
+)
+EDITING = (
+    " This prompt says how a given picture, which you cannot see, is to be changed: say more exactly "
+    "what is to change, and leave everything else as it is."
+)
+THINKING = re.compile(r"\A\s*<think>.*</think>", re.DOTALL)
+MAX_ANSWER_BYTES = 2**20
+
+Ask = Callable[[ExpansionRequest], Awaitable[str]]
+
+
+class ExpansionError(Exception):
+    """Why a prompt was not expanded, to be told to whoever asked for it; nothing of the prompt is in it."""
+
+
+class Expansion(NamedTuple):
+    """What is to be painted.
+
+    Attributes:
+        prompt: the new one, or the old one if there was a problem.
+        seconds: which that took.
+        problem: why it is the old one; empty if it is not.
+    """
+
+    prompt: str
+    seconds: float = 0
+    problem: str = ""
+
+
+class PromptExpansion:
+    """Has prompts rewritten, within bounds.
+
+    A prompt's expansion follows from the prompt alone, not from a seed: each image of a request is the one
+    that its seed gives alone.
+
+    Args:
+        config: the bounds.
+        ask: the language model.
+        max_chars: of a prompt.
+    """
+
+    def __init__(self, config: PromptExpanderConfig, ask: Ask, max_chars: int) -> None:
+        self._config = config
+        self._ask = ask
+        self._max_chars = max_chars
+
+    async def expand(self, prompt: str, *, editing: bool) -> Expansion:
+        """Rewrite a prompt; whatever goes wrong, there is one to go on with.
+
+        Args:
+            prompt: as it was sent.
+            editing: whether there are source images.
+        """
+        began = time.monotonic()
+        request = ExpansionRequest(
+            instruction=INSTRUCTION + (EDITING if editing else ""),
+            prompt=prompt,
+            max_tokens=self._config.max_tokens,
+        )
+        problem = ""
+        try:
+            async with asyncio.timeout(self._config.timeout_s):
+                expanded = self._checked(prompt, await self._ask(request))
+        except ExpansionError as error:
+            problem = str(error)
+        except TimeoutError:
+            problem = f"the language model took longer than {self._config.timeout_s:g} s"
+        except LoadingFailed as error:
+            problem = f"the language model could not be loaded: {error.reason}"
+        except RequestError as error:
+            problem = error.message
+        except Exception:
+            logger.exception("a prompt could not be expanded")
+            problem = "the language model failed; the server's log says why"
+        return Expansion(prompt if problem else expanded, time.monotonic() - began, problem)
+
+    def _checked(self, prompt: str, answer: str) -> str:
+        """The new prompt, if it is one.
+
+        Raises:
+            ExpansionError: it is not.
+        """
+        expanded = THINKING.sub("", answer).strip()
+        if not expanded or "<think>" in expanded:
+            raise ExpansionError("the language model came to no answer")
+        if len(expanded) > self._max_chars:
+            raise ExpansionError(f"the language model's answer has more than {self._max_chars} characters")
+        if quoted_texts(expanded) != quoted_texts(prompt):
+            raise ExpansionError("the language model changed what stands in quotation marks")
+        return expanded
+
+
+def by_deployment(expand: Callable[[ExpansionRequest], AsyncGenerator[Event | str, None]]) -> Ask:
+    """A way to ask our own chat model, by its deployment's method."""
+
+    async def ask(request: ExpansionRequest) -> str:
+        async with aclosing(expand(request)) as events:
+            async for event in events:
+                if isinstance(event, str):
+                    return event
+        raise ExpansionError("the language model came to no answer")
+
+    return ask
+
+
+class _Message(BaseModel):
+    content: str
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Completion(BaseModel):
+    """What of an answer is looked at: https://platform.openai.com/docs/api-reference/chat/object."""
+
+    choices: list[_Choice] = Field(min_length=1)
+
+
+def by_endpoint(config: EndpointConfig, outbound: Outbound) -> Ask:
+    """A way to ask a model behind OpenAI's API: https://platform.openai.com/docs/api-reference/chat/create.
+
+    Raises:
+        ValueError: the variable of the environment that is to hold the key is not set.
+    """
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if config.key_env:
+        if not (key := os.environ.get(config.key_env)):
+            raise ValueError(f"prompt_expander.endpoint: the variable {config.key_env} is not set")
+        headers["Authorization"] = f"Bearer {key}"
+    url = f"{str(config.base_url).rstrip('/')}/chat/completions"
+
+    async def ask(request: ExpansionRequest) -> str:
+        body = {
+            "model": config.model,
+            "messages": [
+                {"role": "system", "content": request.instruction},
+                {"role": "user", "content": request.prompt},
+            ],
+            "max_tokens": request.max_tokens,
+            # What is most probable, and the same each time, as far as the endpoint can.
+            "temperature": 0,
+            "seed": 0,
+        }
+        try:
+            status, answer = await outbound.ask(
+                url, json.dumps(body).encode(), headers, max_bytes=MAX_ANSWER_BYTES
+            )
+        except OutboundError as error:
+            raise ExpansionError(f"the language model's endpoint {error.problem}") from error
+        if status != 200:
+            raise ExpansionError(f"the language model's endpoint answered with status {status}")
+        try:
+            return _Completion.model_validate_json(answer).choices[0].message.content
+        except ValidationError:
+            raise ExpansionError("the language model's endpoint gave no valid answer") from None
+
+    return ask

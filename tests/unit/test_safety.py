@@ -1,0 +1,90 @@
+"""The safety check: what is flagged, and what becomes of what cannot be checked."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.errors import LoadingFailed, NotANumber
+from deployments.types import CheckRequest, Event
+from serve_app.config import SafetyCheckerConfig
+from serve_app.errors import ReplicaDied, RequestError
+from serve_app.safety import Moderation, SafetyCheck
+
+IMAGE = np.zeros((4, 4, 3), dtype=np.uint8)
+Checker = Callable[[CheckRequest], AsyncGenerator[Event | float, None]]
+
+
+def scoring(*answers: float | Exception) -> Checker:
+    """A checker that gives one answer after the other."""
+    left = list(answers)
+
+    async def check(_: CheckRequest) -> AsyncGenerator[Event | float, None]:
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        yield answer
+
+    return check
+
+
+def unsafety(checker: Checker, moderation: Moderation = "auto", **config: Any) -> float | None:
+    check = SafetyCheck(SafetyCheckerConfig(**config), checker)
+    return asyncio.run(check.unsafety(IMAGE, moderation))
+
+
+def test_it_is_flagged_from_the_threshold_on() -> None:
+    assert unsafety(scoring(0.25)) == 0.5
+    assert unsafety(scoring(0.5)) == 1
+    assert unsafety(scoring(0.6), threshold=0.8) == pytest.approx(0.75)
+
+
+def test_less_is_asked_of_those_who_ask_for_less() -> None:
+    assert unsafety(scoring(), "low") is None
+    assert unsafety(scoring(0.5), "low", low_threshold=1) == 0.5
+    assert not SafetyCheck(SafetyCheckerConfig(), scoring()).looks("low")
+    assert SafetyCheck(SafetyCheckerConfig(low_threshold=0.9), scoring()).looks("low")
+
+
+def test_a_checker_that_dies_is_asked_once_more() -> None:
+    assert unsafety(scoring(ReplicaDied(), 0.1)) == 0.2
+
+
+async def never(_: CheckRequest) -> AsyncGenerator[Event | float, None]:
+    await asyncio.Event().wait()
+    yield 0.0
+
+
+@pytest.mark.parametrize(
+    "checker",
+    [
+        lambda: scoring(ReplicaDied(), ReplicaDied()),
+        lambda: scoring(LoadingFailed("no such folder")),
+        lambda: scoring(NotANumber("nan")),
+        lambda: scoring(RequestError("busy", status=429)),
+        lambda: scoring(RuntimeError("broken")),
+        lambda: never,
+    ],
+)
+def test_what_cannot_be_checked_is_held_back_or_handed_out_as_configured(
+    checker: Callable[[], Checker],
+) -> None:
+    assert unsafety(checker(), on_failure="open", timeout_s=0.1) is None
+    with pytest.raises(RequestError) as failed:
+        unsafety(checker(), timeout_s=0.1)
+    assert (failed.value.status, failed.value.code) == (500, "safety_check_failed")
+    assert failed.value.headers == {"x-should-retry": "false"}
+
+
+def test_who_leaves_is_not_told_that_the_check_has_failed() -> None:
+    async def leave() -> None:
+        check = SafetyCheck(SafetyCheckerConfig(on_failure="open"), never)
+        checking = asyncio.create_task(check.unsafety(IMAGE, "auto"))
+        await asyncio.sleep(0)
+        checking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await checking
+
+    asyncio.run(leave())
