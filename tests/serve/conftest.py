@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import re
 import signal
@@ -61,6 +62,16 @@ class Running:
     def send_signal(self, sign: signal.Signals) -> None:
         (server,) = psutil.Process(self.process.pid).children()
         server.send_signal(sign)
+
+    def logs(self) -> Path:
+        """The folder of all that Ray has written."""
+        (ingress, *_) = self.replicas("Ingress")
+        return Path(ingress.environ()["RAY_TMPDIR"]) / "ray/session_latest/logs"
+
+    def log_lines(self) -> Iterator[dict[str, object]]:
+        """What Serve has written of the ingress to its own files."""
+        for file in self.logs().glob("serve/replica_*Ingress*.log"):
+            yield from (json.loads(line) for line in file.read_text().splitlines())
 
     def replicas(self, name: str) -> list[psutil.Process]:
         """The processes of a deployment or, by its model's name, of both stages."""

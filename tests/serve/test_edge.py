@@ -7,7 +7,6 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -105,7 +104,9 @@ def test_the_openai_client_raises_what_belongs_to_each_status(
 
 
 def tries(guarded: Guarded, request_id: str) -> int:
-    return sum(line.get("request_id") == request_id and "route" in line for line in log_lines(guarded))
+    return sum(
+        line.get("request_id") == request_id and "route" in line for line in guarded.running.log_lines()
+    )
 
 
 def test_a_file_can_be_had_in_parts(http: httpx.Client) -> None:
@@ -149,17 +150,6 @@ def test_a_file_can_be_had_in_parts(http: httpx.Client) -> None:
     assert head.headers["content-length"] == str(size)
 
 
-def log_lines(guarded: Guarded) -> Iterator[dict[str, object]]:
-    """What Serve has written of the ingress to its own files."""
-    for file in ray_logs(guarded).glob("serve/replica_*Ingress*.log"):
-        yield from (json.loads(line) for line in file.read_text().splitlines())
-
-
-def ray_logs(guarded: Guarded) -> Path:
-    (ingress,) = guarded.running.replicas("Ingress")
-    return Path(ingress.environ()["RAY_TMPDIR"]) / "ray/session_latest/logs"
-
-
 def test_every_request_has_a_line_of_json_that_explains_it(http: httpx.Client, guarded: Guarded) -> None:
     assert (
         http.post("/v1/images/generations", json=SMALL, headers={"X-Request-ID": "explained"}).status_code
@@ -168,7 +158,7 @@ def test_every_request_has_a_line_of_json_that_explains_it(http: httpx.Client, g
     assert http.get("/v1/models/x", headers={"X-Request-ID": "refused"}).status_code == 404
 
     def lines() -> dict[object, dict[str, object]]:
-        return {line.get("request_id"): line for line in log_lines(guarded) if "route" in line}
+        return {line.get("request_id"): line for line in guarded.running.log_lines() if "route" in line}
 
     until(lambda: {"explained", "refused"} <= lines().keys(), 10)
     made, refused = lines()["explained"], lines()["refused"]
@@ -239,7 +229,7 @@ def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guar
     ]
     until(lambda: any(" 401 in" in line for line in guarded.running.log))
     written = "".join(guarded.running.log)
-    for log in ray_logs(guarded).rglob("*"):
+    for log in guarded.running.logs().rglob("*"):
         if log.is_file():
             written += log.read_text(errors="replace")
     assert "POST /v1/images/generations 200" in written

@@ -288,6 +288,25 @@ class TestExpansion:
         assert not any("not expanded" in line["message"] for line in job["log"])
 
 
+def test_the_log_says_why_a_prompt_was_not_expanded_and_holds_none(
+    sdk: openai.OpenAI, helped: Helped
+) -> None:
+    canary = "canary-71d0c3"
+    extra = {"enable_prompt_expansion": True, "num_inference_steps": 1}
+    for prompt in (canary, f'{canary} called "Aurora"'):
+        generate(sdk, SAFE, prompt, moderation="low", extra=extra)
+
+    def lines() -> list[dict[str, object]]:
+        return [line for line in helped.running.log_lines() if "expansion_s" in line]
+
+    until(lambda: any("not_expanded" in line for line in lines()), 10)
+    (reason,) = {line["not_expanded"] for line in lines() if "not_expanded" in line}
+    assert reason == "the language model changed what stands in quotation marks"
+    files = [file for file in helped.running.logs().rglob("*") if file.is_file()]
+    assert files
+    assert not [file for file in files if canary.encode() in file.read_bytes()]
+
+
 def test_a_checker_that_dies_is_replaced_and_asked_again(sdk: openai.OpenAI, helped: Helped) -> None:
     assert generate(sdk, SAFE).any()
     (checker,) = helped.running.replicas("safety-checker")

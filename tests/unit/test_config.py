@@ -1,5 +1,6 @@
 """The shipped configurations are valid, misspelt keys are errors, and the README's reference is true."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 CPU = {"device": "cpu"}
 OPEN = {"auth": {"open": True}}
+README = (ROOT / "README.md").read_text()
 MODEL = {"name": "m", "family": "glm_image", "checkpoint": "tiny", "prior": CPU, "decoder": CPU}
 
 
@@ -172,5 +174,14 @@ def parts(annotation: object) -> tuple[object, ...]:
 
 
 def test_the_readme_lists_every_key_with_its_default() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert "\n".join(["| Key | Default | Meaning |", "|---|---|---|", *reference(AppConfig)]) in readme
+    assert "\n".join(["| Key | Default | Meaning |", "|---|---|---|", *reference(AppConfig)]) in README
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+def test_what_the_readme_configures_is_valid(block: str) -> None:
+    AppConfig.model_validate(OPEN | {"models": [MODEL]} | yaml.safe_load(block))
+
+
+def test_the_readme_configures_both_helpers() -> None:
+    assert README.count("```yaml\nsafety_checker:\n") == 1
+    assert README.count("```yaml\nprompt_expander:\n") == 2

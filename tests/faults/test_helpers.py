@@ -1,0 +1,117 @@
+"""Helpers that fail: a checker that hangs, and a language model behind a real OpenAI-compatible server.
+
+That server is transformers' own, `transformers serve`, with the tiny chat model.
+"""
+
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from deployments.chat_model import tiny as chat_model
+from deployments.glm_image import tiny
+from tests.faults.conftest import Client
+from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
+from tests.serve.test_helpers import expanded
+
+pytestmark = pytest.mark.slow
+TIMEOUT_S = 4.0
+ON_CPU: dict[str, Any] = {
+    "checkpoint": "tiny",
+    "cpu_threads": 1,
+    "min_replicas": 1,
+    "deployment": {"ray_actor_options": {"num_cpus": 0}},
+}
+
+
+@contextmanager
+def language_model(port: int) -> Iterator[psutil.Process]:
+    program = str(Path(sys.executable).with_name("transformers"))
+    options = ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    with psutil.Popen([program, "serve", str(chat_model.cached()), *options]) as process:
+        try:
+            until(lambda: answers(port), 120)
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@contextmanager
+def serving(folder: Path, **args: Any) -> Iterator[Client]:
+    model = tiny_model("m", prior={"min_replicas": 1}, decoder={"min_replicas": 1})
+    with served(config_file(folder, [model], **args)) as running, Client(running) as client:
+        assert client.ask().status_code == 200
+        yield client
+
+
+def prompt_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["data"][0]["revised_prompt"])
+
+
+def test_a_language_model_that_is_slow_or_gone_costs_no_image(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    endpoint = {"base_url": f"http://127.0.0.1:{port}/v1", "model": str(chat_model.cached())}
+    args: dict[str, Any] = {
+        "prompt_expander": {"endpoint": endpoint, "max_tokens": 24, "timeout_s": TIMEOUT_S},
+        "outbound": {"allow": [f"127.0.0.1:{port}"]},
+    }
+    asked: dict[str, Any] = {"enable_prompt_expansion": True, "seed": 3}
+    with serving(tmp_path, **args) as client:
+        paint = Upstream(tiny.cached())
+        plain = paint("a boat", 512, 512, seed=3)
+        answer = client.ask(**asked)
+        assert prompt_of(answer) == "a boat", "it was not there yet"
+        assert np.array_equal(client.pixels(answer), plain)
+        with language_model(port) as process:
+            until(lambda: prompt_of(client.ask(**asked)) != "a boat")  # its first answer may be slow
+            answer = client.ask(**asked)
+            assert prompt_of(answer) == expanded("a boat")
+            assert np.array_equal(client.pixels(answer), paint(expanded("a boat"), 512, 512, seed=3))
+            process.send_signal(signal.SIGSTOP)
+            answer = client.ask(**asked)
+            assert prompt_of(answer) == "a boat"
+            assert np.array_equal(client.pixels(answer), plain)
+        assert prompt_of(client.ask(**asked)) == "a boat"
+
+
+@pytest.mark.parametrize("on_failure", ["open", "closed"])
+def test_a_checker_that_hangs_is_waited_for_so_long_and_no_longer(tmp_path: Path, on_failure: str) -> None:
+    checker = {"classifier": ON_CPU, "threshold": 1, "on_failure": on_failure, "timeout_s": TIMEOUT_S}
+    with serving(tmp_path, safety_checker=checker) as client:
+        until(lambda: client.get("/health").json()["safety_checker"]["state"] == "ready")
+        plain = client.pixels(client.ask(seed=3))
+        (process,) = client.running.replicas("safety-checker")
+        process.send_signal(signal.SIGSTOP)
+        answer = client.ask(seed=3)
+        process.send_signal(signal.SIGCONT)
+        if on_failure == "open":
+            assert np.array_equal(client.pixels(answer), plain)
+        else:
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "safety_check_failed"
+            assert answer.headers["x-should-retry"] == "false"
+        assert np.array_equal(client.pixels(client.ask(seed=3)), plain), "it is asked again the next time"
+
+
+def test_a_checker_that_cannot_be_loaded_is_one_that_fails(tmp_path: Path) -> None:
+    broken = {"classifier": ON_CPU | {"checkpoint": str(tmp_path / "nowhere")}}
+    with serving(tmp_path, safety_checker=broken | {"on_failure": "open"}) as client:
+        assert client.get("/health").json()["safety_checker"]["state"] == "failed"
