@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
     from fastapi import Request
 
-    from serve_app.generation import GeneratedImage, Generator, Report
+    from serve_app.generation import Generator
     from serve_app.images import Encoding
     from serve_app.jobs import Job
     from serve_app.links import Links
     from serve_app.orders import Order
     from serve_app.storage import FileStore
+    from serve_app.types import GeneratedImage, Report
 
 
 @dataclass(frozen=True, kw_only=True)

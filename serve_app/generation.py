@@ -9,19 +9,26 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from deployments.config import MIN_STRENGTH
 from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
-from deployments.families import GUIDANCE_PARAMETERS, PARAMETERS, Parameter
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
-from serve_app import prompt_expansion, safety
+from serve_app import checks, prompt_expansion, safety
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
 from serve_app.images import cropped
 from serve_app.prompt_expansion import Expansion
+from serve_app.types import (
+    MAX_SEED,
+    GeneratedImage,
+    Generation,
+    PartialImage,
+    Resolved,
+    RunningUnit,
+    StageProgress,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -30,10 +37,9 @@ if TYPE_CHECKING:
     from deployments.types import Prior
     from serve_app.config import Limits
     from serve_app.prompt_expansion import PromptExpansion
-    from serve_app.safety import Moderation, SafetyCheck
+    from serve_app.safety import SafetyCheck
+    from serve_app.types import Report, Stage
 
-MAX_SEED = 2**63 - 1
-MAX_PARTIAL_IMAGES = 3
 MAX_DRAWN_SEED = 2**52
 """JavaScript holds integers below 2**53: the seeds of the images that follow are to be among them too."""
 TOO_LONG = "context_length_exceeded"
@@ -43,153 +49,6 @@ PACE_S = 0.002
 
 Result = TypeVar("Result")
 Prepare = Callable[["Generation"], Awaitable["Generation"]]
-Stage = Literal["prior", "decoder"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One request in this server's own words. Parameters left out are None and get the model's defaults.
-
-    Attributes:
-        model: its name or its family's, see `Generator.model`, or None for the default model.
-        prompt: what to paint.
-        size: width and height in pixels, legal for the family.
-        crop: width and height of the middle of each image, which alone is kept; None keeps all of it.
-        n: how many images; image i has the seed `seed` + i; after the largest comes 0.
-        steps: denoising steps.
-        guidance_scale: classifier-free guidance.
-        negative_prompt: what not to paint, where the family takes it.
-        cfg_normalization: whether guidance may not lengthen the velocity, likewise.
-        strength: how much of the source image is painted over, 0.01 to 1, likewise.
-        seed: of the first image, 0 to 2**63 - 1; None draws one.
-        partial_images: previews of each image, 0 to 3.
-        sources: images to edit, already legal (see `serve_app.images.decode_source`).
-        expand_prompt: whether the prompt is rewritten first.
-        moderation: how strictly images are checked, if they are.
-        blacken: whether an image that is flagged becomes a black one; else the request fails.
-        request_id: by which the client, or whoever asks for the status, knows it.
-        key_id: of the API key with which it was asked for; empty if there was none.
-    """
-
-    prompt: str
-    model: str | None = None
-    size: tuple[int, int] | None = None
-    crop: tuple[int, int] | None = None
-    n: int = 1
-    steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    cfg_normalization: bool | None = None
-    strength: float | None = None
-    seed: int | None = None
-    partial_images: int = 0
-    sources: tuple[Pixels, ...] = ()
-    expand_prompt: bool = False
-    moderation: Moderation = "auto"
-    blacken: bool = False
-    request_id: str = ""
-    key_id: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resolved(Generation):
-    """A generation whose parameters are all there: it makes the same images whenever it is run."""
-
-    model: str
-    size: tuple[int, int]
-    steps: int
-    guidance_scale: float
-    negative_prompt: str
-    cfg_normalization: bool
-    strength: float
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratedImage:
-    """One image of a generation.
-
-    Attributes:
-        pixels: the image; black if it was flagged.
-        seed: makes it again, alone.
-        prompt: what was painted.
-        not_expanded: why that is the prompt that was sent, though it was to be expanded.
-        expansion_s: seconds that the expansion took.
-        unsafety: from 1 on it was flagged, see `SafetyCheck.unsafety`; None if it was not checked.
-        safety_s: seconds that the check took.
-        text_tokens: what the prior stage read of the prompt.
-        source_tokens: what it read of the source images.
-        drawn_tokens: what it drew.
-        waiting_s: seconds for which it waited for a stage, loading included.
-        prior_s: seconds of the prior stage's work on it.
-        decoder_s: seconds of the decoder stage's.
-    """
-
-    pixels: Pixels
-    seed: int
-    prompt: str
-    not_expanded: str = ""
-    expansion_s: float = 0
-    unsafety: float | None = None
-    safety_s: float = 0
-    text_tokens: int = 0
-    source_tokens: int = 0
-    drawn_tokens: int = 0
-    waiting_s: float = 0
-    prior_s: float = 0
-    decoder_s: float = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageProgress:
-    """How far one image of a generation has come.
-
-    Attributes:
-        image: which, from 0.
-        stage: where it is.
-        progress: of that stage.
-    """
-
-    image: int
-    stage: Stage
-    progress: Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartialImage:
-    """What one image of a generation is going to look like.
-
-    Attributes:
-        image: which, from 0.
-        index: which of its previews, from 0.
-        pixels: smaller than the image.
-    """
-
-    image: int
-    index: int
-    pixels: Pixels
-
-
-@dataclass(eq=False, kw_only=True)
-class RunningUnit:
-    """One image that is being made.
-
-    Attributes:
-        model: by its name.
-        request_id: of the generation.
-        began: on the clock of `time.monotonic`.
-        progress: None while it waits for a stage.
-        working_since: when the stage began with it.
-    """
-
-    model: str
-    request_id: str
-    began: float
-    progress: StageProgress | None = None
-    working_since: float = 0
-
-
-Report = Callable[[StageProgress | PartialImage | GeneratedImage], None]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -404,7 +263,8 @@ class Generator:
             RequestError: 429, it is too much for one minute.
             InvalidParameter: it is more than one request may ask for.
         """
-        await self._admission.charge(self._work(generation), generation.key_id)
+        work = checks.work(self.resolved(generation), self._limits)
+        await self._admission.charge(work, generation.key_id)
 
     @asynccontextmanager
     async def _taken_on(self, generation: Generation, deadline_s: float) -> AsyncIterator[_Running]:
@@ -639,90 +499,9 @@ class Generator:
         if self.draining:
             raise stopping()
         model = self.model(generation.model)
-        limits, family = self._limits, model.traits
-        if not generation.prompt.strip():
-            raise InvalidParameter("prompt", "must not be empty")
-        for param, text in (
-            ("prompt", generation.prompt),
-            ("negative_prompt", generation.negative_prompt or ""),
-        ):
-            if len(text) > limits.max_prompt_chars:
-                raise InvalidParameter(
-                    param,
-                    f"has {len(text)} characters; at most {limits.max_prompt_chars} are allowed",
-                    code="string_above_max_length",
-                )
-        width, height = generation.size or (model.defaults.width, model.defaults.height)
-        if not family.is_legal_size(width, height):
-            raise InvalidParameter(
-                "size", f"cannot be {width}x{height}; each side must be {family.legal_sides}"
-            )
-        for param, value, least, most in (
-            ("n", generation.n, 1, limits.max_images),
-            ("steps", generation.steps, 1, limits.max_steps),
-            ("guidance_scale", generation.guidance_scale, 0, limits.max_guidance_scale),
-            ("strength", generation.strength, MIN_STRENGTH, 1),
-            ("seed", generation.seed, 0, MAX_SEED),
-            ("partial_images", generation.partial_images, 0, MAX_PARTIAL_IMAGES),
-        ):
-            if value is not None and not least <= value <= most:
-                raise InvalidParameter(param, f"must be {least} to {most}, not {value!s:.50}")
-        if generation.expand_prompt and not self._expansion:
-            raise InvalidParameter(
-                "expand_prompt",
-                "is not supported: the server has no prompt expander; leave it out, or set it to false",
-                code="unsupported_parameter",
-            )
-        self._check_taken(generation, model, editing=sources > 0)
-        if sources > family.max_sources:
-            raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {sources}")
+        checks.check(generation, model, self._limits, sources=sources, expands=self.expands_prompts)
         if generation.size or not sources:
-            self._work(generation)
-
-    def _check_taken(self, generation: Generation, model: ModelConfig, *, editing: bool) -> None:
-        """Refuse what the model would not look at.
-
-        Raises:
-            InvalidParameter: a parameter that has no effect.
-        """
-        family = model.traits
-        scale = generation.guidance_scale
-        if scale is None:
-            scale = model.guidance_scale(editing=editing)
-        reasons: dict[Parameter, str] = {}
-        if scale <= family.guidance_off:
-            problem = f"has no effect at guidance_scale {scale:g}, where guidance is off; leave it out"
-            reasons |= dict.fromkeys(GUIDANCE_PARAMETERS, problem)
-        if not editing:
-            reasons["strength"] = "is of edits: there is no source image to paint over; leave it out"
-        for param in PARAMETERS:
-            if param not in family.parameters:
-                reasons[param] = f"is not supported: {model.name} has none; leave it out"
-            if getattr(generation, param) not in (None, False, "") and param in reasons:
-                raise InvalidParameter(param, reasons[param], code="unsupported_parameter")
-
-    def _work(self, generation: Generation) -> float:
-        """In megapixels × denoising steps × images.
-
-        Raises:
-            InvalidParameter: it is more than one request may ask for.
-        """
-        limits, resolved = self._limits, self.resolved(generation)
-        width, height = resolved.size
-        if width * height > limits.max_pixels:
-            raise InvalidParameter(
-                "size",
-                f"{width}x{height} has {width * height} pixels; at most {limits.max_pixels} are allowed",
-            )
-        work = width * height * resolved.steps * resolved.n / 1e6
-        if work > limits.max_megapixel_steps:
-            raise InvalidParameter(
-                "n",
-                f"is too large: {generation.n} images of {width}x{height} with {resolved.steps} denoising "
-                f"steps are {work:.0f} megapixel-steps, and a request may have {limits.max_megapixel_steps}; "
-                "ask for fewer images or steps, or for a smaller size",
-            )
-        return work
+            checks.work(self.resolved(generation), self._limits)
 
 
 def _is_flagged(unsafety: float | None) -> bool:

@@ -17,21 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from serve_app import images, telemetry
 from serve_app.delivery import described, failure
 from serve_app.errors import InvalidParameter, RequestError
-from serve_app.generation import GeneratedImage, Generation, PartialImage, StageProgress
 from serve_app.images import Encoding
 from serve_app.jobs import NewJob, Owner, Running
 from serve_app.outbound import OutboundError
+from serve_app.types import GeneratedImage, Generation, PartialImage, StageProgress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
     from deployments.types import Pixels
-    from serve_app.generation import Generator, Resolved
+    from serve_app.generation import Generator
     from serve_app.jobs import Job, JobStore, Priority, State
     from serve_app.orders import Order
     from serve_app.outbound import Outbound
     from serve_app.sources import SourceReader
     from serve_app.storage import FileStore
+    from serve_app.types import Resolved
 
 logger = logging.getLogger("ray.serve")
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from serve_app.generation import Generation, Prepare
+    from serve_app.generation import Prepare
     from serve_app.images import Encoding
+    from serve_app.types import Generation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from deployments.types import CheckRequest, Event
 from serve_app.errors import NO_RETRY, ReplicaDied, RequestError
@@ -14,6 +14,7 @@ from serve_app.errors import NO_RETRY, ReplicaDied, RequestError
 if TYPE_CHECKING:
     from deployments.types import Pixels
     from serve_app.config import SafetyCheckerConfig
+    from serve_app.types import Moderation
 
 logger = logging.getLogger("ray.serve")
 
@@ -22,8 +23,6 @@ NAME = "safety checker"
 VIOLATION = "content_policy_violation"
 """The code of errors over what was flagged."""
 
-Moderation = Literal["auto", "low"]
-"""How strictly a request has its images checked."""
 Check = Callable[[CheckRequest], AsyncGenerator[Event | float, None]]
 
 

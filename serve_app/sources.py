@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from deployments.families import Family
     from serve_app.config import Limits
-    from serve_app.generation import Generation, Prepare
+    from serve_app.generation import Prepare
     from serve_app.outbound import Outbound
     from serve_app.storage import FileStore
+    from serve_app.types import Generation
 
 DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 """https://www.rfc-editor.org/rfc/rfc2397; what kind of image it is shows in the image."""

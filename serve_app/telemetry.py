@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from serve_app.generation import GeneratedImage, Resolved
     from serve_app.jobs import Job
+    from serve_app.types import GeneratedImage, Resolved
 
 logger = logging.getLogger("ray.serve")
 

@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 
     from serve_app.config import Limits
     from serve_app.delivery import Delivered, Delivery
-    from serve_app.generation import Generator, PartialImage, StageProgress
+    from serve_app.generation import Generator
     from serve_app.job_runner import JobRunner
     from serve_app.jobs import JobStore
     from serve_app.links import Links
     from serve_app.orders import Order
     from serve_app.sources import SourceReader
+    from serve_app.types import PartialImage, StageProgress
     from serve_app.uploads import Uploads
 
 API = "fal"

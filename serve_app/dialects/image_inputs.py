@@ -8,9 +8,9 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, document_body, read_json, request_id
 from serve_app.errors import RequestError
-from serve_app.generation import MAX_SEED, Generation
 from serve_app.images import Encoding
 from serve_app.orders import Order
+from serve_app.types import MAX_SEED, Generation
 
 if TYPE_CHECKING:
     from fastapi import Request

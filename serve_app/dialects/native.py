@@ -15,9 +15,10 @@ from serve_app.status import HELPER, ModelStatuses, StageStatus
 
 if TYPE_CHECKING:
     from serve_app.config import Limits
-    from serve_app.generation import Generator, RunningUnit
+    from serve_app.generation import Generator
     from serve_app.lifecycle import Lifecycle
     from serve_app.storage import FileStore
+    from serve_app.types import RunningUnit
 
 RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 """One range: https://www.rfc-editor.org/rfc/rfc9110#name-range-requests. Several may be ignored, and are."""

@@ -41,8 +41,8 @@ from serve_app.dialects.openai_schemas import (
     usage,
 )
 from serve_app.errors import InvalidParameter, RequestError, in_words, server_error
-from serve_app.generation import GeneratedImage, PartialImage, StageProgress
 from serve_app.sse import BEGUN, AllSent, Event, EventStream
+from serve_app.types import GeneratedImage, PartialImage, StageProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,9 +12,9 @@ from starlette.datastructures import UploadFile
 from serve_app.dialects.bodies import MAX_FIELDS, first_error, parsed_size, read_json, request_id, unknown
 from serve_app.dialects.openai_schemas import MAX_FILES, QUALITIES, ImageRequest, Quality
 from serve_app.errors import InvalidParameter, RequestError, image_too_large
-from serve_app.generation import Generation
 from serve_app.images import Encoding
 from serve_app.orders import Order
+from serve_app.types import Generation
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

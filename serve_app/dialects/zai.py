@@ -28,12 +28,12 @@ from serve_app.dialects.bodies import (
     request_id,
 )
 from serve_app.errors import InvalidParameter, RequestError, in_words
-from serve_app.generation import MAX_SEED, Generation
 from serve_app.images import Encoding
 from serve_app.job_runner import Submission
 from serve_app.jobs import Job, Owner, State
 from serve_app.orders import Order
 from serve_app.safety import VIOLATION
+from serve_app.types import MAX_SEED, Generation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -258,7 +258,7 @@ def test_twenty_rounds_leave_nothing_behind(client: Client, capsys: pytest.Captu
     assert statistics.median(memory[15:]) - statistics.median(memory[5:10]) < 50
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_server_that_is_told_to_stop_finishes_what_it_has(tmp_path: Path, sign: signal.Signals) -> None:
     with served(config_file(tmp_path, [tiny_model("m")])) as running, Client(running) as client:
         assert client.ask().status_code == 200

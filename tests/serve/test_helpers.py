@@ -307,6 +307,7 @@ def test_the_log_says_why_a_prompt_was_not_expanded_and_holds_none(
     assert not [file for file in files if canary.encode() in file.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_checker_that_dies_is_replaced_and_asked_again(sdk: openai.OpenAI, helped: Helped) -> None:
     assert generate(sdk, SAFE).any()
     (checker,) = helped.running.replicas("safety-checker")

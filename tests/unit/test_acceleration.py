@@ -69,6 +69,7 @@ def test_an_option_stays_close_to_the_plain_path(
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # inductor's own
 def test_compiled_blocks_change_pixels_by_rounding(load: Callable[..., Decoder], plain: Pixels) -> None:
     assert difference(load(compile=True).decode(LONG, Call()), plain)[1] <= 2
@@ -82,6 +83,7 @@ def test_eight_bits_halve_the_memory_of_the_weights(load: Callable[..., Decoder]
     assert size(load(quantization="fp8")) == size(load()) / 4  # of 32 bits
 
 
+@pytest.mark.slow
 def test_tiles_of_the_vae_take_less_memory(
     model_config: Callable[..., ModelConfig], load: Callable[..., Decoder], plain: Pixels
 ) -> None:

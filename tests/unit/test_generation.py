@@ -15,15 +15,8 @@ from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorReques
 from serve_app.app import _caller
 from serve_app.config import Limits
 from serve_app.errors import InvalidParameter, ReplicaDied, RequestError
-from serve_app.generation import (
-    MAX_SEED,
-    GeneratedImage,
-    Generation,
-    Generator,
-    Model,
-    PartialImage,
-    StageProgress,
-)
+from serve_app.generation import Generator, Model
+from serve_app.types import MAX_SEED, GeneratedImage, Generation, PartialImage, StageProgress
 
 PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))

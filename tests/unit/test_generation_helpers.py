@@ -23,9 +23,10 @@ from deployments.types import (
 )
 from serve_app.config import Limits, PromptExpanderConfig, SafetyCheckerConfig
 from serve_app.errors import InvalidParameter, RequestError
-from serve_app.generation import GeneratedImage, Generation, Generator, Model, PartialImage
+from serve_app.generation import Generator, Model
 from serve_app.prompt_expansion import PromptExpansion
 from serve_app.safety import SafetyCheck
+from serve_app.types import GeneratedImage, Generation, PartialImage
 
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
 

@@ -382,6 +382,7 @@ def test_on_fixed_shapes_the_tokens_are_upstreams_too(
     assert np.array_equal(on_fixed_shapes.ours(REQUESTS[i]).target, expected[i])
 
 
+@pytest.mark.slow
 def test_on_fixed_shapes_company_changes_nothing(on_fixed_shapes: Loaded, expected: list[TokenGrid]) -> None:
     futures = []
     cancelled = Call()
@@ -399,6 +400,7 @@ def test_on_fixed_shapes_company_changes_nothing(on_fixed_shapes: Loaded, expect
         doomed.result(timeout=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [NotANumber, Cancelled])
 def test_on_fixed_shapes_a_row_is_clean_after_values_that_are_no_numbers(
     on_fixed_shapes: Loaded, expected: list[TokenGrid], end: type[Exception]
@@ -425,6 +427,7 @@ def test_a_row_is_read_up_to_the_block_of_its_last_token() -> None:
     assert blocks_until(torch.tensor([1, 127, 128, 129, 256, 257])).tolist() == [1, 1, 1, 2, 2, 3]
 
 
+@pytest.mark.slow
 def test_all_layers_share_one_graph_for_a_slice_and_one_for_a_token(
     config: ModelConfig, expected: list[TokenGrid], monkeypatch: pytest.MonkeyPatch
 ) -> None:
