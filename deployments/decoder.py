@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from deployments.calls import stream
 from deployments.families import Decoder
 from deployments.stage import Stage
 
@@ -28,8 +27,9 @@ class DecoderStage(Stage[Decoder]):
 
     async def decode(self, request: DecodeRequest) -> AsyncIterator[Event | Pixels]:
         """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step."""
-        decoder = await self._loader.engine(request.asked_at)
-        items = stream(lambda call: self._loader.thread.submit(decoder.decode, request, call))
+        items = self._answers(
+            request.asked_at, lambda decoder, call: self._loader.thread.submit(decoder.decode, request, call)
+        )
         async with aclosing(items):
             async for item in items:
                 yield item

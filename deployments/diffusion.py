@@ -38,6 +38,7 @@ class PipelineDecoder(ABC):
         self._call = Call()
         self.fault: EngineFault | None = None
         self.done = 0
+        self.unit = "steps"
         # The VAE runs on source images, after the last step and for previews: long, and without a callback.
         encoder, decoder = self._pipeline.vae.encoder, self._pipeline.vae.decoder
         for block in (*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks):

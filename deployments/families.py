@@ -32,10 +32,12 @@ class PriorEngine(Protocol):
     Attributes:
         fault: why the engine has stopped for good, or None while it works.
         done: how many tokens it has drawn or, where none are drawn, read, for whomever.
+        unit: what is counted.
     """
 
     fault: Exception | None
     done: int
+    unit: str
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None]) -> PriorEngine:
@@ -67,10 +69,12 @@ class Decoder(Protocol):
     Attributes:
         fault: why it has stopped for good, or None while it works.
         done: how many denoising steps it has made, for whomever.
+        unit: what is counted.
     """
 
     fault: Exception | None
     done: int
+    unit: str
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None]) -> Decoder:

@@ -13,6 +13,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from deployments import metrics
 from deployments.errors import LoadingFailed, release
 from deployments.scaling import ANSWER_S, RENEWAL_S, Report, find_gate
 
@@ -31,6 +32,7 @@ class AnyEngine(Protocol):
 
     fault: Exception | None
     done: int
+    unit: str
 
 
 Engine = TypeVar("Engine", bound=AnyEngine)
@@ -94,13 +96,21 @@ class Loader(Generic[Engine]):
         except LoadingFailed as error:  # a new one for everybody: a shared one's traceback would grow
             raise LoadingFailed(error.reason) from None
 
+    @property
+    def loaded(self) -> Engine | None:
+        """The engine, if it is there."""
+        if self._loading.done() and not self._loading.exception():
+            return self._loading.result()
+        return None
+
     def check_health(self) -> None:
         """Raises the engine's fault, if it has one."""
-        if self._loading.done() and not self._loading.exception() and (fault := self._loading.result().fault):
+        if (engine := self.loaded) and (fault := engine.fault):
             raise fault
 
     def _try(self) -> Engine:
         self._tell_progress(0)
+        began = time.monotonic()
         try:
             if self._cpu_threads is not None:
                 import torch  # here, so that importing the stages to wire them loads none of it
@@ -112,7 +122,10 @@ class Loader(Generic[Engine]):
             release(error, "loading failed")
             self._failed_at = time.time()
             self._tell(lambda: {"state": "failed", "reason": reason})
+            metrics.LOADS.add(outcome="failed")
             raise LoadingFailed(reason) from None
+        metrics.LOADS.add(outcome="loaded")
+        metrics.LOAD_SECONDS.observe(time.monotonic() - began)
         self._tell(lambda: {"state": "ready", "done": engine.done})
         return engine
 
@@ -121,9 +134,14 @@ class Loader(Generic[Engine]):
 
 
 class Replica:
-    """A Serve replica of ours, as the gate knows it. Made in the replica."""
+    """A Serve replica of ours, as the gate knows it. Made in the replica.
 
-    def __init__(self) -> None:
+    Args:
+        measure: called every few seconds, by a thread of the replica's.
+    """
+
+    def __init__(self, measure: Callable[[], None]) -> None:
+        self._measure = measure
         context = serve.get_replica_context()
         self._app_name = context.app_name
         self._id = (context.deployment, context.replica_tag)
@@ -163,4 +181,5 @@ class Replica:
                     ray.get(gate.report.remote(*self._id, self._report()), timeout=ANSWER_S)
             except RayError:
                 gate = None
+            self._measure()
             time.sleep(LEAST_S)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from deployments.calls import stream
 from deployments.families import PriorEngine
 from deployments.stage import Stage
 
@@ -30,8 +29,7 @@ class PriorStage(Stage[PriorEngine]):
 
     async def generate(self, request: PriorRequest) -> AsyncIterator[Event | Prior]:
         """Make the prior of one unit, the last item; a cancelled call stops as soon as the engine can."""
-        engine = await self._loader.engine(request.asked_at)
-        items = stream(lambda call: engine.submit(request, call))
+        items = self._answers(request.asked_at, lambda engine, call: engine.submit(request, call))
         async with aclosing(items):
             async for item in items:
                 yield item

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from deployments.calls import stream
 from deployments.stage import Stage
 
 if TYPE_CHECKING:
@@ -30,8 +29,9 @@ class PromptExpander(Stage["ChatModel"]):
 
     async def expand(self, request: ExpansionRequest) -> AsyncIterator[Event | str]:
         """What the chat model makes of a prompt, the only item; a cancelled call stops within a token."""
-        model = await self._loader.engine(request.asked_at)
-        items = stream(lambda call: self._loader.thread.submit(model.expand, request, call))
+        items = self._answers(
+            request.asked_at, lambda model, call: self._loader.thread.submit(model.expand, request, call)
+        )
         async with aclosing(items):
             async for item in items:
                 yield item

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from deployments.calls import stream
 from deployments.stage import Stage
 
 if TYPE_CHECKING:
@@ -30,8 +29,10 @@ class SafetyChecker(Stage["ImageClassifier"]):
 
     async def check(self, request: CheckRequest) -> AsyncIterator[Event | float]:
         """How probable it is that an image is unsafe, 0 to 1: the only item."""
-        classifier = await self._loader.engine(request.asked_at)
-        items = stream(lambda _: self._loader.thread.submit(classifier.score, request.pixels))
+        items = self._answers(
+            request.asked_at,
+            lambda classifier, _: self._loader.thread.submit(classifier.score, request.pixels),
+        )
         async with aclosing(items):
             async for item in items:
                 yield item

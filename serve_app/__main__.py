@@ -80,6 +80,9 @@ def main() -> None:
         help="serve by https, with the file's ssl_certfile and ssl_keyfile or, if it has none, with a "
         f"certificate that is made at the first start and kept in {TLS_FOLDER}",
     )
+    parser.add_argument(
+        "--metrics-port", type=int, help="port of the metrics for Prometheus; a free one if it is not given"
+    )
     arguments = parser.parse_args()
     try:
         file = _ServeFile.model_validate(yaml.safe_load(arguments.config.read_text()))
@@ -102,12 +105,14 @@ def main() -> None:
         parser.error("\n".join([f"{arguments.config}:", *problems]))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{arguments.config}: {error}")
-    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
-    try:  # Ray would go on trying for minutes
-        socket.create_server((http.host, http.port), family=family).close()
-    except (OSError, OverflowError) as error:
-        parser.error(f"cannot listen on {http.host}:{http.port}: {error}")
-    sys.exit(_serve(application, app, http))
+    # Ray would go on trying for minutes, and its metrics are on all interfaces.
+    for host, port in ((http.host, http.port), ("", arguments.metrics_port or 0)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            socket.create_server((host, port), family=family).close()
+        except (OSError, OverflowError) as error:
+            parser.error(f"cannot listen on {host}:{port}: {error}")
+    sys.exit(_serve(application, app, http, arguments.metrics_port))
 
 
 def _is_local(host: str) -> bool:
@@ -143,7 +148,9 @@ def _build(application: _Application) -> Application:
     return build_app(application.args)
 
 
-def _serve(application: _Application, app: Application, http: _HTTPOptions) -> str | None:
+def _serve(
+    application: _Application, app: Application, http: _HTTPOptions, metrics_port: int | None
+) -> str | None:
     """Serve until a signal; returns what went wrong, for people."""
     import ray
     from ray import serve
@@ -161,7 +168,7 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
     # Ray's start, cut short, would leave processes behind: a signal waits for its end.
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    ray.init(address="local", include_dashboard=False)
+    ray.init(address="local", include_dashboard=False, _metrics_export_port=metrics_port)
     signal.signal(signal.SIGTERM, on_signal)  # again: Ray has put its own there, which exits
     try:
         interruptible = True
@@ -175,6 +182,9 @@ def _serve(application: _Application, app: Application, http: _HTTPOptions) -> s
         except RuntimeError as error:
             return _why_not(application.name) or str(error)
         _greet(http, application.route_prefix, needs_key=not application.args.auth.open)
+        (node,) = ray.nodes()
+        port = node["MetricsExportPort"]
+        print(f"Metrics for Prometheus: http://{node['NodeManagerAddress']}:{port}/metrics\n", flush=True)
         try:
             stop.wait()
         except KeyboardInterrupt:

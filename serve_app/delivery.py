@@ -7,7 +7,7 @@ import base64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from serve_app import images, telemetry
+from serve_app import images, metrics, telemetry
 from serve_app.errors import NO_RETRY, InvalidParameter, RequestError
 
 if TYPE_CHECKING:
@@ -110,15 +110,21 @@ class Delivery:
             telemetry.note_generation(request, ready)
             made = await self._generator.run(ready, report)
             telemetry.note_images(request, made)
-            return await asyncio.gather(*(self._new(image, order.encoding, base) for image in made))
+            return await asyncio.gather(
+                *(self._new(ready.model, image, order.encoding, base) for image in made)
+            )
 
-    async def _new(self, image: GeneratedImage, encoding: Encoding, base: str | None) -> Delivered:
-        data = await asyncio.to_thread(images.encode, image.pixels, encoding)
+    async def _new(
+        self, model: str, image: GeneratedImage, encoding: Encoding, base: str | None
+    ) -> Delivered:
+        with metrics.part(model, "encoding"):
+            data = await asyncio.to_thread(images.encode, image.pixels, encoding)
         media_type = f"image/{encoding.format}"
         if base is None:
             facts = described(image, f"{image.seed}.{encoding.format}", len(data))
             return Delivered(base64=await _text(data), media_type=media_type, facts=facts)
-        name = await self._files.save(data, encoding.format)
+        with metrics.part(model, "storing"):
+            name = await self._files.save(data, encoding.format)
         url = await self._links.file(base, name)
         return Delivered(url=url, media_type=media_type, facts=described(image, name, len(data)))
 

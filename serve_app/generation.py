@@ -15,7 +15,7 @@ import numpy as np
 
 from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
-from serve_app import checks, prompt_expansion, safety
+from serve_app import checks, metrics, prompt_expansion, safety
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
 from serve_app.images import cropped
@@ -309,6 +309,7 @@ class Generator:
         expansion = Expansion(resolved.prompt)
         if resolved.expand_prompt and self._expansion:
             expansion = await self._expansion.expand(resolved.prompt, editing=bool(resolved.sources))
+            metrics.note_part(resolved.model, "expansion", expansion.seconds)
         try:
             return await self._units_of(resolved, expansion, report)
         except InvalidParameter as error:
@@ -326,7 +327,7 @@ class Generator:
         try:
             async with asyncio.TaskGroup() as group:
                 units = [
-                    group.create_task(self._unit(painted, expansion, image, report))
+                    group.create_task(self._counted_unit(painted, expansion, image, report))
                     for image in range(painted.n)
                 ]
         except BaseExceptionGroup as failures:  # one unit failed, and the group has stopped the others
@@ -349,6 +350,33 @@ class Generator:
                 raise InvalidParameter(
                     "sources", "was flagged by the safety checker; send another image", code=safety.VIOLATION
                 )
+
+    async def _counted_unit(
+        self, generation: Resolved, expansion: Expansion, image: int, report: Report
+    ) -> GeneratedImage:
+        outcome = "failed"
+        try:
+            made = await self._unit(generation, expansion, image, report)
+            outcome = "flagged" if _is_flagged(made.unsafety) else "made"
+            width, height = generation.size
+            metrics.MEGAPIXELS.add(width * height / 1e6, api=generation.api, model=generation.model)
+            for part, seconds in (
+                ("waiting", made.waiting_s),
+                ("prior", made.prior_s),
+                ("decoder", made.decoder_s),
+                ("safety", made.safety_s),
+            ):
+                metrics.note_part(generation.model, part, seconds)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except RequestError as error:
+            if error.code == safety.VIOLATION:
+                outcome = "flagged"
+            raise
+        finally:
+            metrics.IMAGES.add(api=generation.api, model=generation.model, outcome=outcome)
+        return made
 
     async def _unit(
         self, generation: Resolved, expansion: Expansion, image: int, report: Report
@@ -379,6 +407,7 @@ class Generator:
             try:
                 result = await _result(start(), partial(tell, stage))
             except ReplicaDied:
+                metrics.RETRIES.add(model=generation.model, stage=stage)
                 unit.progress = None
                 result = await _result(start(), partial(tell, stage))
             if unit.progress:

@@ -28,6 +28,7 @@ from serve_app.errors import (
     too_much_at_once,
     too_slow,
 )
+from serve_app.gauges import Gauges
 from serve_app.job_runner import JobRunner
 from serve_app.jobs import JobStore
 from serve_app.links import Links
@@ -60,6 +61,16 @@ ENVELOPES = {
 """How an API puts errors, by what its paths begin with; all other paths have OpenAI's envelope."""
 
 
+APIS = {fal.PATHS: "fal", zai.PATHS: "zai", pixazo.NESTED_PATHS: "pixazo", pixazo.FLAT_PATHS: "pixazo"}
+"""What an API is called, by what its paths begin with; all other paths are those of OpenAI's and our own."""
+
+
+def api_of(scope: Scope) -> str:
+    """The API that a request's path belongs to."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return next((api for beginnings, api in APIS.items() if path.startswith(beginnings)), "openai")
+
+
 def error_response(scope: Scope, error: RequestError | InvalidParameter) -> JSONResponse:
     """The answer to a request that fails, in the words of its API."""
     path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -85,7 +96,13 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with lifecycle.telling(), files.sweeping(), webhooks.delivering(), runner.working():
+        async with (
+            lifecycle.telling(),
+            files.sweeping(),
+            webhooks.delivering(),
+            runner.working(),
+            gauges.telling(),
+        ):
             yield
         database.close()
 
@@ -104,6 +121,7 @@ def create_app(
     store = JobStore(database, max_jobs=limits.max_jobs, ttl_s=config.storage.ttl_s)
     runner = JobRunner(store, generator, files, sources, outbound)
     signer, delivery = Signer(database), Delivery(generator, files, links)
+    gauges = Gauges(generator, store, files)
     uploads = Uploads(files, signer, limits.max_image_bytes)
     views, fal_views = jobs.Views(delivery, links), fal.Views(delivery)
     compose = {jobs.API: views.message, fal.API: fal_views.message}
@@ -132,7 +150,7 @@ def create_app(
         respond=error_response,
     )
     app.add_middleware(fal.Addresses)
-    app.add_middleware(telemetry.RequestLog)
+    app.add_middleware(telemetry.RequestLog, api_of=api_of)
 
     @functools.cache
     def document_as_yaml() -> str:
@@ -155,6 +173,7 @@ def create_app(
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"][1:])) or None
         worded = RequestError(f"{param or 'The query'}: {first['msg']}.", param=param)
+        telemetry.note_error(request, worded.code)
         return error_response(request.scope, worded)
 
     @app.exception_handler(HTTPException)
@@ -162,6 +181,7 @@ def create_app(
         """Starlette's own: no such route, no such method, a broken form."""
         code = HTTPStatus(error.status_code).name.lower()
         worded = RequestError(f"{error.detail.rstrip('.')}.", code=code, status=error.status_code)
+        telemetry.note_error(request, code)
         response = error_response(request.scope, worded)
         response.headers.update(error.headers or {})
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the first route's only
@@ -178,6 +198,7 @@ def create_app(
     @app.exception_handler(Exception)
     async def fault(request: Request, _: Exception) -> JSONResponse:
         """Starlette raises the fault again afterwards, so that it reaches the log."""
+        telemetry.note_error(request, server_error().code)
         return error_response(request.scope, server_error())
 
     return app

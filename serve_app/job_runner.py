@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from serve_app import images, telemetry
+from serve_app import images, metrics, telemetry
 from serve_app.delivery import described, failure
 from serve_app.errors import InvalidParameter, RequestError
 from serve_app.images import Encoding
@@ -44,7 +44,7 @@ STOP_S = 30.0
 """For what is just being stored."""
 MAX_LOG_LINES = 200
 WEBHOOK_URL = re.compile("[!-~]{1,2048}")
-NOT_STORED = {"sources", "request_id", "key_id"}
+NOT_STORED = {"sources", "api", "request_id", "key_id"}
 """Of a generation; a job has them elsewhere."""
 
 
@@ -70,7 +70,7 @@ def restored(job: Job) -> Generation:
     sizes = {
         name: tuple(size) for name in ("size", "crop") if (size := job.request.get(name))
     }  # JSON's lists
-    return Generation(**job.request | sizes, request_id=job.id, key_id=job.key_id)
+    return Generation(**job.request | sizes, api=job.api, request_id=job.id, key_id=job.key_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +341,8 @@ class JobRunner:
         if stored:
             await self._files.delete(run.job.sources)
         outcome = state if stored else "handed on"
+        if stored:
+            metrics.JOBS_ENDED.add(api=run.job.api, model=run.job.model, state=state)
         telemetry.log_job(run.job, outcome, time.monotonic() - began, why["code"] if why else None)
 
     async def _end(
@@ -384,9 +386,11 @@ class JobRunner:
 
     async def _save(self, run: _Run, pixels: Pixels) -> tuple[str, int]:
         """Keep an image in the job's format; returns its file's name and bytes."""
-        encoding = Encoding(**run.job.encoding)
-        data = await asyncio.to_thread(images.encode, pixels, encoding)
-        return await self._files.save(data, encoding.format), len(data)
+        encoding, model = Encoding(**run.job.encoding), run.job.model
+        with metrics.part(model, "encoding"):
+            data = await asyncio.to_thread(images.encode, pixels, encoding)
+        with metrics.part(model, "storing"):
+            return await self._files.save(data, encoding.format), len(data)
 
     def _note(self, run: _Run, told: StageProgress | PartialImage | GeneratedImage) -> None:
         """Note what the generator tells."""

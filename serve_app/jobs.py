@@ -114,6 +114,20 @@ class Owner(NamedTuple):
     api: str
 
 
+class Census(NamedTuple):
+    """How many jobs have not ended.
+
+    Attributes:
+        queued: how many wait.
+        running: how many are made.
+        oldest_s: age of the oldest one that waits; 0 if there is none.
+    """
+
+    queued: int
+    running: int
+    oldest_s: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
     """What is submitted.
@@ -560,6 +574,18 @@ class JobStore:
             return jobs
 
         return await self._database.write(call)
+
+    async def census(self) -> Census:
+        """How many jobs have not ended."""
+
+        def call(connection: Connection) -> Census:
+            counted = select(_j.state, func.count(), now() - func.min(_j.created_at))
+            unfinished = counted.where(_j.state.in_(("queued", "running"))).group_by(_j.state)
+            rows = {state: (count, age) for state, count, age in connection.execute(unfinished)}
+            queued, oldest_s = rows.get("queued", (0, 0.0))
+            return Census(queued=queued, running=rows.get("running", (0, 0.0))[0], oldest_s=oldest_s)
+
+        return await self._database.read(call)
 
     async def next_webhook(self, *, within_s: float, most: int) -> Job | None:
         """An ended job whose webhook is due; nobody else gets it for `within_s` seconds.

@@ -40,6 +40,9 @@ class FileStore:
     """Keeps files in a folder, or behind any other URL that fsspec knows, S3's say.
 
     Whoever shares the folder has nothing to fear: only files with names as they are made here are touched.
+
+    Attributes:
+        kept_bytes: how much there was at the last sweep; None before the first one.
     """
 
     def __init__(self, config: StorageConfig) -> None:
@@ -48,6 +51,7 @@ class FileStore:
         self._fs, self._root = url_to_fs(config.url, use_listings_cache=False, **config.options)
         self._threads = ThreadPoolExecutor(thread_name_prefix="files")
         self._is_folder = isinstance(self._fs, LocalFileSystem)
+        self.kept_bytes: int | None = None
         if self._is_folder:
             self._fs.makedirs(self._root, exist_ok=True)
 
@@ -177,7 +181,9 @@ class FileStore:
             else:
                 superfluous = UNFINISHED.fullmatch(name) is not None and age > UNFINISHED_S
             if superfluous:
+                kept -= info["size"] if NAME.fullmatch(name) else 0
                 self._remove(path)
+        self.kept_bytes = kept
 
     def _remove(self, path: str) -> None:
         try:

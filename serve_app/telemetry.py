@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from serve_app import metrics
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,11 +70,28 @@ def _describe(job: Job) -> dict[str, Any]:
     return facts | {"job": job.id, "sources": len(job.sources)}
 
 
-class RequestLog:
-    """Writes the lines."""
+def _outcome(status: int, facts: Mapping[str, Any]) -> str:
+    """Of a request, as the metrics have it."""
+    if not status:
+        return "cancelled"
+    if status == HTTPStatus.TOO_MANY_REQUESTS or facts.get("error") == "stopping":
+        return "rejected"
+    if status >= 500 or (status < 400 and "error" in facts):  # a stream that broke
+        return "failed"
+    return "refused" if status >= 400 else "succeeded"
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class RequestLog:
+    """Writes the lines, and counts the requests.
+
+    Args:
+        app: what answers.
+        api_of: the API that a path belongs to.
+    """
+
+    def __init__(self, app: ASGIApp, api_of: Callable[[Scope], str]) -> None:
         self._app = app
+        self._api_of = api_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and log how it ended."""
@@ -102,6 +124,14 @@ class RequestLog:
                 "seconds": round(seconds, 3),
                 "key_id": scope["state"].get("key_id", ""),
             }
+            if route not in PROBES:
+                api, outcome = self._api_of(scope), _outcome(status, facts)
+                model = facts.get("model", "")
+                metrics.REQUESTS.add(api=api, route=route, model=model, outcome=outcome)
+                if model:
+                    metrics.REQUEST_SECONDS.observe(seconds, api=api, outcome=outcome)
+                if code := facts.get("error"):
+                    metrics.ERRORS.add(code=code)
             level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
             logger.log(
                 level,

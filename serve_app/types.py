@@ -37,6 +37,7 @@ class Generation:
         expand_prompt: whether the prompt is rewritten first.
         moderation: how strictly images are checked, if they are.
         blacken: whether an image that is flagged becomes a black one; else the request fails.
+        api: by which it came.
         request_id: by which the client, or whoever asks for the status, knows it.
         key_id: of the API key with which it was asked for; empty if there was none.
     """
@@ -57,6 +58,7 @@ class Generation:
     expand_prompt: bool = False
     moderation: Moderation = "auto"
     blacken: bool = False
+    api: str = ""
     request_id: str = ""
     key_id: str = ""
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from serve_app import metrics
 from serve_app.errors import RequestError
 from serve_app.jobs import Job
 from serve_app.outbound import OutboundError
@@ -107,6 +108,7 @@ class Webhooks:
         again = None
         if not delivered and status != GONE and job.webhook_attempts < TRIES:
             again = PAUSES_S[job.webhook_attempts - 1]
+        metrics.WEBHOOKS.add(outcome="delivered" if delivered else "given_up" if again is None else "failed")
         if not delivered:
             # Its URL may hold a secret, so the log has none.
             then = "which was the last try" if again is None else f"and is tried again in {again} s"

@@ -45,6 +45,7 @@ class ChatModel:
         settings.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None)
         self.fault: Exception | None = None
         self.done = 0
+        self.unit = "tokens"
 
     @classmethod
     def load(cls, config: ChatModelConfig, report: Callable[[float], None] = lambda _: None) -> ChatModel:

@@ -51,6 +51,7 @@ class ImageClassifier:
         self._unsafe = [label_ids[label] for label in unsafe_labels]
         self.fault: Exception | None = None
         self.done = 0
+        self.unit = "images"
 
     @classmethod
     def load(

@@ -430,7 +430,7 @@ def router(
     """The routes of this API."""
     routes = APIRouter()
 
-    reader = InputReader(generator, sources, limits, blacken=True)
+    reader = InputReader(generator, sources, limits, API, blacken=True)
 
     def add_app(path: str, fields_type: type[ImageInput], name: str) -> None:
         """The routes that run and queue what takes these fields."""

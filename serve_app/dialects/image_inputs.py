@@ -139,15 +139,17 @@ class InputReader:
         generator: knows the models.
         sources: gets and decodes source images.
         limits: on bodies.
+        api: that it reads for.
         blacken: whether images that are flagged become black ones.
     """
 
     def __init__(
-        self, generator: Generator, sources: SourceReader, limits: Limits, *, blacken: bool = False
+        self, generator: Generator, sources: SourceReader, limits: Limits, api: str, *, blacken: bool = False
     ) -> None:
         self._generator = generator
         self._sources = sources
         self._limits = limits
+        self._api = api
         self._blacken = blacken
 
     def document(self, fields_type: type[ImageInput]) -> dict[str, Any]:
@@ -192,6 +194,7 @@ class InputReader:
                 expand_prompt=fields.enable_prompt_expansion or False,
                 moderation="low" if fields.enable_safety_checker is False else "auto",
                 blacken=self._blacken,
+                api=self._api,
                 request_id=request_id(request),
                 key_id=request.state.key_id,
             ),

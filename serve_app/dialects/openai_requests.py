@@ -140,6 +140,7 @@ class RequestReader:
             partial_images=fields.partial_images or 0,
             expand_prompt=fields.enable_prompt_expansion or False,
             moderation=getattr(fields, "moderation", None) or "auto",
+            api="openai",
             request_id=request_id(request),
             key_id=request.state.key_id,
         )

@@ -187,7 +187,7 @@ def router(
 ) -> APIRouter:
     """The routes of this API."""
     routes = APIRouter()
-    reader = InputReader(generator, sources, limits)
+    reader = InputReader(generator, sources, limits, API)
 
     async def view(job: Job, base: str) -> Result:
         made = []

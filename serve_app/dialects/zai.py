@@ -241,6 +241,7 @@ def router(
             steps=steps,
             guidance_scale=fields.guidance_scale,
             seed=fields.seed,
+            api="zai",
             request_id=request_id(request),
             key_id=request.state.key_id,
         )

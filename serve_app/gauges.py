@@ -1,0 +1,59 @@
+"""How much there is of what piles up, told to the metrics again and again."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+from serve_app import metrics
+from serve_app.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from serve_app.generation import Generator
+    from serve_app.jobs import JobStore
+    from serve_app.storage import FileStore
+
+TELL_S = 5.0
+
+
+class Gauges:
+    """Tells what waits and what is kept.
+
+    Args:
+        generator: whose requests wait.
+        store: of the jobs.
+        files: of the images.
+    """
+
+    def __init__(self, generator: Generator, store: JobStore, files: FileStore) -> None:
+        self._generator = generator
+        self._store = store
+        self._files = files
+
+    @asynccontextmanager
+    async def telling(self) -> AsyncIterator[None]:
+        """Within the block they are told."""
+        telling = asyncio.create_task(self._tell_on())
+        try:
+            yield
+        finally:
+            telling.cancel()
+
+    async def _tell_on(self) -> None:
+        while True:
+            await self.tell()
+            await asyncio.sleep(TELL_S)
+
+    async def tell(self) -> None:
+        """Set them all; those of jobs only while the database can be reached."""
+        metrics.PENDING.set(self._generator.pending)
+        if self._files.kept_bytes is not None:
+            metrics.FILES_BYTES.set(self._files.kept_bytes)
+        with suppress(RequestError):
+            census = await self._store.census()
+            metrics.JOBS.set(census.queued, state="queued")
+            metrics.JOBS.set(census.running, state="running")
+            metrics.OLDEST_JOB_SECONDS.set(census.oldest_s)

@@ -1,0 +1,50 @@
+"""The metrics are documented, and named as Prometheus wants it: https://prometheus.io/docs/practices/naming."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from deployments.metrics import SECONDS, Counter, Gauge, Histogram, Metric
+from serve_app import metrics
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def row(metric: Metric) -> str:
+    labels = ", ".join(f"`{label}`" for label in metric.labels)
+    kind = type(metric).__name__.lower()
+    return f"| `{metric.exported_as}` | {kind} | {labels} | {metric.description} |"
+
+
+def test_the_readme_lists_every_metric() -> None:
+    head = ["| Metric | Kind | Labels | Meaning |", "|---|---|---|---|"]
+    assert "\n".join([*head, *map(row, metrics.ALL)]) in README
+
+
+@pytest.mark.parametrize("metric", metrics.ALL, ids=lambda metric: metric.name)
+def test_its_name_says_what_it_is(metric: Metric) -> None:
+    assert re.fullmatch("ray_glm_image_[a-z_]+", metric.exported_as)
+    assert metric.exported_as.endswith("_total") == isinstance(metric, Counter)
+    if isinstance(metric, Histogram):
+        assert metric.name.endswith("_seconds")
+    assert not {"deployment", "replica", "application"} & set(metric.labels), "Serve adds these"
+
+
+def test_all_are_different() -> None:
+    assert len({metric.exported_as for metric in metrics.ALL}) == len(metrics.ALL) > 15
+
+
+def test_the_buckets_are_what_ray_takes() -> None:
+    assert SECONDS[0] > 0
+    assert list(SECONDS) == sorted(set(SECONDS))
+
+
+def test_nothing_more_is_nothing_and_what_has_other_labels_is_an_error() -> None:
+    counter = Counter("unit_test_things", "Things.", "kind")
+    counter.add(0, kind="none")
+    counter.add(2, kind="some")
+    with pytest.raises(ValueError, match="kind"):
+        counter.add(1)
+    Gauge("unit_test_level", "A level.").set(0)
+    Histogram("unit_test_seconds", "Seconds.").observe(-0.001)
