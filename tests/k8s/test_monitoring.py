@@ -1,4 +1,4 @@
-"""The alerts and the dashboard: Prometheus' own tool reads them, they name what there is, and fire as meant."""
+"""The alerts and the dashboard: promtool reads them, they name what there is, and they fire as meant."""
 
 import json
 import re
