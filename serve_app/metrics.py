@@ -23,7 +23,7 @@ REQUESTS = Counter(
     "outcome",
 )
 REQUEST_SECONDS = Histogram(
-    "request_seconds", "Their durations, of those that make images.", "api", "outcome"
+    "request_seconds", "Their durations, of those that wait for images.", "api", "outcome"
 )
 ERRORS = Counter("errors", "Answers that are errors, by `code` as OpenAI's envelope has it.", "code")
 IMAGES = Counter(

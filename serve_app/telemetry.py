@@ -128,7 +128,7 @@ class RequestLog:
                 api, outcome = self._api_of(scope), _outcome(status, facts)
                 model = facts.get("model", "")
                 metrics.REQUESTS.add(api=api, route=route, model=model, outcome=outcome)
-                if model:
+                if model and "job" not in facts:
                     metrics.REQUEST_SECONDS.observe(seconds, api=api, outcome=outcome)
                 if code := facts.get("error"):
                     metrics.ERRORS.add(code=code)

@@ -1,7 +1,6 @@
 """The metrics of a run, scraped from Ray's own endpoint: each documented one, and what the run counts."""
 
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +17,7 @@ from tests.receiver import Receiver
 from tests.serve.conftest import Running, config_file, served, tiny_model, until
 
 pytestmark = pytest.mark.slow
+# Gauges last for two of Ray's intervals, which is to be longer than what is between two tellings.
 STEPS = 3
 BODY: dict[str, Any] = {"prompt": "a boat", "size": "512x512", "num_inference_steps": STEPS, "seed": 1}
 MEGAPIXELS = 512 * 512 / 1e6
@@ -49,7 +49,9 @@ class Measured:
 
     def becomes(self, value: float, metric: Metric, **labels: str) -> None:
         """Wait until it is so: what was counted is there a little later."""
-        until(lambda: self.value(metric, **labels) == pytest.approx(value), 30)
+        with suppress(AssertionError):
+            until(lambda: self.value(metric, **labels) == pytest.approx(value), 30)
+        assert self.value(metric, **labels) == pytest.approx(value)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
     config = config_file(folder, models, outbound={"allow": [receiver.place]})
     with (
         receiver.receiving(),
-        served(config, RAY_metrics_report_interval_ms="1000") as running,
+        served(config, RAY_metrics_report_interval_ms="3000") as running,
         httpx.Client(base_url=running.url, timeout=120) as client,
     ):
         until(lambda: any(line.startswith("Metrics for") for line in running.log))
@@ -78,10 +80,8 @@ def run(client: httpx.Client, running: Running, receiver: Receiver) -> None:
     until(lambda: client.get(job.headers["location"]).json().get("webhook", {}).get("state") == "delivered")
     with ThreadPoolExecutor() as pool:
         (decoder,) = running.replicas("m-decoder")
-        decoder.send_signal(signal.SIGSTOP)
-        waiting = pool.submit(client.post, path, json=BODY)
-        until(lambda: any(unit["stage"] == "waiting" for unit in units(client)))
-        until(lambda: tokens(client) == 4 * TOKENS)
+        waiting = pool.submit(client.post, path, json=BODY | {"num_inference_steps": 100})
+        until(lambda: any(unit["stage"] == "decoder" for unit in units(client)))
         decoder.send_signal(signal.SIGKILL)
         assert waiting.result().status_code == 200
     assert client.post(path, json=BODY | {"size": "7x7"}).status_code == 400
@@ -97,11 +97,6 @@ def units(client: httpx.Client) -> list[Any]:
     return found
 
 
-def tokens(client: httpx.Client) -> int:
-    time.sleep(0.2)
-    return int(client.get("/health").json()["models"]["m"]["prior"].get("done", 0))
-
-
 def test_every_metric_that_is_documented_is_there(measured: Measured) -> None:
     def missing() -> set[str]:
         found = {sample.name for family in measured.scrape() for sample in family.samples}
@@ -110,7 +105,9 @@ def test_every_metric_that_is_documented_is_there(measured: Measured) -> None:
         }
         return wanted - found - {"ray_glm_image_memory_bytes", "ray_glm_image_running"}
 
-    until(lambda: not missing(), 30)
+    with suppress(AssertionError):
+        until(lambda: not missing(), 30)
+    assert missing() == set()
 
 
 def test_requests_and_images_are_counted_by_their_outcome(measured: Measured) -> None:
@@ -148,7 +145,5 @@ def test_the_stages_count_their_work_and_their_loads(measured: Measured) -> None
     assert loads == {"prior": 1, "decoder": 2}
     assert measured.value(LOADS, deployment="broken-prior", outcome="failed") >= 1
     assert measured.value(UNLOADS, deployment="m-prior") == 1
-    steps = measured.value(WORK, deployment="m-decoder", unit="steps")
-    assert steps >= STEPS
-    assert steps % STEPS == 0
+    assert measured.value(WORK, deployment="m-decoder", unit="steps") >= 100
     assert measured.value(WORK, deployment="m-prior", unit="tokens") >= 4 * TOKENS
