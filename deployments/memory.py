@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import torch
@@ -11,8 +12,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deployments.errors import EngineFault, OutOfMemoryError, release
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+
+class Faulty(Protocol):
+    """An engine, as far as its fault goes; see `deployments.families`."""
+
+    fault: Exception | None
 
 
 def free_bytes(device: torch.device) -> int:
@@ -32,6 +41,32 @@ def cleared(device: torch.device) -> Exception | None:
             return error
         torch.cuda.empty_cache()
     return None
+
+
+@contextmanager
+def surviving(engine: Faulty, device: torch.device, who: str) -> Iterator[None]:
+    """What goes wrong in the block is logged, and leaves nothing behind on the device.
+
+    Args:
+        engine: gets a fault if the device is lost.
+        device: that it works on.
+        who: it is, for people.
+
+    Raises:
+        EngineFault: the engine has one already.
+        OutOfMemoryError: the device has too little memory.
+    """
+    if engine.fault:
+        raise engine.fault
+    try:
+        yield
+    except Exception as error:
+        release(error, f"{who} failed")
+        if lost := cleared(device):
+            engine.fault = EngineFault(f"{who} stopped: {lost}")
+        if isinstance(error, torch.OutOfMemoryError):
+            raise OutOfMemoryError(f"{who} has too little memory") from error
+        raise
 
 
 def working_bytes(computation: Callable[[], object]) -> int:

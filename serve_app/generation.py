@@ -360,15 +360,16 @@ class Generator:
             outcome = "flagged" if _is_flagged(made.unsafety) else "made"
             width, height = generation.size
             metrics.MEGAPIXELS.add(width * height / 1e6, api=generation.api, model=generation.model)
-            for part, seconds in (
-                ("waiting", made.waiting_s),
-                ("prior", made.prior_s),
-                ("decoder", made.decoder_s),
-                ("safety", made.safety_s),
-            ):
+            parts = {"waiting": made.waiting_s, "prior": made.prior_s, "decoder": made.decoder_s}
+            if self._safety and self._safety.looks(generation.moderation):
+                parts["safety"] = made.safety_s
+            for part, seconds in parts.items():
                 metrics.note_part(generation.model, part, seconds)
         except asyncio.CancelledError:
             outcome = "cancelled"
+            raise
+        except InvalidParameter:
+            outcome = "refused"
             raise
         except RequestError as error:
             if error.code == safety.VIOLATION:
@@ -390,9 +391,8 @@ class Generator:
 
         async def tell(stage: Stage, event: Event) -> None:
             if isinstance(event, Preview):
-                with suppress(
-                    RequestError
-                ):  # what cannot be checked is not shown; the image is looked at, too
+                # What cannot be checked is not shown; the image is looked at, too.
+                with suppress(RequestError):
                     if not _is_flagged(await self._unsafety(event.pixels, generation)):
                         report(PartialImage(image=image, index=event.index, pixels=event.pixels))
             else:

@@ -28,7 +28,8 @@ REQUEST_SECONDS = Histogram(
 ERRORS = Counter("errors", "Answers that are errors, by `code` as OpenAI's envelope has it.", "code")
 IMAGES = Counter(
     "images",
-    "Images of requests and of jobs. `outcome`: `made`, `flagged`, `failed` or `cancelled`.",
+    "Images of requests and of jobs. `outcome`: `made`, `flagged`, `refused` (the prompt is too long for the "
+    "model), `failed` or `cancelled`.",
     "api",
     "model",
     "outcome",

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.chat_model import tiny
 from deployments.checkpoint import load_flat
-from deployments.errors import Cancelled, EngineFault, OutOfMemoryError, release
-from deployments.memory import cleared
+from deployments.errors import Cancelled
+from deployments.memory import surviving
 from deployments.prompts import plain_text
 
 if TYPE_CHECKING:
@@ -76,17 +76,8 @@ class ChatModel:
             Cancelled: the call was cancelled; within a token.
             OutOfMemoryError: the device has too little memory.
         """
-        if self.fault:
-            raise self.fault
-        try:
+        with surviving(self, self._model.device, "the chat model"):
             return self._expand(request, call)
-        except Exception as error:
-            release(error, "a prompt could not be expanded")
-            if lost := cleared(self._model.device):
-                self.fault = EngineFault(f"the chat model stopped: {lost}")
-            if isinstance(error, torch.OutOfMemoryError):
-                raise OutOfMemoryError("the chat model has too little memory for a prompt") from error
-            raise
 
     @torch.inference_mode()
     def _expand(self, request: ExpansionRequest, call: Call) -> str:

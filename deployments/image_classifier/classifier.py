@@ -8,9 +8,9 @@ import torch
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from deployments.checkpoint import load_flat
-from deployments.errors import CheckpointError, EngineFault, NotANumber, OutOfMemoryError, release
+from deployments.errors import CheckpointError, NotANumber
 from deployments.image_classifier import tiny
-from deployments.memory import cleared
+from deployments.memory import surviving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,17 +84,8 @@ class ImageClassifier:
             OutOfMemoryError: the device has too little memory.
             NotANumber: what came out is no probability.
         """
-        if self.fault:
-            raise self.fault
-        try:
+        with surviving(self, self._model.device, "the classifier"):
             score = self._score(pixels)
-        except Exception as error:
-            release(error, "an image could not be checked")
-            if lost := cleared(self._model.device):
-                self.fault = EngineFault(f"the classifier stopped: {lost}")
-            if isinstance(error, torch.OutOfMemoryError):
-                raise OutOfMemoryError("the classifier has too little memory for an image") from error
-            raise
         self.done += 1
         return score
 

@@ -21,6 +21,7 @@ from deployments.types import (
     PriorTokens,
     Progress,
 )
+from serve_app import metrics
 from serve_app.config import Limits, PromptExpanderConfig, SafetyCheckerConfig
 from serve_app.errors import InvalidParameter, RequestError
 from serve_app.generation import Generator, Model
@@ -202,3 +203,17 @@ def test_what_a_request_needs_is_woken_with_its_model(stages: Stages) -> None:
     assert asyncio.run(needed(generator(), moderation="low")) == ["m"]
     assert asyncio.run(needed(generator(), expand_prompt=True)) == ["m", "prompt expander", "safety checker"]
     assert asyncio.run(needed(stages.generator())) == ["m"]
+
+
+def test_what_becomes_of_every_image_is_counted(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(metrics.IMAGES, "add", lambda **labels: counted.append(labels["outcome"]))
+    generator = partial(stages.generator, safety={})
+    run(generator(), n=2)
+    run(generator(), seed=100, blacken=True)
+    refusal(generator(), seed=100)
+    stages.longest = 2
+    refusal(generator())
+    stages.longest, stages.checks = 1000, False
+    refusal(generator())
+    assert counted == ["made", "made", "flagged", "flagged", "refused", "failed"]
