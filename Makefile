@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JS := tests/serve/js
 
-.PHONY: help serve test slow check format benchmark lock clean
+.PHONY: help serve test slow soak check format benchmark lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,10 +17,13 @@ serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0
 	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls)
 
 test: .venv/dev.stamp $(JS)/node_modules ## Run the tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not soak"
 
 slow: .venv/dev.stamp $(JS)/node_modules ## Run the tests that take minutes: faults, load, examples
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not soak"
+
+soak: .venv/dev.stamp $(JS)/node_modules ## Run the tests that do the same over and over
+	$(BIN)/pytest -m soak
 
 check: .venv/dev.stamp ## Lint, check the formatting and the types
 	$(BIN)/ruff check

@@ -23,7 +23,7 @@ from deployments.scaling import RENEWAL_S
 from tests.faults.conftest import SMALL, Client
 from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 STEPS = 4
 SETTLED_S = 2 * RENEWAL_S + 1
 """A replica reports every `RENEWAL_S`, and the ingress reads that no older than a second."""

@@ -92,7 +92,7 @@ def test_a_language_model_that_is_slow_or_gone_costs_no_image(tmp_path: Path) ->
         assert prompt_of(client.ask(**asked)) == "a boat"
 
 
-@pytest.mark.parametrize("on_failure", ["open", "closed"])
+@pytest.mark.parametrize("on_failure", [pytest.param("open", marks=pytest.mark.soak), "closed"])
 def test_a_checker_that_hangs_is_waited_for_so_long_and_no_longer(tmp_path: Path, on_failure: str) -> None:
     checker = {"classifier": ON_CPU, "threshold": 1, "on_failure": on_failure, "timeout_s": TIMEOUT_S}
     with serving(tmp_path, safety_checker=checker) as client:

@@ -198,7 +198,7 @@ def has_grown(count: Callable[[], int], before: int) -> bool:
     return count() > before
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_scaling_up_and_down_loses_no_request(client: Client) -> None:
     """A burst, and the next one as soon as replicas begin to go; in its midst there are to be more."""
 
@@ -216,7 +216,7 @@ def test_scaling_up_and_down_loses_no_request(client: Client) -> None:
     assert scalings("from 1 to 2") >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_further_replica_that_cannot_be_loaded_costs_no_request(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.symlink_to(tiny.cached())
@@ -231,7 +231,7 @@ def test_a_further_replica_that_cannot_be_loaded_costs_no_request(tmp_path: Path
             assert [answer.result().status_code for answer in answers] == [200] * 8
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_twenty_rounds_leave_nothing_behind(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
     reference = Upstream(tiny.cached())

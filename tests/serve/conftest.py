@@ -106,7 +106,7 @@ class Server:
     checkpoints: dict[str, Path]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # idle servers slow down the tests that have none
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     checkpoints = {"glm-image": tiny.cached(), "other": folder / "other-checkpoint"}
@@ -254,7 +254,7 @@ BODY_TIMEOUT_S = 2
 MEGAPIXEL_STEPS_PER_MINUTE = 60
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("guarded")
     key, other_key = "key-5d0c1e", "key-93ab70"
@@ -336,7 +336,7 @@ class Vendors:
         return httpx.Client(base_url=self.url, headers=named, verify=trust, timeout=150)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def vendors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vendors]:
     folder = tmp_path_factory.mktemp("vendors")
     key, signing_key = "key-1b7a90", "0123456789abcdef.a-secret-of-thirty-two-bytes-or-more"
