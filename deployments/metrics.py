@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray.util.metrics import Gauge as RayGauge
     from ray.util.metrics import Histogram as RayHistogram
 
-PREFIX = "glm_image_"
+PREFIX = "image_server_"
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1200, 3600)
 """Upper bounds of the buckets of durations."""
 

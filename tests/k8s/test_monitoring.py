@@ -102,32 +102,32 @@ FIRST = "_x15 1x60"
 """A counter whose first event comes after a quarter of an hour: its series begins then, at 1."""
 CASES: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
     "JobsWaitLong": (
-        [counting("ray_glm_image_oldest_job_seconds", every_minute="0+60x60")],
-        [counting("ray_glm_image_oldest_job_seconds", every_minute="800+0x60")],
+        [counting("ray_image_server_oldest_job_seconds", every_minute="0+60x60")],
+        [counting("ray_image_server_oldest_job_seconds", every_minute="800+0x60")],
     ),
     "RequestsAreRejected": (
         [
-            counting("ray_glm_image_requests_total", 'outcome="succeeded"', every_minute="0+9x60"),
-            counting("ray_glm_image_requests_total", 'outcome="rejected"', every_minute="0+1x60"),
+            counting("ray_image_server_requests_total", 'outcome="succeeded"', every_minute="0+9x60"),
+            counting("ray_image_server_requests_total", 'outcome="rejected"', every_minute="0+1x60"),
         ],
         [
-            counting("ray_glm_image_requests_total", 'outcome="succeeded"', every_minute="0+99x60"),
-            counting("ray_glm_image_requests_total", 'outcome="rejected"', every_minute="0+1x60"),
+            counting("ray_image_server_requests_total", 'outcome="succeeded"', every_minute="0+99x60"),
+            counting("ray_image_server_requests_total", 'outcome="rejected"', every_minute="0+1x60"),
         ],
     ),
     "ImagesFail": (
         [
-            counting("ray_glm_image_images_total", 'model="m"', 'outcome="made"', every_minute="0+9x60"),
-            counting("ray_glm_image_images_total", 'model="m"', 'outcome="failed"', every_minute="0+1x60"),
+            counting("ray_image_server_images_total", 'model="m"', 'outcome="made"', every_minute="0+9x60"),
+            counting("ray_image_server_images_total", 'model="m"', 'outcome="failed"', every_minute="0+1x60"),
         ],
         [
-            counting("ray_glm_image_images_total", 'model="m"', 'outcome="made"', every_minute="0+99x60"),
-            counting("ray_glm_image_images_total", 'model="m"', 'outcome="failed"', every_minute="0+1x60"),
+            counting("ray_image_server_images_total", 'model="m"', 'outcome="made"', every_minute="0+99x60"),
+            counting("ray_image_server_images_total", 'model="m"', 'outcome="failed"', every_minute="0+1x60"),
         ],
     ),
     "ReplicasDie": (
-        [counting("ray_glm_image_retries_total", 'model="m"', 'stage="prior"', every_minute="_x15 3x60")],
-        [counting("ray_glm_image_retries_total", 'model="m"', 'stage="prior"', every_minute=FIRST)],
+        [counting("ray_image_server_retries_total", 'model="m"', 'stage="prior"', every_minute="_x15 3x60")],
+        [counting("ray_image_server_retries_total", 'model="m"', 'stage="prior"', every_minute=FIRST)],
     ),
     "StageIsNotReady": (
         [counting("ray_serve_autoscaling_target_replicas", 'deployment="m-prior"', every_minute="1x60")],
@@ -137,19 +137,23 @@ CASES: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
         ],
     ),
     "LoadingFails": (
-        [counting("ray_glm_image_loads_total", 'deployment="d"', 'outcome="failed"', every_minute=FIRST)],
+        [counting("ray_image_server_loads_total", 'deployment="d"', 'outcome="failed"', every_minute=FIRST)],
         [
-            counting("ray_glm_image_loads_total", 'deployment="d"', 'outcome="failed"', every_minute="1x60"),
-            counting("ray_glm_image_loads_total", 'deployment="d"', 'outcome="loaded"', every_minute=FIRST),
+            counting(
+                "ray_image_server_loads_total", 'deployment="d"', 'outcome="failed"', every_minute="1x60"
+            ),
+            counting(
+                "ray_image_server_loads_total", 'deployment="d"', 'outcome="loaded"', every_minute=FIRST
+            ),
         ],
     ),
     "ChecksFail": (
-        [counting("ray_glm_image_errors_total", 'code="safety_check_failed"', every_minute=FIRST)],
-        [counting("ray_glm_image_errors_total", 'code="invalid_value"', every_minute=FIRST)],
+        [counting("ray_image_server_errors_total", 'code="safety_check_failed"', every_minute=FIRST)],
+        [counting("ray_image_server_errors_total", 'code="invalid_value"', every_minute=FIRST)],
     ),
     "WebhooksAreGivenUp": (
-        [counting("ray_glm_image_webhooks_total", 'outcome="given_up"', every_minute=FIRST)],
-        [counting("ray_glm_image_webhooks_total", 'outcome="failed"', every_minute=FIRST)],
+        [counting("ray_image_server_webhooks_total", 'outcome="given_up"', every_minute=FIRST)],
+        [counting("ray_image_server_webhooks_total", 'outcome="failed"', every_minute=FIRST)],
     ),
     "DiskFills": (
         [

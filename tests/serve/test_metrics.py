@@ -103,7 +103,7 @@ def test_every_metric_that_is_documented_is_there(measured: Measured) -> None:
         wanted = {
             metric.exported_as + ("_count" if isinstance(metric, Histogram) else "") for metric in metrics.ALL
         }
-        return wanted - found - {"ray_glm_image_memory_bytes", "ray_glm_image_running"}
+        return wanted - found - {"ray_image_server_memory_bytes", "ray_image_server_running"}
 
     with suppress(AssertionError):
         until(lambda: not missing(), 30)

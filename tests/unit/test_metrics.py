@@ -24,7 +24,7 @@ def test_the_readme_lists_every_metric() -> None:
 
 @pytest.mark.parametrize("metric", metrics.ALL, ids=lambda metric: metric.name)
 def test_its_name_says_what_it_is(metric: Metric) -> None:
-    assert re.fullmatch("ray_glm_image_[a-z_]+", metric.exported_as)
+    assert re.fullmatch("ray_image_server_[a-z_]+", metric.exported_as)
     assert metric.exported_as.endswith("_total") == isinstance(metric, Counter)
     if isinstance(metric, Histogram):
         assert metric.name.endswith("_seconds")
