@@ -136,12 +136,12 @@ class Loader(Generic[Engine]):
 class Replica:
     """A Serve replica of ours, as the gate knows it. Made in the replica.
 
-    Args:
+    Attributes:
         measure: called every few seconds, by a thread of the replica's.
     """
 
-    def __init__(self, measure: Callable[[], None]) -> None:
-        self._measure = measure
+    def __init__(self) -> None:
+        self.measure: Callable[[], None] = lambda: None
         context = serve.get_replica_context()
         self._app_name = context.app_name
         self._id = (context.deployment, context.replica_tag)
@@ -181,5 +181,5 @@ class Replica:
                     ray.get(gate.report.remote(*self._id, self._report()), timeout=ANSWER_S)
             except RayError:
                 gate = None
-            self._measure()
+            self.measure()
             time.sleep(LEAST_S)

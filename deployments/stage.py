@@ -30,8 +30,9 @@ class Stage(Generic[Engine]):
     async def __init__(self, config: StageConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._device = config.device
         self._running = self._told_done = 0
-        self._replica = Replica(self._measure)
+        self._replica = Replica()
         self._loader = Loader(self._load, cpu_threads=config.cpu_threads, tell=self._replica.tell)
+        self._replica.measure = self._measure  # not before there is a loader to ask
         await self._loader.wait(self._replica.has_ready_sibling)
 
     def _load(self, report: Callable[[float], None]) -> Engine:
