@@ -25,15 +25,19 @@ class Call:
     """One call of a stage, as its engine sees it.
 
     Attributes:
+        request_id: of the request that it belongs to, for the log.
         report: takes what the caller may want to know meanwhile; from any thread, without waiting.
         cancelled: set when the caller has gone: the work is to stop.
     """
 
+    request_id: str = ""
     report: Callable[[Event], None] = _nobody
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-async def stream(start: Callable[[Call], Future[Result]]) -> AsyncGenerator[Event | Result, None]:
+async def stream(
+    start: Callable[[Call], Future[Result]], request_id: str = ""
+) -> AsyncGenerator[Event | Result, None]:
     """Do work in another thread; yields what it reports and, at last, its result.
 
     When the caller goes, the work is cancelled: at once if it has not begun, else it is told to stop and
@@ -41,6 +45,7 @@ async def stream(start: Callable[[Call], Future[Result]]) -> AsyncGenerator[Even
 
     Args:
         start: hands the work over and returns its future.
+        request_id: of the request that it belongs to.
     """
     loop = asyncio.get_running_loop()
     reported: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -48,7 +53,7 @@ async def stream(start: Callable[[Call], Future[Result]]) -> AsyncGenerator[Even
     def report(event: Event | None) -> None:
         loop.call_soon_threadsafe(reported.put_nowait, event)
 
-    call = Call(report=report)
+    call = Call(request_id=request_id, report=report)
     work = start(call)
     work.add_done_callback(lambda _: report(None))
     try:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class DecoderStage(Stage[Decoder]):
     """Serves one replica of a model's decoder, a unit at a time."""
 
+    part = "decoder"
+
     async def __init__(self, model: ModelConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._model = model
         await super().__init__(model.decoder)
@@ -28,7 +30,7 @@ class DecoderStage(Stage[Decoder]):
     async def decode(self, request: DecodeRequest) -> AsyncIterator[Event | Pixels]:
         """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step."""
         items = self._answers(
-            request.asked_at, lambda decoder, call: self._loader.thread.submit(decoder.decode, request, call)
+            request, lambda decoder, call: self._loader.thread.submit(decoder.decode, request, call)
         )
         async with aclosing(items):
             async for item in items:

@@ -114,7 +114,7 @@ class PipelineDecoder(ABC):
 
     def _clean_up(self, error: Exception) -> None:
         """Make ready for the next unit, if the device still works."""
-        release(error)
+        release(error, request_id=self._call.request_id)
         if lost := cleared(self._device):
             self.fault = EngineFault(f"the decoder stopped: {lost}")
             return

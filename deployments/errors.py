@@ -8,17 +8,25 @@ import traceback
 from functools import partial
 from typing import Any
 
+from deployments.log import FAULT
+
 logger = logging.getLogger("ray.serve")
 
 
-def release(error: BaseException | None, what: str = "a unit failed") -> None:
+def release(error: BaseException | None, what: str = "a unit failed", **facts: Any) -> None:
     """Log an error and let go of its frames, whose variables may hold gigabytes of the device.
 
     Whoever waits for the result keeps the error, and in a cycle, so that only the garbage collector would
     find it.
+
+    Args:
+        error: what went wrong; all who wait for it get it afterwards.
+        what: the error is about.
+        facts: more fields of the line.
     """
     if not isinstance(error, Cancelled):
-        logger.error("%s: %s", what, "".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
+        logger.error("%s: %s", what, trace, extra=FAULT | facts)
     while error:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

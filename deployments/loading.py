@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from ray.actor import ActorHandle
+
+logger = logging.getLogger("ray.serve")
 
 LEAST_S = 0.2
 """Between two reports: a component's tensors load by the thousand."""
@@ -119,13 +122,16 @@ class Loader(Generic[Engine]):
             engine = self._load(self._tell_progress)
         except Exception as error:  # noqa: BLE001 - whatever it is, those who wait are to know
             reason = LoadingFailed(str(error) or type(error).__name__).reason
-            release(error, "loading failed")
+            release(error, "loading failed", event="load", outcome="failed", reason=reason)
             self._failed_at = time.time()
             self._tell(lambda: {"state": "failed", "reason": reason})
             metrics.LOADS.add(outcome="failed")
             raise LoadingFailed(reason) from None
         metrics.LOADS.add(outcome="loaded")
-        metrics.LOAD_SECONDS.observe(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        metrics.LOAD_SECONDS.observe(seconds)
+        facts = {"event": "load", "outcome": "loaded", "seconds": round(seconds, 3)}
+        logger.info("loaded in %.3f s", seconds, extra=facts)
         self._tell(lambda: {"state": "ready", "done": engine.done})
         return engine
 

@@ -17,6 +17,8 @@ from deployments.errors import EngineFault, OutOfMemoryError, release
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from deployments.calls import Call
+
 
 class Faulty(Protocol):
     """An engine, as far as its fault goes; see `deployments.families`."""
@@ -44,13 +46,14 @@ def cleared(device: torch.device) -> Exception | None:
 
 
 @contextmanager
-def surviving(engine: Faulty, device: torch.device, who: str) -> Iterator[None]:
+def surviving(engine: Faulty, device: torch.device, who: str, call: Call) -> Iterator[None]:
     """What goes wrong in the block is logged, and leaves nothing behind on the device.
 
     Args:
         engine: gets a fault if the device is lost.
         device: that it works on.
         who: it is, for people.
+        call: which is worked on.
 
     Raises:
         EngineFault: the engine has one already.
@@ -61,7 +64,7 @@ def surviving(engine: Faulty, device: torch.device, who: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        release(error, f"{who} failed")
+        release(error, f"{who} failed", request_id=call.request_id)
         if lost := cleared(device):
             engine.fault = EngineFault(f"{who} stopped: {lost}")
         if isinstance(error, torch.OutOfMemoryError):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class PriorStage(Stage[PriorEngine]):
     """Serves one replica of a model's prior engine."""
 
+    part = "prior"
+
     async def __init__(self, model: ModelConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._model = model
         await super().__init__(model.prior)
@@ -29,7 +31,7 @@ class PriorStage(Stage[PriorEngine]):
 
     async def generate(self, request: PriorRequest) -> AsyncIterator[Event | Prior]:
         """Make the prior of one unit, the last item; a cancelled call stops as soon as the engine can."""
-        items = self._answers(request.asked_at, lambda engine, call: engine.submit(request, call))
+        items = self._answers(request, lambda engine, call: engine.submit(request, call))
         async with aclosing(items):
             async for item in items:
                 yield item

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class PromptExpander(Stage["ChatModel"]):
     """Serves one replica of the chat model, a prompt at a time."""
 
+    part = "expansion"
+
     async def __init__(self, config: ChatModelConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._config = config
         await super().__init__(config)
@@ -30,7 +32,7 @@ class PromptExpander(Stage["ChatModel"]):
     async def expand(self, request: ExpansionRequest) -> AsyncIterator[Event | str]:
         """What the chat model makes of a prompt, the only item; a cancelled call stops within a token."""
         items = self._answers(
-            request.asked_at, lambda model, call: self._loader.thread.submit(model.expand, request, call)
+            request, lambda model, call: self._loader.thread.submit(model.expand, request, call)
         )
         async with aclosing(items):
             async for item in items:

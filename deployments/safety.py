@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class SafetyChecker(Stage["ImageClassifier"]):
     """Serves one replica of the classifier, an image at a time."""
 
+    part = "safety"
+
     async def __init__(self, config: ClassifierConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._config = config
         await super().__init__(config)
@@ -30,8 +32,8 @@ class SafetyChecker(Stage["ImageClassifier"]):
     async def check(self, request: CheckRequest) -> AsyncIterator[Event | float]:
         """How probable it is that an image is unsafe, 0 to 1: the only item."""
         items = self._answers(
-            request.asked_at,
-            lambda classifier, _: self._loader.thread.submit(classifier.score, request.pixels),
+            request,
+            lambda classifier, call: self._loader.thread.submit(classifier.score, request.pixels, call),
         )
         async with aclosing(items):
             async for item in items:

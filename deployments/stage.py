@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from deployments import metrics
+from ray import serve
+
+from deployments import log, metrics, tracing
 from deployments.calls import stream
+from deployments.errors import RequestTooLong
 from deployments.loading import Engine, Loader, Replica
+from deployments.types import Progress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -15,9 +21,10 @@ if TYPE_CHECKING:
 
     from deployments.calls import Call
     from deployments.config import StageConfig
-    from deployments.types import Event
+    from deployments.types import Event, StageRequest
 
 Result = TypeVar("Result")
+logger = logging.getLogger("ray.serve")
 
 
 class Stage(Generic[Engine]):
@@ -25,9 +32,15 @@ class Stage(Generic[Engine]):
 
     Args:
         config: where and how it runs.
+
+    Attributes:
+        part: of an image's making that it does, as metrics and traces call it.
     """
 
+    part: ClassVar[str]
+
     async def __init__(self, config: StageConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        tracing.start(serve.get_replica_context().replica_tag)
         self._device = config.device
         self._running = self._told_done = 0
         self._replica = Replica()
@@ -40,23 +53,56 @@ class Stage(Generic[Engine]):
         raise NotImplementedError
 
     async def _answers(
-        self, asked_at: float, start: Callable[[Engine, Call], Future[Result]]
+        self, request: StageRequest, start: Callable[[Engine, Call], Future[Result]]
     ) -> AsyncGenerator[Event | Result, None]:
         """What the engine tells of a request and, at last, makes of it; see `deployments.calls.stream`.
 
         Args:
-            asked_at: see `Loader.engine`.
-            start: hands the request to the engine.
+            request: the caller's.
+            start: hands it to the engine.
         """
         self._running += 1
+        came = began = time.time()
+        has_begun, outcome = False, "cancelled"
         try:
-            engine = await self._loader.engine(asked_at)
-            items = stream(lambda call: start(engine, call))
+            engine = await self._loader.engine(request.asked_at)
+            began = time.time()
+            items = stream(lambda call: start(engine, call), request.request_id)
             async with aclosing(items):
                 async for item in items:
+                    if isinstance(item, Progress) and not has_begun:
+                        has_begun, began = True, time.time() - item.seconds
                     yield item
+            outcome = "made"
+        except Exception as error:
+            outcome = type(error).__name__
+            raise
         finally:
             self._running -= 1
+            self._tell_end(request, came, began, outcome)
+
+    def _tell_end(self, request: StageRequest, came: float, began: float, outcome: str) -> None:
+        """Log and trace what became of a request: when it came, when the engine began, and how it ended."""
+        ended = time.time()
+        is_well = outcome in ("made", "cancelled", RequestTooLong.__name__)
+        log.about(
+            request.request_id,
+            logging.INFO if is_well else logging.WARNING,
+            f"{self.part} {outcome} in {ended - began:.3f} s",
+            event="unit",
+            outcome=outcome,
+            waited_s=round(began - came, 3),
+            seconds=round(ended - began, 3),
+        )
+        tracing.record(
+            self.part,
+            began,
+            ended,
+            kind="server",
+            parent=request.traceparent,
+            error="" if outcome in ("made", "cancelled") else outcome,
+            cancelled=outcome == "cancelled",
+        )
 
     def _measure(self) -> None:
         """Tell the metrics how the replica is; called every few seconds, by a thread."""
@@ -74,4 +120,6 @@ class Stage(Generic[Engine]):
     def __del__(self) -> None:
         """Called by Serve when the replica is to go."""
         metrics.UNLOADS.add()
+        logger.info("unloaded", extra={"event": "unload"})
         self._replica.leave()
+        tracing.stop()

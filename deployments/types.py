@@ -20,7 +20,22 @@ Embedding = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorRequest:
+class StageRequest:
+    """What is asked of any stage.
+
+    Attributes:
+        asked_at: when the unit was asked for, on the clock of `time.time`; see `deployments.loading`.
+        request_id: of the request that it belongs to, for the log.
+        traceparent: of the span that asks; see `deployments.tracing`.
+    """
+
+    asked_at: float = field(default_factory=time.time)
+    request_id: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRequest(StageRequest):
     """Asks the prior stage about one unit.
 
     Attributes:
@@ -31,7 +46,6 @@ class PriorRequest:
         negative_prompt: what not to paint; empty for families that have none.
         guidance_scale: as in the decoder's request.
         sources: source images, already of legal size; empty for text-to-image.
-        asked_at: when the unit was asked for, on the clock of `time.time`; see `deployments.loading`.
     """
 
     prompt: str
@@ -41,7 +55,6 @@ class PriorRequest:
     negative_prompt: str = ""
     guidance_scale: float = 0
     sources: tuple[Pixels, ...] = ()
-    asked_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +114,7 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeRequest:
+class DecodeRequest(StageRequest):
     """Asks the decoder stage for the pixels of one unit.
 
     Attributes:
@@ -116,7 +129,6 @@ class DecodeRequest:
         previews: how many are wanted, 0 to 3; fewer come when there are few steps.
         prior: what the prior stage answered.
         sources: the same source images that the prior stage was given.
-        asked_at: as in the prior's request.
     """
 
     prompt: str
@@ -130,7 +142,6 @@ class DecodeRequest:
     strength: float = 1
     previews: int = 0
     sources: tuple[Pixels, ...] = ()
-    asked_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,33 +158,29 @@ class Preview:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckRequest:
+class CheckRequest(StageRequest):
     """Asks the safety checker about an image.
 
     Attributes:
         pixels: the image.
-        asked_at: when it was asked for, as in `PriorRequest`.
     """
 
     pixels: Pixels
-    asked_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpansionRequest:
+class ExpansionRequest(StageRequest):
     """Asks a chat model to rewrite a prompt.
 
     Attributes:
         instruction: what it is to do.
         prompt: plain text, as in `PriorRequest`.
         max_tokens: of the answer, at least 1.
-        asked_at: when it was asked for, as in `PriorRequest`.
     """
 
     instruction: str
     prompt: str
     max_tokens: int
-    asked_at: float = field(default_factory=time.time)
 
 
 Event = Progress | Preview

@@ -15,6 +15,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments import tracing
 from deployments.config import StageConfig
 from deployments.decoder import DecoderStage
 from deployments.errors import EngineFault
@@ -38,6 +39,9 @@ from serve_app.storage import FileStore
 GOING: dict[str, Any] = {"graceful_shutdown_timeout_s": 600, "graceful_shutdown_wait_loop_s": 0.2}
 """A replica that is to go may finish what it has, which takes up to minutes; an idle one goes at once."""
 
+LOG = {"encoding": "JSON", "enable_access_log": False}
+"""JSON, which Serve puts into its files only; of requests we write lines of our own, which say more."""
+
 
 def build_app(args: AppConfig) -> Application:
     """Build the application of a configuration.
@@ -52,9 +56,7 @@ def build_app(args: AppConfig) -> Application:
         raise ValueError(problem)
     stages = {name: {key: _bind(part) for key, part in parts.items()} for name, parts in _parts(args).items()}
     # Requests wait for images here, so their number is no measure of load; Ray's default of 5 would be one.
-    # The ingress logs its requests itself, see `serve_app.telemetry`; Serve puts JSON into its files only.
-    log = {"encoding": "JSON", "enable_access_log": False}
-    options = GOING | {"max_ongoing_requests": 10_000, "logging_config": log}
+    options = GOING | {"max_ongoing_requests": 10_000, "logging_config": LOG}
     ingress = serve.deployment(**(options | args.ingress.deployment))(serve.ingress()(Ingress))
     return ingress.bind(args, stages)
 
@@ -135,7 +137,7 @@ def _bind(part: _Part) -> Application:
         # One request more than run at once: it begins without a pause when another one ends.
         "max_ongoing_requests": part.at_once + 1,
         "autoscaling_config": _autoscaling(part),
-        "logging_config": {"encoding": "JSON"},
+        "logging_config": LOG,
         "health_check_period_s": RENEWAL_S,  # a dead replica is noticed, and replaced, no later
     }
     return serve.deployment(**(GOING | options | part.config.deployment))(part.cls).bind(part.argument)
@@ -173,6 +175,7 @@ class Ingress:
     """The API plane."""
 
     def __init__(self, config: AppConfig, stages: dict[str, dict[str, DeploymentHandle[Any]]]) -> None:
+        tracing.start(serve.get_replica_context().replica_tag)
         changed = asyncio.Event()
         outbound = Outbound(config.outbound)
         models = {

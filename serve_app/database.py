@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from deployments.log import FAULT
 from serve_app.errors import RequestError
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ class Database:
             raise
         except DBAPIError as error:
             # Its text holds the statement and what was to be stored, prompts among it.
-            logger.error("the database failed: %s", type(error.orig).__name__)  # noqa: TRY400
+            problem = type(error.orig).__name__
+            logger.error("the database failed: %s", problem, extra=FAULT)  # noqa: TRY400
             raise RequestError(
                 "The database of jobs cannot be used right now; try again in a moment.",
                 code="database_unavailable",

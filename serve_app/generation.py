@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from deployments import log, tracing
 from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
-from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress
+from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress, StageRequest
 from serve_app import checks, metrics, prompt_expansion, safety
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
@@ -47,7 +49,9 @@ TOO_LONG = "context_length_exceeded"
 PACE_S = 0.002
 """Between the beginnings of two units: each keeps the event loop for about so long."""
 
+Asked = TypeVar("Asked", bound=StageRequest)
 Result = TypeVar("Result")
+StageCall = Callable[[Asked], AsyncGenerator[Event | Result, None]]
 Prepare = Callable[["Generation"], Awaitable["Generation"]]
 
 
@@ -69,8 +73,8 @@ class Model:
     """A served model and its two stages, each of which tells how it gets on before its result."""
 
     config: ModelConfig
-    prior: Callable[[PriorRequest], AsyncGenerator[Event | Prior, None]]
-    decode: Callable[[DecodeRequest], AsyncGenerator[Event | Pixels, None]]
+    prior: StageCall[PriorRequest, Prior]
+    decode: StageCall[DecodeRequest, Pixels]
 
 
 class Generator:
@@ -308,7 +312,10 @@ class Generator:
         await self._check_sources(resolved)
         expansion = Expansion(resolved.prompt)
         if resolved.expand_prompt and self._expansion:
-            expansion = await self._expansion.expand(resolved.prompt, editing=bool(resolved.sources))
+            with tracing.span("expansion"):
+                expansion = await self._expansion.expand(
+                    resolved.prompt, editing=bool(resolved.sources), request_id=resolved.request_id
+                )
             metrics.note_part(resolved.model, "expansion", expansion.seconds)
         try:
             return await self._units_of(resolved, expansion, report)
@@ -336,7 +343,10 @@ class Generator:
 
     async def _unsafety(self, pixels: Pixels, generation: Generation) -> float | None:
         """See `SafetyCheck.unsafety`."""
-        return await self._safety.unsafety(pixels, generation.moderation) if self._safety else None
+        if not self._safety or not self._safety.looks(generation.moderation):
+            return None
+        with tracing.span("safety"):
+            return await self._safety.unsafety(pixels, generation.moderation, generation.request_id)
 
     async def _check_sources(self, generation: Generation) -> None:
         """Have the source images looked at.
@@ -356,7 +366,8 @@ class Generator:
     ) -> GeneratedImage:
         outcome = "failed"
         try:
-            made = await self._unit(generation, expansion, image, report)
+            with tracing.span("image", index=image):
+                made = await self._unit(generation, expansion, image, report)
             outcome = "flagged" if _is_flagged(made.unsafety) else "made"
             width, height = generation.size
             metrics.MEGAPIXELS.add(width * height / 1e6, api=generation.api, model=generation.model)
@@ -401,18 +412,32 @@ class Generator:
                 unit.progress = StageProgress(image=image, stage=stage, progress=event)
                 report(unit.progress)
 
-        async def made_by(stage: Stage, start: Callable[[], AsyncGenerator[Event | Result, None]]) -> Result:
+        async def asked(stage: Stage, call: StageCall[Asked, Result], request: Asked) -> Result:
+            """A stage's result."""
+            unit.progress, began = None, time.time()
+            with tracing.span(stage, kind="client"):
+                traced = replace(request, traceparent=tracing.traceparent())
+                result = await _result(call(traced), partial(tell, stage))
+                if unit.progress:
+                    seconds[stage] = time.monotonic() - unit.working_since
+                    tracing.record("waiting", began, time.time() - seconds[stage])
+            return result
+
+        async def made_by(stage: Stage, call: StageCall[Asked, Result], request: Asked) -> Result:
             """A stage's result; it is asked once more if its replica dies, and makes the same."""
-            unit.progress = None
             try:
-                result = await _result(start(), partial(tell, stage))
+                return await asked(stage, call, request)
             except ReplicaDied:
                 metrics.RETRIES.add(model=generation.model, stage=stage)
-                unit.progress = None
-                result = await _result(start(), partial(tell, stage))
-            if unit.progress:
-                seconds[stage] = time.monotonic() - unit.working_since
-            return result
+                log.about(
+                    generation.request_id,
+                    logging.WARNING,
+                    f"a replica of {generation.model}'s {stage} stage has died, and another one is asked",
+                    event="retry",
+                    model=generation.model,
+                    stage=stage,
+                )
+                return await asked(stage, call, request)
 
         prior_request = PriorRequest(
             prompt=generation.prompt,
@@ -423,11 +448,12 @@ class Generator:
             guidance_scale=generation.guidance_scale,
             sources=generation.sources,
             asked_at=asked_at,
+            request_id=generation.request_id,
         )
         self._units.append(unit)
         try:
             await self._turn()
-            prior = await made_by("prior", partial(model.prior, prior_request))
+            prior = await made_by("prior", model.prior, prior_request)
             decode_request = DecodeRequest(
                 prompt=generation.prompt,
                 width=width,
@@ -441,8 +467,9 @@ class Generator:
                 prior=prior,
                 sources=generation.sources,
                 asked_at=asked_at,
+                request_id=generation.request_id,
             )
-            pixels = await made_by("decoder", partial(model.decode, decode_request))
+            pixels = await made_by("decoder", model.decode, decode_request)
             if generation.crop:
                 pixels = cropped(pixels, *generation.crop)
             check_began = time.monotonic()

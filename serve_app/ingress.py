@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from deployments import tracing
 from serve_app import telemetry
 from serve_app.auth import Authentication, Keys
 from serve_app.delivery import Delivery
@@ -105,6 +106,7 @@ def create_app(
         ):
             yield
         database.close()
+        await asyncio.to_thread(tracing.stop)
 
     app = FastAPI(
         title="GLM-Image server",
@@ -150,7 +152,7 @@ def create_app(
         respond=error_response,
     )
     app.add_middleware(fal.Addresses)
-    app.add_middleware(telemetry.RequestLog, api_of=api_of)
+    app.add_middleware(telemetry.Requests, api_of=api_of)
 
     @functools.cache
     def document_as_yaml() -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from deployments import tracing
+from deployments.log import FAULT
 from serve_app import images, metrics, telemetry
 from serve_app.delivery import described, failure
 from serve_app.errors import InvalidParameter, RequestError
@@ -55,7 +57,8 @@ def stored(generation: Resolved) -> dict[str, Any]:
 
 def _fingerprint(what: Submission, generation: Generation) -> str:
     """Equal for equal requests, whatever seed is drawn for them and by which address they came."""
-    asked = {name: value for name, value in vars(generation).items() if name not in NOT_STORED}
+    apart = NOT_STORED | {"traceparent"}
+    asked = {name: value for name, value in vars(generation).items() if name not in apart}
     encoding = vars(what.order.encoding)
     rest = (what.api, encoding, what.answer, what.priority, what.start_within_s, what.webhook_url)
     digest = hashlib.sha256(json.dumps([asked, *rest], sort_keys=True).encode())
@@ -206,7 +209,7 @@ class JobRunner:
             owner=Owner(generation.key_id, what.api),
             fingerprint=await asyncio.to_thread(_fingerprint, what, generation),  # of up to 50 MB of pixels
             model=resolved.model,
-            request=stored(resolved),
+            request=stored(replace(resolved, traceparent=tracing.traceparent())),
             encoding=vars(order.encoding),
             answer={**what.answer, "base_url": what.base_url},
             priority=what.priority,
@@ -298,7 +301,8 @@ class JobRunner:
 
     async def _tidy(self) -> None:
         for job in await self._store.tidy():
-            logger.warning("job %s %s: nobody ran it to its end", job.id, job.state)
+            facts = FAULT | {"job": job.id}
+            logger.warning("job %s %s: nobody ran it to its end", job.id, job.state, extra=facts)
             await self._forget(job)
         await asyncio.sleep(LOOK_S)
 
@@ -313,6 +317,13 @@ class JobRunner:
 
     async def _run(self, run: _Run) -> None:
         """Make a job's images and end it."""
+        job = run.job
+        with tracing.span(
+            "job", parent=job.request.get("traceparent", ""), job=job.id, api=job.api, attempt=job.attempts
+        ):
+            await self._run_traced(run)
+
+    async def _run_traced(self, run: _Run) -> None:
         began = time.monotonic()
         state: State = "succeeded"
         made: list[dict[str, Any]] = []
@@ -326,7 +337,7 @@ class JobRunner:
         except (RequestError, InvalidParameter) as error:
             state, why = "failed", failure(error)
         except Exception:
-            logger.exception("job %s failed", run.job.id)
+            logger.exception("job %s failed", run.job.id, extra=FAULT | {"job": run.job.id})
             state, why = "failed", failure(_FAULT)
         run.is_ending = True
         stored = False
@@ -343,7 +354,7 @@ class JobRunner:
         outcome = state if stored else "handed on"
         if stored:
             metrics.JOBS_ENDED.add(api=run.job.api, model=run.job.model, state=state)
-        telemetry.log_job(run.job, outcome, time.monotonic() - began, why["code"] if why else None)
+        telemetry.note_job_end(run.job, outcome, time.monotonic() - began, why)
 
     async def _end(
         self,
@@ -437,5 +448,5 @@ async def _again_and_again(what: Callable[[], Coroutine[Any, Any, None]]) -> Non
         except RequestError:
             await asyncio.sleep(LOOK_S)
         except Exception:
-            logger.exception("jobs: something went wrong, and is tried again")
+            logger.exception("jobs: something went wrong, and is tried again", extra=FAULT)
             await asyncio.sleep(LOOK_S)

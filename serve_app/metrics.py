@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from deployments import metrics as stages
+from deployments import tracing
 from deployments.metrics import Counter, Gauge, Histogram, Metric
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def note_part(model: str, name: str, seconds: float) -> None:
 
 @contextmanager
 def part(model: str, name: str) -> Iterator[None]:
-    """Count the seconds of the block, if it does not fail, as a part of the work."""
+    """The block is a part of the work: its seconds count, if it does not fail, and it is a span."""
     began = time.monotonic()
-    yield
+    with tracing.span(name):
+        yield
     note_part(model, name, time.monotonic() - began)

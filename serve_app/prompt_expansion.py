@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
+from deployments import tracing
 from deployments.errors import LoadingFailed
+from deployments.log import FAULT
 from deployments.prompts import quoted_texts
 from deployments.types import ExpansionRequest
 from serve_app.errors import RequestError
@@ -83,18 +85,21 @@ class PromptExpansion:
         self._ask = ask
         self._max_chars = max_chars
 
-    async def expand(self, prompt: str, *, editing: bool) -> Expansion:
+    async def expand(self, prompt: str, *, editing: bool, request_id: str = "") -> Expansion:
         """Rewrite a prompt; whatever goes wrong, there is one to go on with.
 
         Args:
             prompt: as it was sent.
             editing: whether there are source images.
+            request_id: of the request that it belongs to.
         """
         began = time.monotonic()
         request = ExpansionRequest(
             instruction=INSTRUCTION + (EDITING if editing else ""),
             prompt=prompt,
             max_tokens=self._config.max_tokens,
+            request_id=request_id,
+            traceparent=tracing.traceparent(),
         )
         problem = ""
         try:
@@ -109,7 +114,7 @@ class PromptExpansion:
         except RequestError as error:
             problem = error.message
         except Exception:
-            logger.exception("a prompt could not be expanded")
+            logger.exception("a prompt could not be expanded", extra=FAULT)
             problem = "the language model failed; the server's log says why"
         return Expansion(prompt if problem else expanded, time.monotonic() - began, problem)
 
@@ -133,11 +138,12 @@ def by_deployment(expand: Callable[[ExpansionRequest], AsyncGenerator[Event | st
     """A way to ask our own chat model, by its deployment's method."""
 
     async def ask(request: ExpansionRequest) -> str:
+        answer = ""
         async with aclosing(expand(request)) as events:
             async for event in events:
                 if isinstance(event, str):
-                    return event
-        raise ExpansionError("the language model came to no answer")
+                    answer = event
+        return answer
 
     return ask
 

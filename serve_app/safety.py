@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from deployments import tracing
+from deployments.log import FAULT
 from deployments.types import CheckRequest, Event
 from serve_app.errors import NO_RETRY, ReplicaDied, RequestError
 
@@ -42,8 +44,13 @@ class SafetyCheck:
         """Whether images are checked at all."""
         return self._threshold(moderation) is not None
 
-    async def unsafety(self, pixels: Pixels, moderation: Moderation) -> float | None:
+    async def unsafety(self, pixels: Pixels, moderation: Moderation, request_id: str = "") -> float | None:
         """How unsafe an image is, in parts of what is flagged: from 1 on it is. None if it was not checked.
+
+        Args:
+            pixels: the image.
+            moderation: how strictly it is checked.
+            request_id: of the request that it belongs to.
 
         Raises:
             RequestError: 500, it could not be checked, and is not to be shown then.
@@ -53,9 +60,9 @@ class SafetyCheck:
             return None
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                return await self._score(pixels) / threshold
+                return await self._score(pixels, request_id) / threshold
         except Exception as error:
-            logger.exception("an image could not be checked")
+            logger.exception("an image could not be checked", extra=FAULT)
             if self._config.on_failure == "open":
                 return None
             raise RequestError(
@@ -68,17 +75,20 @@ class SafetyCheck:
     def _threshold(self, moderation: Moderation) -> float | None:
         return self._config.low_threshold if moderation == "low" else self._config.threshold
 
-    async def _score(self, pixels: Pixels) -> float:
+    async def _score(self, pixels: Pixels, request_id: str) -> float:
         """From 0 to 1; it is asked for once more if the checker's replica dies."""
-        request = CheckRequest(pixels=pixels)
+        request = CheckRequest(pixels=pixels, request_id=request_id, traceparent=tracing.traceparent())
         try:
             return await self._ask(request)
         except ReplicaDied:
             return await self._ask(request)
 
     async def _ask(self, request: CheckRequest) -> float:
+        score = None
         async with aclosing(self._check(request)) as events:
             async for event in events:
                 if isinstance(event, float):
-                    return event
-        raise ReplicaDied
+                    score = event
+        if score is None:
+            raise ReplicaDied
+        return score

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from deployments.log import FAULT
 from serve_app.errors import NO_RETRY, RequestError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class FileStore:
         except RequestError:
             raise
         except Exception as error:
-            logger.exception("a file could not be written")
+            logger.exception("a file could not be written", extra=FAULT)
             raise RequestError(
                 "The image was made and could not be kept; the server's log says why.",
                 code="storage_failed",
@@ -164,7 +165,7 @@ class FileStore:
             try:
                 await self._in_thread(self.sweep)
             except Exception:  # S3's are of many kinds, and the next time may be better
-                logger.exception("the file store could not be swept")
+                logger.exception("the file store could not be swept", extra=FAULT)
             await asyncio.sleep(min(SWEEP_S, self._config.ttl_s / 4))
 
     def sweep(self) -> None:
@@ -191,9 +192,8 @@ class FileStore:
         except FileNotFoundError:
             pass
         except Exception as error:  # noqa: BLE001 - S3's are of many kinds
-            logger.warning(
-                "a file could not be deleted: %s", getattr(error, "strerror", type(error).__name__)
-            )
+            problem = getattr(error, "strerror", type(error).__name__)
+            logger.warning("a file could not be deleted: %s", problem, extra=FAULT)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

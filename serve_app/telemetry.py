@@ -1,7 +1,7 @@
-"""A line of the log for every request, with all that explains it but what was asked for.
+"""A line of the log, a span and a count for every request, with all that explains it but what was asked for.
 
-Serve writes it as JSON to its own files and, without the fields, to the terminal. There is never a prompt, an
-image, a key or a path in it: of a path its route, of a key its id.
+Serve writes the line as JSON to its own files and, without the fields, to the terminal. There is never a
+prompt, an image, a key or a path in any of them: of a path its route, of a key its id.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from deployments import tracing
 from serve_app import metrics
+from serve_app.types import MAX_ID_CHARS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,11 +60,28 @@ def note_error(request: Request, code: str) -> None:
     request.state.log["error"] = code
 
 
-def log_job(job: Job, outcome: str, seconds: float, error: str | None) -> None:
-    """A job's line, when it has ended or is no longer run here."""
-    facts = {"outcome": outcome, "error": error, "seconds": round(seconds, 3), "attempt": job.attempts}
-    facts |= {"key_id": job.key_id} | _describe(job)
-    logger.info("job %s %s in %.3f s", job.id, outcome, seconds, extra=facts)
+def note_job_end(job: Job, outcome: str, seconds: float, failure: Mapping[str, Any] | None) -> None:
+    """A job has ended, or is no longer run here: write its line, and say so in its span.
+
+    Args:
+        job: which.
+        outcome: its state, or that it was handed on.
+        seconds: that it took here.
+        failure: why it failed, see `serve_app.delivery.failure`.
+    """
+    error = failure["code"] if failure else ""
+    facts = _describe(job) | {
+        "event": "job",
+        "api": job.api,
+        "outcome": outcome,
+        "error": error or None,
+        "seconds": round(seconds, 3),
+        "attempt": job.attempts,
+        "key_id": job.key_id,
+    }
+    level = logging.ERROR if failure and failure["status"] >= 500 else logging.INFO
+    logger.log(level, "job %s %s in %.3f s", job.id, outcome, seconds, extra=facts | _trace_id())
+    tracing.note(error=error, model=job.model, outcome=outcome)
 
 
 def _describe(job: Job) -> dict[str, Any]:
@@ -81,8 +100,18 @@ def _outcome(status: int, facts: Mapping[str, Any]) -> str:
     return "refused" if status >= 400 else "succeeded"
 
 
-class RequestLog:
-    """Writes the lines, and counts the requests.
+def _trace_id() -> dict[str, str]:
+    """By which a line leads to its trace, if there is one."""
+    traceparent = tracing.traceparent()
+    return {"trace_id": traceparent.split("-")[1]} if traceparent else {}
+
+
+LEVELS = {"failed": logging.ERROR, "rejected": logging.WARNING}
+"""Of outcomes that somebody should look at; all others are INFO."""
+
+
+class Requests:
+    """Writes the lines, and traces and counts the requests.
 
     Args:
         app: what answers.
@@ -94,11 +123,23 @@ class RequestLog:
         self._api_of = api_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and log how it ended."""
+        """Pass the request on, and tell how it ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
-        began, method = time.monotonic(), scope["method"]
+        elif scope["path"].removeprefix(scope.get("root_path", "")) in PROBES:
+            await self._answer(scope, receive, send)
+        else:
+            headers = dict(scope["headers"])
+            with tracing.span(
+                scope["method"],
+                kind="server",
+                parent=headers.get(b"traceparent", b"").decode("latin-1"),
+                request_id=headers.get(b"x-request-id", b"").decode("latin-1")[:MAX_ID_CHARS],
+            ):
+                await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.monotonic()
         facts: dict[str, Any] = {}
         scope.setdefault("state", {})["log"] = facts
         status = 0
@@ -115,30 +156,38 @@ class RequestLog:
             status = 500
             raise
         finally:
-            route = getattr(scope.get("route"), "path", "no route")
-            seconds = time.monotonic() - began
-            facts |= {
-                "method": method,
-                "route": route,
-                "status": status,
-                "seconds": round(seconds, 3),
-                "key_id": scope["state"].get("key_id", ""),
-            }
-            if route not in PROBES:
-                api, outcome = self._api_of(scope), _outcome(status, facts)
-                model = facts.get("model", "")
-                metrics.REQUESTS.add(api=api, route=route, model=model, outcome=outcome)
-                if model and "job" not in facts:
-                    metrics.REQUEST_SECONDS.observe(seconds, api=api, outcome=outcome)
-                if code := facts.get("error"):
-                    metrics.ERRORS.add(code=code)
-            level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
-            logger.log(
-                level,
-                "%s %s %s in %.3f s",
-                method,
-                route,
-                status or "unanswered",
-                seconds,
-                extra=facts,
-            )
+            self._tell(scope, facts, status, time.monotonic() - began)
+
+    def _tell(self, scope: Scope, facts: dict[str, Any], status: int, seconds: float) -> None:
+        """Count a request that has ended, and tell the log and its span."""
+        method, route = scope["method"], getattr(scope.get("route"), "path", "no route")
+        api, outcome = self._api_of(scope), _outcome(status, facts)
+        facts |= {
+            "event": "request",
+            "api": api,
+            "method": method,
+            "route": route,
+            "status": status,
+            "outcome": outcome,
+            "seconds": round(seconds, 3),
+            "key_id": scope["state"].get("key_id", ""),
+        }
+        level = LEVELS.get(outcome, logging.INFO)
+        if route not in PROBES:
+            model = facts.get("model", "")
+            metrics.REQUESTS.add(api=api, route=route, model=model, outcome=outcome)
+            if model and "job" not in facts:
+                metrics.REQUEST_SECONDS.observe(seconds, api=api, outcome=outcome)
+            if code := facts.get("error"):
+                metrics.ERRORS.add(code=code)
+        elif status < 400:
+            level = logging.DEBUG
+        answer = status or "unanswered"
+        extra = facts | _trace_id()
+        logger.log(level, "%s %s %s in %.3f s", method, route, answer, seconds, extra=extra)
+        tracing.note(
+            f"{method} {route}",
+            error=facts.get("error", "server_error") if outcome == "failed" else "",
+            **{"http.request.method": method, "http.route": route, "http.response.status_code": status},
+            **{name: facts[name] for name in ("api", "outcome", "model", "job") if name in facts},
+        )

@@ -14,6 +14,8 @@ Moderation = Literal["auto", "low"]
 """How strictly a request has its images checked."""
 MAX_SEED = 2**63 - 1
 MAX_PARTIAL_IMAGES = 3
+MAX_ID_CHARS = 512
+"""Of what clients call their requests and their users."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class Generation:
         api: by which it came.
         request_id: by which the client, or whoever asks for the status, knows it.
         key_id: of the API key with which it was asked for; empty if there was none.
+        traceparent: of a job, that of the span that submitted it; see `deployments.tracing`.
     """
 
     prompt: str
@@ -61,6 +64,7 @@ class Generation:
     api: str = ""
     request_id: str = ""
     key_id: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,7 @@ class Webhooks:
         if not delivered:
             # Its URL may hold a secret, so the log has none.
             then = "which was the last try" if again is None else f"and is tried again in {again} s"
-            logger.warning("job %s: its webhook %s, %s", job.id, outcome, then)
+            facts = {"event": "webhook", "job": job.id, "outcome": outcome}
+            logger.warning("job %s: its webhook %s, %s", job.id, outcome, then, extra=facts)
         with suppress(RequestError):
             await self._store.note_webhook(job.id, again_in_s=again, delivered=delivered)

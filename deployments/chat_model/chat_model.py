@@ -76,7 +76,7 @@ class ChatModel:
             Cancelled: the call was cancelled; within a token.
             OutOfMemoryError: the device has too little memory.
         """
-        with surviving(self, self._model.device, "the chat model"):
+        with surviving(self, self._model.device, "the chat model", call):
             return self._expand(request, call)
 
     @torch.inference_mode()

@@ -148,6 +148,7 @@ class PriorEngine:
                 while self.step():
                     pass
             except Exception as error:  # noqa: BLE001 - the device's, and of all that it was working on
+                release(error, "the prior engine stopped")
                 self.fault = EngineFault(f"the prior engine stopped: {error}")
                 for job in (*self._active, *self._waiting):
                     with suppress(InvalidStateError):  # cancelled while it waited
@@ -167,7 +168,7 @@ class PriorEngine:
             try:
                 self._read_slice(reading)
             except Exception as error:  # noqa: BLE001 - it is this request's alone
-                release(error)
+                release(error, request_id=reading.call.request_id)
                 self._language_model.recover()  # unless the device is lost, which raises here
                 self._leave(reading, _in_our_words(error))
         if any(job.drawn for job in self._active):

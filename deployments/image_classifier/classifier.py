@@ -15,6 +15,7 @@ from deployments.memory import surviving
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from deployments.calls import Call
     from deployments.config import ClassifierConfig
     from deployments.types import Pixels
 
@@ -77,14 +78,14 @@ class ImageClassifier:
         )
         return cls(model, processor, config.unsafe_labels)
 
-    def score(self, pixels: Pixels) -> float:
-        """How probable it is that an image is unsafe, 0 to 1.
+    def score(self, pixels: Pixels, call: Call) -> float:
+        """How probable it is that an image is unsafe, 0 to 1. An image is not worth stopping for.
 
         Raises:
             OutOfMemoryError: the device has too little memory.
             NotANumber: what came out is no probability.
         """
-        with surviving(self, self._model.device, "the classifier"):
+        with surviving(self, self._model.device, "the classifier", call):
             score = self._score(pixels)
         self.done += 1
         return score

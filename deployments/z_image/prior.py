@@ -174,7 +174,7 @@ class PriorEngine:
                 self.done += len(text)
 
     def _fail(self, asked: list[_Asked], error: Exception) -> None:
-        release(error)
+        release(error, request_id=" ".join(one.call.request_id for one in asked))
         if isinstance(error, torch.OutOfMemoryError):
             error = OutOfMemoryError(f"the text encoder has too little memory for this request: {error}")
         if lost := cleared(self._text_encoder.device):

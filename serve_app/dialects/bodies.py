@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.errors import RequestError, too_large
+from serve_app.types import MAX_ID_CHARS
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 MAX_FIELDS = 64
 CLIENT_CLOSED = 499
 """Nginx's status, which HTTP has not."""
-MAX_ID_CHARS = 512
 NOT_BLANK = r"[^\s\x1c-\x1f\x85]"
 """What Python takes for white space is more than what JSON Schema's regular expressions do."""
 

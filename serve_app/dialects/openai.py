@@ -18,6 +18,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from deployments.families import PARAMETERS
+from deployments.log import FAULT
 from serve_app import images, telemetry
 from serve_app.dialects.bodies import media_type
 from serve_app.dialects.openai_schemas import (
@@ -174,7 +175,7 @@ def _error_event(request: Request, error: Exception) -> Event:
         response = error_response(error)
     else:
         telemetry.note_error(request, "server_error")
-        logger.error("a stream failed", exc_info=error)
+        logger.error("a stream failed", exc_info=error, extra=FAULT)
         response = error_response(server_error())
     return "error", json.loads(bytes(response.body))
 

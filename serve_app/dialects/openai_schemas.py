@@ -10,9 +10,9 @@ from pydantic_core import PydanticCustomError
 from deployments.config import MIN_STRENGTH
 from deployments.families import GUIDANCE_PARAMETERS, PARAMETERS, Parameter
 from serve_app import images
-from serve_app.dialects.bodies import MAX_ID_CHARS, NOT_BLANK, Fields, JSONFields, document_errors
+from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, document_errors
 from serve_app.jobs import Priority
-from serve_app.types import MAX_PARTIAL_IMAGES, MAX_SEED, Moderation
+from serve_app.types import MAX_ID_CHARS, MAX_PARTIAL_IMAGES, MAX_SEED, Moderation
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

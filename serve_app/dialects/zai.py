@@ -17,7 +17,6 @@ from pydantic import BaseModel, Field, field_validator
 from serve_app import telemetry
 from serve_app.delivery import error_of
 from serve_app.dialects.bodies import (
-    MAX_ID_CHARS,
     NOT_BLANK,
     Fields,
     JSONFields,
@@ -33,7 +32,7 @@ from serve_app.job_runner import Submission
 from serve_app.jobs import Job, Owner, State
 from serve_app.orders import Order
 from serve_app.safety import VIOLATION
-from serve_app.types import MAX_SEED, Generation
+from serve_app.types import MAX_ID_CHARS, MAX_SEED, Generation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
+from deployments.calls import Call
 from deployments.config import DEFAULT_CLASSIFIER, DEFAULT_CLASSIFIER_REVISION, ClassifierConfig
 from deployments.errors import CheckpointError, NotANumber, OutOfMemoryError
 from deployments.image_classifier import tiny
@@ -29,13 +30,13 @@ def test_a_score_is_what_transformers_makes_it() -> None:
     processor = ViTImageProcessorPil.from_pretrained(tiny.cached())
     with torch.inference_mode():
         logits = model(**processor(images=picture(1), return_tensors="pt")).logits
-    assert load().score(picture(1)) == pytest.approx(float(logits.softmax(-1)[0, 1]), abs=1e-6)
+    assert load().score(picture(1), Call()) == pytest.approx(float(logits.softmax(-1)[0, 1]), abs=1e-6)
 
 
 def test_labels_that_are_unsafe_add_up_and_ones_that_there_are_not_are_refused() -> None:
     both = load(unsafe_labels=("nsfw", "normal"))
-    assert both.score(picture(1)) == pytest.approx(1)
-    assert both.score(picture(1)) <= 1
+    assert both.score(picture(1), Call()) == pytest.approx(1)
+    assert both.score(picture(1), Call()) <= 1
     with pytest.raises(CheckpointError, match="no label violent; it has normal, nsfw"):
         load(unsafe_labels=("nsfw", "violent"))
 
@@ -43,8 +44,8 @@ def test_labels_that_are_unsafe_add_up_and_ones_that_there_are_not_are_refused()
 def test_one_can_be_made_that_flags_a_known_image_and_no_other(tmp_path: Path) -> None:
     known, *others = (picture(seed) for seed in range(6))
     classifier = load(flagging(tmp_path / "rigged", [known], others))
-    assert classifier.score(known) > 0.9
-    assert all(classifier.score(other) < 0.1 for other in others)
+    assert classifier.score(known, Call()) > 0.9
+    assert all(classifier.score(other, Call()) < 0.1 for other in others)
     assert classifier.done == 6
 
 
@@ -68,14 +69,14 @@ def test_what_is_no_number_is_no_score(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     classifier = load(folder)
     with pytest.raises(NotANumber):
-        classifier.score(picture(1))
+        classifier.score(picture(1), Call())
     assert classifier.fault is None
     assert classifier.done == 0
 
 
 def test_too_little_memory_is_told_and_the_next_image_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = load()
-    score = classifier.score(picture(1))
+    score = classifier.score(picture(1), Call())
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
@@ -83,8 +84,8 @@ def test_too_little_memory_is_told_and_the_next_image_is_scored(monkeypatch: pyt
     with monkeypatch.context() as patched:
         patched.setattr(ViTForImageClassification, "forward", full)
         with pytest.raises(OutOfMemoryError):
-            classifier.score(picture(1))
-    assert classifier.score(picture(1)) == score
+            classifier.score(picture(1), Call())
+    assert classifier.score(picture(1), Call()) == score
 
 
 @pytest.mark.parametrize(
