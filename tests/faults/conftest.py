@@ -22,7 +22,7 @@ class Client:
         self.running = running
         # Connections that threads leave for one another may be closed just when one is taken.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._http = httpx.Client(base_url=running.url, timeout=120, limits=limits)
+        self._http = httpx.Client(base_url=running.url, timeout=300, limits=limits)
 
     def __enter__(self) -> Self:
         return self
@@ -34,7 +34,7 @@ class Client:
         return self._http.get(path)
 
     def ask(
-        self, *, timeout: httpx.Timeout | float = 120, request_id: str | None = None, **fields: Any
+        self, *, timeout: httpx.Timeout | float = 300, request_id: str | None = None, **fields: Any
     ) -> httpx.Response:
         """Ask for a small image, which takes half a second, or as the fields say."""
         headers = {"X-Request-ID": request_id} if request_id else {}

@@ -17,7 +17,6 @@ from tests.faults.conftest import Client
 from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
 
 MAX_PENDING = 60
-DEADLINE_S = 90
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     config = config_file(
         tmp_path_factory.mktemp("faults"),
         [tiny_model("fragile")],
-        limits={"max_pending": MAX_PENDING, "deadline_s": DEADLINE_S},
+        limits={"max_pending": MAX_PENDING},
     )
     with served(config) as running, Client(running) as client:
         yield client
