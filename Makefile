@@ -4,8 +4,9 @@ CONFIG = configs/tiny.yaml
 PYTHON ?= python3
 BIN := .venv/bin
 JS := tests/serve/js
+K8S := tests/k8s
 
-.PHONY: help serve test slow soak check format benchmark lock clean
+.PHONY: help serve test slow soak check format benchmark lock alerts clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,13 +17,13 @@ option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
 serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https
 	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls)
 
-test: .venv/dev.stamp $(JS)/node_modules ## Run the tests
+test: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests
 	$(BIN)/pytest -m "not slow and not soak"
 
-slow: .venv/dev.stamp $(JS)/node_modules ## Run the tests that take minutes: faults, load, examples
+slow: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests that take minutes: faults, load, examples
 	$(BIN)/pytest -m "slow and not soak"
 
-soak: .venv/dev.stamp $(JS)/node_modules ## Run the tests that do the same over and over
+soak: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests that do the same over and over
 	$(BIN)/pytest -m soak
 
 check: .venv/dev.stamp ## Lint, check the formatting and the types
@@ -53,6 +54,13 @@ lock: .venv/dev.stamp ## Choose the newest versions that pyproject.toml allows a
 	done
 	sed -i 's/+cpu\b//' requirements.lock requirements-dev.lock
 
+# Prometheus's operator wants its rules as a resource of Kubernetes, which kustomize cannot make of a plain file.
+alerts: ## Write k8s/monitoring/alerts.yaml down as a PrometheusRule too
+	@printf '%s\n' '# Written by `make alerts`: change alerts.yaml.' 'apiVersion: monitoring.coreos.com/v1' \
+	  'kind: PrometheusRule' 'metadata:' '  name: glm-image' '  namespace: glm-image' '  labels:' \
+	  '    app.kubernetes.io/part-of: glm-image' 'spec:' > k8s/monitoring/prometheusrule.yaml
+	@sed '/^#/d; s/^./  &/' k8s/monitoring/alerts.yaml >> k8s/monitoring/prometheusrule.yaml
+
 clean: ## Remove the environment and the caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
@@ -63,9 +71,9 @@ clean: ## Remove the environment and the caches
 	$(call install,requirements-dev.lock)
 	@touch .venv/serve.stamp
 
-$(JS)/node_modules: $(JS)/package-lock.json
-	@if command -v npm >/dev/null; then npm ci --silent --prefix $(JS) && touch $@; \
-	else echo "npm is missing: the tests of JavaScript clients are skipped."; fi
+%/node_modules: %/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --silent --prefix $* && touch $@; \
+	else echo "npm is missing: the tests in $* that need it are skipped."; fi
 
 # A torch that is in .venv already and of the locked version, PyTorch's CPU build say, is kept.
 define install
