@@ -1,0 +1,140 @@
+"""k8s/ as kustomize builds it: every overlay and every way to put components together passes all checks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.k8s.checks import CHECKS, check_security, problems_of
+from tests.k8s.manifests import (
+    K8S,
+    PACKAGES,
+    ROOT,
+    Manifests,
+    build,
+    cluster,
+    compose,
+    groups,
+    kustomizes,
+    named,
+    needs_kustomize,
+    of_kind,
+    overlay,
+    ray_service,
+    variables,
+    workers,
+)
+from tests.k8s.schemas import check_schemas
+from tests.k8s.serving import image_tag, locked, own_version, serving
+
+OVERLAYS = sorted(folder.name for folder in (K8S / "overlays").iterdir())
+COMPONENTS = sorted(f"components/{folder.name}" for folder in (K8S / "components").iterdir())
+pytestmark = needs_kustomize
+
+
+def loaded(name: str) -> Manifests:
+    manifests: Manifests = json.loads(overlay(name))
+    return manifests
+
+
+def test_there_are_the_overlays() -> None:
+    assert OVERLAYS == ["dev", "prod", "site"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_passes_every_check(name: str) -> None:
+    manifests = loaded(name)
+    assert len(manifests) > 5
+    assert [(check.__name__, found) for check in CHECKS if (found := check(manifests))] == []
+
+
+@pytest.mark.parametrize(
+    "components",
+    [
+        *([component] for component in [*COMPONENTS, "monitoring"]),
+        ["components/ingress-nginx", "monitoring", "components/kueue"],
+        [
+            "components/gateway-api",
+            "components/ingress-nginx",
+            "components/gcs-ft",
+            "components/kueue",
+            "monitoring",
+        ],
+    ],
+    ids=lambda components: "+".join(Path(component).name for component in components),
+)
+def test_components_go_together(tmp_path: Path, components: list[str]) -> None:
+    without = {(one["kind"], one["metadata"]["name"]) for one in loaded("prod")}
+    manifests = compose(tmp_path, "prod", *components)
+    assert problems_of(manifests) == []
+    assert {(one["kind"], one["metadata"]["name"]) for one in manifests} - without
+
+
+@pytest.mark.parametrize("component", ["components/gateway-api", "components/ingress-nginx", "monitoring"])
+def test_components_go_with_the_tiny_model_too(tmp_path: Path, component: str) -> None:
+    assert problems_of(compose(tmp_path, "dev", component)) == []
+
+
+def test_every_kustomize_there_is_builds_the_same() -> None:
+    for name in OVERLAYS:
+        first, *others = (build(K8S / "overlays" / name, command) for command in kustomizes())
+        assert all(other == first for other in others), name
+
+
+def test_an_overlay_has_its_configuration_from_the_one_file() -> None:
+    for name, file in (("dev", "cluster-tiny.yaml"), ("prod", "cluster.yaml"), ("site", "cluster.yaml")):
+        text = ray_service(loaded(name))["spec"]["serveConfigV2"]
+        assert text == (ROOT / "configs" / file).read_text(), name
+
+
+def test_a_stage_has_as_many_pods_as_it_may_have_replicas() -> None:
+    for name in OVERLAYS:
+        manifests = loaded(name)
+        (model,) = serving(ray_service(manifests)["spec"]["serveConfigV2"]).app.models
+        assert groups(manifests)["prior"]["maxReplicas"] == model.prior.max_replicas
+        assert groups(manifests)["decoder"]["maxReplicas"] == model.decoder.max_replicas
+
+
+def test_the_checkpoint_comes_where_the_stages_look_for_it() -> None:
+    manifests = build(K8S / "models")
+    assert check_schemas(manifests) == []
+    (claim,), (job,) = of_kind(manifests, "PersistentVolumeClaim"), of_kind(manifests, "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    folder = container["command"][-1]
+    assert container["image"] == f"glm-image-server:{image_tag()}"
+    prod = loaded("prod")
+    assert folder == serving(ray_service(prod)["spec"]["serveConfigV2"]).app.models[0].checkpoint
+    for pod in workers(prod):
+        for volume in pod.spec.get("volumes", []):
+            assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert "ReadOnlyMany" in claim["spec"]["accessModes"]
+    assert variables(container) == {"HF_TOKEN": None}
+    assert check_security([*prod, job]) == []
+
+
+def test_the_cluster_costs_no_gpus_without_work() -> None:
+    for name in OVERLAYS:
+        always = [group for group in groups(loaded(name)).values() if group["minReplicas"]]
+        assert [group["groupName"] for group in always] == ["ingress"]
+        assert "nvidia.com/gpu" not in json.dumps(always)
+        assert "nvidia.com/gpu" not in json.dumps(cluster(loaded(name))["headGroupSpec"])
+
+
+def test_versions_are_said_alike_everywhere() -> None:
+    assert locked("ray") == cluster(loaded("prod"))["rayVersion"]
+    assert f'org.opencontainers.image.version="{own_version()}"' in (ROOT / "Dockerfile").read_text()
+
+
+def test_a_redis_that_is_gone_is_not_waited_for_by_others() -> None:
+    service, redis = (named(loaded("site"), kind, "glm-image-redis") for kind in ("Service", "StatefulSet"))
+    assert service["spec"]["selector"] == redis["spec"]["template"]["metadata"]["labels"]
+    options = cluster(loaded("site"))["gcsFaultToleranceOptions"]
+    assert options["redisAddress"] == f"glm-image-redis:{service['spec']['ports'][0]['port']}"
+
+
+def test_the_packages_are_those_of_the_lock() -> None:
+    lock = json.loads((Path(__file__).parent / "package-lock.json").read_text())
+    for path, package in lock["packages"].items():
+        if path and (there := Path(__file__).parent / path / "package.json").exists():
+            assert json.loads(there.read_text())["version"] == package["version"]
+    assert PACKAGES.exists()
