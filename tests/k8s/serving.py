@@ -266,14 +266,14 @@ def check_timeouts(manifests: Manifests) -> list[str]:
     ending = (f"graceful_shutdown_timeout_s of {outer.name}", outer.ending_s)
     deletion = ray_service(manifests)["spec"].get("rayClusterDeletionDelaySeconds", 60)
     problems += _in_order([ending, ("rayClusterDeletionDelaySeconds", deletion)])
-    edges = list(_edges(manifests))
-    for edge in edges:
+    outside = list(edges(manifests))
+    for edge in outside:
         problems += _in_order([ending, edge])
     for pod in workers(manifests):
         draining = float(variables(pod.spec["containers"][0]).get(DRAIN) or 30)
         grace = pod.spec.get("terminationGracePeriodSeconds", 30)
         drain = (f"{DRAIN} of {pod.name}", draining)
-        for edge in edges or [ending]:
+        for edge in outside or [ending]:
             problems += _in_order([edge, drain, ("terminationGracePeriodSeconds", grace)])
         if draining - outer.ending_s < TO_MOVE_S:
             problems.append(
@@ -282,7 +282,7 @@ def check_timeouts(manifests: Manifests) -> list[str]:
     return problems
 
 
-def _edges(manifests: Manifests) -> Iterator[tuple[str, float]]:
+def edges(manifests: Manifests) -> Iterator[tuple[str, float]]:
     """For how long what is in front of the server waits for it."""
     for route in of_kind(manifests, "HTTPRoute"):
         for rule in route["spec"]["rules"]:
