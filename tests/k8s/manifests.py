@@ -51,16 +51,22 @@ def build(folder: Path, command: list[str] | None = None) -> Manifests:
     return list(yaml.load_all(built.stdout, yaml.CSafeLoader))  # safe_load_all's faster twin
 
 
-def compose(folder: Path, overlay: str, *components: str) -> Manifests:
-    """What an overlay of one's own in `folder` makes of one of ours and some components."""
-    kustomization = {
+def kustomization(folder: Path, overlay: str, *components: str) -> Path:
+    """Write an overlay of one's own into a folder: one of ours and some components."""
+    parts = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [os.path.relpath(K8S / "overlays" / overlay, folder)],
         "components": [os.path.relpath(K8S / component, folder) for component in components],
     }
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    return build(folder)
+    file = folder / "kustomization.yaml"
+    file.write_text(yaml.safe_dump(parts))
+    return file
+
+
+def compose(folder: Path, overlay: str, *components: str) -> Manifests:
+    """What such an overlay makes."""
+    return build(kustomization(folder, overlay, *components).parent)
 
 
 @cache

@@ -1,5 +1,6 @@
 """The operator's guide: what it names is there, and it has something to say about every alert."""
 
+import json
 import re
 from pathlib import Path
 from typing import get_args
@@ -18,9 +19,10 @@ from tests.k8s.manifests import (
     Manifests,
     build,
     cluster,
-    compose,
+    kustomization,
     needs_kustomize,
     of_kind,
+    overlay,
     pods,
     ray_service,
 )
@@ -114,7 +116,7 @@ def test_the_image_has_the_tag_of_the_lock() -> None:
 @needs_kustomize
 def test_the_secrets_that_it_makes_are_those_that_are_read() -> None:
     made = set(re.findall(r"create secret generic (\S+)", GUIDE))
-    text = yaml.safe_dump_all(build(K8S / "overlays/site"))
+    text = yaml.safe_dump_all(site())
     read = set(re.findall(r"secret(?:Ref|KeyRef):\n(?:\s+key: \S+\n)?\s+name: (\S+)", text))
     assert made == read
     for variable in ("PGHOST", "PGUSER", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -123,19 +125,18 @@ def test_the_secrets_that_it_makes_are_those_that_are_read() -> None:
 
 @needs_kustomize
 def test_names_in_its_commands_are_those_of_the_manifests() -> None:
-    site = build(K8S / "overlays/site")
-    components = {pod.labels["app.kubernetes.io/component"] for pod in pods(site)}
+    components = {pod.labels["app.kubernetes.io/component"] for pod in pods(site())}
     named = set(re.findall(r"app\.kubernetes\.io/component=(\w+)", GUIDE))
     assert named
     assert named <= components
     assert set(re.findall(r"--namespace (\S+)", GUIDE)) - {"kuberay-operator"} == {"glm-image"}
-    policies = {policy["metadata"]["name"] for policy in of_kind(site, "NetworkPolicy")}
+    policies = {policy["metadata"]["name"] for policy in of_kind(site(), "NetworkPolicy")}
     assert set(re.findall(r"NetworkPolicy `([\w-]+)`", GUIDE)) <= policies
 
 
 @needs_kustomize
 def test_seconds_are_those_of_the_manifests() -> None:
-    manifests = build(K8S / "overlays/site")
+    manifests = site()
     text = ray_service(manifests)["spec"]["serveConfigV2"] + yaml.safe_dump_all(manifests)
     rows = re.findall(r"^\| [^|]+ \| (\d+) \| ([^|]+) \|$", GUIDE, re.MULTILINE)
     assert len(rows) == 5
@@ -151,11 +152,11 @@ def test_seconds_are_those_of_the_manifests() -> None:
 @needs_kustomize
 @pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))
 def test_what_it_adds_to_an_overlay_can_be_built(block: str, tmp_path: Path) -> None:
-    assert changed(compose(tmp_path, "site"), tmp_path, block)
-
-
-def changed(before: Manifests, folder: Path, block: str) -> bool:
-    """Whether an overlay with a block comes out as another cluster."""
-    file = folder / "kustomization.yaml"
+    file = kustomization(tmp_path, "site")
     file.write_text(file.read_text() + block)
-    return cluster(build(folder)) != cluster(before)
+    assert cluster(build(tmp_path)) != cluster(site())
+
+
+def site() -> Manifests:
+    manifests: Manifests = json.loads(overlay("site"))
+    return manifests
