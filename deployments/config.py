@@ -303,6 +303,11 @@ class ModelConfig(Config):
         return FAMILIES[self.family]
 
     @property
+    def weights(self) -> str:
+        """Which they are. The stages' must be the same: a decoder can make nothing of another prior."""
+        return f"{self.family} {self.checkpoint} {self.revision}"
+
+    @property
     def row_tokens(self) -> int:
         """Tokens that a request may have in the prior stage."""
         return self.prior.row_tokens or self.traits.row_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from deployments.errors import OtherWeights
 from deployments.families import Decoder
 from deployments.stage import Stage
 
@@ -28,7 +29,13 @@ class DecoderStage(Stage[Decoder]):
         return self._model.traits.decoder().load(self._model, report)
 
     async def decode(self, request: DecodeRequest) -> AsyncIterator[Event | Pixels]:
-        """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step."""
+        """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step.
+
+        Raises:
+            OtherWeights: its prior was made by another model.
+        """
+        if request.prior.weights != self._model.weights:
+            raise OtherWeights
         items = self._answers(
             request, lambda decoder, call: self._loader.thread.submit(decoder.decode, request, call)
         )

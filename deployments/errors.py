@@ -60,6 +60,10 @@ class UnsupportedOption(ModelError):  # noqa: N818 - the configuration's error, 
     """This machine, or a version of something on it, cannot do what the configuration asks for."""
 
 
+class OtherWeights(ModelError):  # noqa: N818 - nobody's error
+    """A prior was made by another model than the decoder's: an update has come to one of the stages alone."""
+
+
 class EngineFault(ModelError):  # noqa: N818 - what engineers call it
     """An engine met a fault that it cannot go on from; its replica is to be replaced."""
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deployments.families import PriorEngine
 from deployments.stage import Stage
+from deployments.types import Prior
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from deployments.config import ModelConfig
-    from deployments.types import Event, Prior, PriorRequest
+    from deployments.types import Event, PriorRequest
 
 
 class PriorStage(Stage[PriorEngine]):
@@ -34,4 +36,4 @@ class PriorStage(Stage[PriorEngine]):
         items = self._answers(request, lambda engine, call: engine.submit(request, call))
         async with aclosing(items):
             async for item in items:
-                yield item
+                yield replace(item, weights=self._model.weights) if isinstance(item, Prior) else item

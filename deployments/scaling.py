@@ -119,8 +119,8 @@ def find_gate(app_name: str) -> ActorHandle[Any] | None:
 class GateKeeper:
     """The application's gate for its ingress, which creates it, and again if it has died.
 
-    It is on the ingress's node, takes nothing of the cluster's, and outlives the ingress. Ray is not to start it
-    again, which it would do anywhere: on a node with a GPU, say, that would not be given back.
+    It is on the ingress's node, takes nothing of the cluster's, and outlives the ingress. Ray does not start
+    it again, since it might do so on a node with a GPU, which would not be given back then.
     """
 
     def __init__(self, app_name: str) -> None:
@@ -144,7 +144,7 @@ class GateKeeper:
     def _create(self) -> ActorHandle[Any]:
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options: dict[str, Any] = {"name": self._app_name, "namespace": NAMESPACE, "get_if_exists": True}
-        options |= {"lifetime": "detached", "max_restarts": 0, "num_cpus": 0, "scheduling_strategy": node}
+        options |= {"lifetime": "detached", "num_cpus": 0, "scheduling_strategy": node}
         gate = cast("ActorHandle[Any]", ray.remote(Gate).options(**options).remote())
         gate.watch.remote()
         return gate

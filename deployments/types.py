@@ -65,11 +65,13 @@ class Prior:
         text_tokens: how many tokens were read of the texts.
         source_tokens: how many of the source images.
         drawn_tokens: how many were drawn.
+        weights: of the model that made it, see `deployments.config.ModelConfig`; the stage says so.
     """
 
     text_tokens: int = 0
     source_tokens: int = 0
     drawn_tokens: int = 0
+    weights: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from serve_app import prompt_expansion, safety
 from serve_app.config import AppConfig
 from serve_app.database import Database
 from serve_app.errors import ReplicaDied, RequestError
-from serve_app.generation import Generator, Model
+from serve_app.generation import Generator
 from serve_app.ingress import create_app
 from serve_app.lifecycle import Lifecycle
 from serve_app.outbound import Outbound
@@ -35,6 +35,7 @@ from serve_app.prompt_expansion import PromptExpansion
 from serve_app.safety import SafetyCheck
 from serve_app.status import HELPER, Deployment, StatusReader
 from serve_app.storage import FileStore
+from serve_app.unit import Model
 
 GOING: dict[str, Any] = {"graceful_shutdown_timeout_s": 600, "graceful_shutdown_wait_loop_s": 0.2}
 """A replica that is to go may finish what it has, which takes up to minutes; an idle one goes at once."""

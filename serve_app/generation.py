@@ -3,55 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from deployments import log, tracing
-from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
-from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress, StageRequest
+from deployments import tracing
 from serve_app import checks, metrics, prompt_expansion, safety
 from serve_app.admission import Admission
-from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError, stopping
-from serve_app.images import cropped
+from serve_app.errors import NO_RETRY, InvalidParameter, RequestError, stopping
 from serve_app.prompt_expansion import Expansion
 from serve_app.types import (
-    MAX_SEED,
     GeneratedImage,
     Generation,
-    PartialImage,
     Resolved,
     RunningUnit,
-    StageProgress,
 )
+from serve_app.unit import TOO_LONG, Unit, is_flagged
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from deployments.config import ModelConfig
-    from deployments.types import Prior
+    from deployments.types import Pixels
     from serve_app.config import Limits
     from serve_app.prompt_expansion import PromptExpansion
     from serve_app.safety import SafetyCheck
-    from serve_app.types import Report, Stage
+    from serve_app.types import Report
+    from serve_app.unit import Model
 
 MAX_DRAWN_SEED = 2**52
 """JavaScript holds integers below 2**53: the seeds of the images that follow are to be among them too."""
-TOO_LONG = "context_length_exceeded"
-"""The code of errors over texts that have more tokens than the model takes."""
 PACE_S = 0.002
 """Between the beginnings of two units: each keeps the event loop for about so long."""
 
-Asked = TypeVar("Asked", bound=StageRequest)
-Result = TypeVar("Result")
-StageCall = Callable[[Asked], AsyncGenerator[Event | Result, None]]
 Prepare = Callable[["Generation"], Awaitable["Generation"]]
 
 
@@ -66,15 +52,6 @@ class _Running:
     has_begun: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     called_off: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A served model and its two stages, each of which tells how it gets on before its result."""
-
-    config: ModelConfig
-    prior: StageCall[PriorRequest, Prior]
-    decode: StageCall[DecodeRequest, Pixels]
 
 
 class Generator:
@@ -356,7 +333,7 @@ class Generator:
             RequestError: one could not be checked.
         """
         for source in generation.sources:
-            if _is_flagged(await self._unsafety(source, generation)):
+            if is_flagged(await self._unsafety(source, generation)):
                 raise InvalidParameter(
                     "sources", "was flagged by the safety checker; send another image", code=safety.VIOLATION
                 )
@@ -368,7 +345,7 @@ class Generator:
         try:
             with tracing.span("image", index=image):
                 made = await self._unit(generation, expansion, image, report)
-            outcome = "flagged" if _is_flagged(made.unsafety) else "made"
+            outcome = "flagged" if is_flagged(made.unsafety) else "made"
             width, height = generation.size
             metrics.MEGAPIXELS.add(width * height / 1e6, api=generation.api, model=generation.model)
             parts = {"waiting": made.waiting_s, "prior": made.prior_s, "decoder": made.decoder_s}
@@ -393,148 +370,13 @@ class Generator:
     async def _unit(
         self, generation: Resolved, expansion: Expansion, image: int, report: Report
     ) -> GeneratedImage:
-        model = self._models[generation.model]
-        width, height = generation.size
-        seed = (generation.seed + image) % (MAX_SEED + 1)
-        unit = RunningUnit(model=model.config.name, request_id=generation.request_id, began=time.monotonic())
-        asked_at = time.time()
-        seconds: dict[Stage, float] = {"prior": 0, "decoder": 0}
-
-        async def tell(stage: Stage, event: Event) -> None:
-            if isinstance(event, Preview):
-                # What cannot be checked is not shown; the image is looked at, too.
-                with suppress(RequestError):
-                    if not _is_flagged(await self._unsafety(event.pixels, generation)):
-                        report(PartialImage(image=image, index=event.index, pixels=event.pixels))
-            else:
-                if unit.progress is None:
-                    unit.working_since = time.monotonic() - event.seconds
-                unit.progress = StageProgress(image=image, stage=stage, progress=event)
-                report(unit.progress)
-
-        async def asked(stage: Stage, call: StageCall[Asked, Result], request: Asked) -> Result:
-            """A stage's result."""
-            unit.progress, began = None, time.time()
-            with tracing.span(stage, kind="client"):
-                traced = replace(request, traceparent=tracing.traceparent())
-                result = await _result(call(traced), partial(tell, stage))
-                if unit.progress:
-                    seconds[stage] = time.monotonic() - unit.working_since
-                    tracing.record("waiting", began, time.time() - seconds[stage])
-            return result
-
-        async def made_by(stage: Stage, call: StageCall[Asked, Result], request: Asked) -> Result:
-            """A stage's result; it is asked once more if its replica dies, and makes the same."""
-            try:
-                return await asked(stage, call, request)
-            except ReplicaDied:
-                metrics.RETRIES.add(model=generation.model, stage=stage)
-                log.about(
-                    generation.request_id,
-                    logging.WARNING,
-                    f"a replica of {generation.model}'s {stage} stage has died, and another one is asked",
-                    event="retry",
-                    model=generation.model,
-                    stage=stage,
-                )
-                return await asked(stage, call, request)
-
-        prior_request = PriorRequest(
-            prompt=generation.prompt,
-            width=width,
-            height=height,
-            seed=seed,
-            negative_prompt=generation.negative_prompt,
-            guidance_scale=generation.guidance_scale,
-            sources=generation.sources,
-            asked_at=asked_at,
-            request_id=generation.request_id,
-        )
-        self._units.append(unit)
+        unit = Unit(self._models[generation.model], generation, image, report, self._unsafety)
+        self._units.append(unit.running)
         try:
             await self._turn()
-            prior = await made_by("prior", model.prior, prior_request)
-            decode_request = DecodeRequest(
-                prompt=generation.prompt,
-                width=width,
-                height=height,
-                seed=seed,
-                steps=generation.steps,
-                guidance_scale=generation.guidance_scale,
-                cfg_normalization=generation.cfg_normalization,
-                strength=generation.strength,
-                previews=generation.partial_images,
-                prior=prior,
-                sources=generation.sources,
-                asked_at=asked_at,
-                request_id=generation.request_id,
-            )
-            pixels = await made_by("decoder", model.decode, decode_request)
-            if generation.crop:
-                pixels = cropped(pixels, *generation.crop)
-            check_began = time.monotonic()
-            unsafety = await self._unsafety(pixels, generation)
-            safety_s = time.monotonic() - check_began
-        except RequestTooLong as error:
-            others = " together with source images and image"
-            remedy = ", or choose a smaller size or fewer source images"
-            if error.alone:
-                others = remedy = ""
-            raise InvalidParameter(
-                error.param,
-                f"makes {error.tokens} tokens{others}, and {model.config.name} takes at most {error.limit}; "
-                f"shorten it{remedy}",
-                code=TOO_LONG,
-            ) from error
-        except LoadingFailed as error:
-            raise RequestError(
-                f"Model loading failed: {error.reason}",
-                code="model_loading_failed",
-                status=500,
-                headers=NO_RETRY,
-            ) from error
-        except OutOfMemoryError as error:
-            raise RequestError(
-                f"The device has too little memory for {width}x{height} with {len(generation.sources)} "
-                "source images. Choose a smaller size or fewer source images.",
-                code="out_of_memory",
-                status=500,
-                headers=NO_RETRY,
-            ) from error
-        except ReplicaDied as error:
-            raise RequestError(
-                "The model's process died twice over this request; the server's log says why.",
-                code="replica_died",
-                status=500,
-                headers=NO_RETRY,
-            ) from error
+            return await unit.make(expansion)
         finally:
-            self._units.remove(unit)
-        if _is_flagged(unsafety):
-            if not generation.blacken:
-                raise RequestError(
-                    "The image was flagged by the safety checker; change the prompt, or the source images.",
-                    code=safety.VIOLATION,
-                    headers=NO_RETRY,
-                )
-            pixels = np.zeros_like(pixels)
-        made = GeneratedImage(
-            pixels=pixels,
-            seed=seed,
-            prompt=generation.prompt,
-            not_expanded=expansion.problem,
-            expansion_s=expansion.seconds,
-            unsafety=unsafety,
-            safety_s=safety_s,
-            text_tokens=prior.text_tokens,
-            source_tokens=prior.source_tokens,
-            drawn_tokens=prior.drawn_tokens,
-            waiting_s=time.monotonic() - unit.began - sum(seconds.values()) - safety_s,
-            prior_s=seconds["prior"],
-            decoder_s=seconds["decoder"],
-        )
-        report(made)
-        return made
+            self._units.remove(unit.running)
 
     async def _turn(self) -> None:
         """Wait, so that the beginning of a burst's units leaves room for refusing those beyond the bound."""
@@ -560,10 +402,6 @@ class Generator:
             checks.work(self.resolved(generation), self._limits)
 
 
-def _is_flagged(unsafety: float | None) -> bool:
-    return unsafety is not None and unsafety >= 1
-
-
 def _stopped(running: _Running, deadline_s: float) -> RequestError:
     """Why a request was stopped before its end."""
     if running.called_off:
@@ -581,16 +419,3 @@ def _stopped(running: _Running, deadline_s: float) -> RequestError:
         status=504,
         headers=NO_RETRY,
     )
-
-
-async def _result(
-    events: AsyncGenerator[Event | Result, None], tell: Callable[[Event], Awaitable[None]]
-) -> Result:
-    """The last of what a stage yields; the others are told."""
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Progress | Preview):
-                await tell(event)
-            else:
-                result = event
-    return result

@@ -30,10 +30,11 @@ from deployments.prior import PriorStage
 from deployments.types import Pixels
 from serve_app.config import AppConfig
 from serve_app.database import Database
-from serve_app.generation import Generator, Model
+from serve_app.generation import Generator
 from serve_app.ingress import create_app
 from serve_app.outbound import Outbound
 from serve_app.storage import FileStore
+from serve_app.unit import Model
 from tests.benchmarks.edge import BODY, TOKENS
 from tests.serve.conftest import tiny_model
 from tests.spans import Collector

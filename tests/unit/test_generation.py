@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from deployments.config import ModelConfig
-from deployments.errors import LoadingFailed, OutOfMemoryError, RequestTooLong
+from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
+from serve_app import unit
 from serve_app.app import _caller
 from serve_app.config import Limits
 from serve_app.errors import InvalidParameter, ReplicaDied, RequestError
-from serve_app.generation import Generator, Model
+from serve_app.generation import Generator
 from serve_app.types import MAX_SEED, GeneratedImage, Generation, PartialImage, StageProgress
+from serve_app.unit import Model
 
 PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
@@ -101,6 +104,27 @@ def test_after_the_largest_seed_comes_zero(generator: Callable[..., Generator]) 
     images = asyncio.run(generator().run(Generation(prompt="a boat", n=3, seed=MAX_SEED - 1)))
     assert [image.seed for image in images] == [MAX_SEED - 1, MAX_SEED, 0]
     assert refused(generator(), Generation(prompt="a boat", seed=MAX_SEED + 1)).param == "seed"
+
+
+def test_an_image_whose_decoder_is_of_another_model_begins_again(
+    model_config: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while an update replaces the stages: first one is ahead, then the other."""
+    monkeypatch.setattr(unit, "UPDATE_S", 0)
+    priors, decoders = iter("aab"), iter("bbb")
+
+    async def prior(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+        yield replace(TOKENS, weights=next(priors))
+
+    async def decode(request: DecodeRequest) -> AsyncGenerator[Pixels, None]:
+        if request.prior.weights != next(decoders):
+            raise OtherWeights
+        yield PREVIEW
+
+    model = Model(config=model_config(), prior=prior, decode=decode)
+    (image,) = asyncio.run(Generator({"m": model}, Limits()).run(Generation(prompt="a boat")))
+    assert image.pixels is PREVIEW
+    assert (next(priors, None), next(decoders, None)) == (None, None)
 
 
 def test_one_failing_image_stops_the_others(generator: Callable[..., Generator]) -> None:

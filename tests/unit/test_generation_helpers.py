@@ -24,10 +24,11 @@ from deployments.types import (
 from serve_app import metrics
 from serve_app.config import Limits, PromptExpanderConfig, SafetyCheckerConfig
 from serve_app.errors import InvalidParameter, RequestError
-from serve_app.generation import Generator, Model
+from serve_app.generation import Generator
 from serve_app.prompt_expansion import PromptExpansion
 from serve_app.safety import SafetyCheck
 from serve_app.types import GeneratedImage, Generation, PartialImage
+from serve_app.unit import Model
 
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
 

@@ -15,10 +15,11 @@ from deployments.config import ModelConfig
 from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
 from serve_app.config import AppConfig
 from serve_app.database import Database
-from serve_app.generation import Generator, Model
+from serve_app.generation import Generator
 from serve_app.ingress import create_app
 from serve_app.outbound import Outbound
 from serve_app.storage import FileStore
+from serve_app.unit import Model
 
 
 async def decode(request: DecodeRequest) -> AsyncGenerator[Pixels, None]:

@@ -19,7 +19,7 @@ from serve_app import jobs as jobs_module
 from serve_app.config import Limits, OutboundConfig, StorageConfig
 from serve_app.database import Database
 from serve_app.errors import RequestError
-from serve_app.generation import Generator, Model
+from serve_app.generation import Generator
 from serve_app.images import Encoding
 from serve_app.job_runner import JobRunner, Submission
 from serve_app.jobs import Job, JobStore, Owner
@@ -28,6 +28,7 @@ from serve_app.outbound import Outbound
 from serve_app.sources import SourceReader
 from serve_app.storage import FileStore
 from serve_app.types import Generation
+from serve_app.unit import Model
 
 SOURCE = np.full((512, 512, 3), 9, dtype=np.uint8)
 
