@@ -23,7 +23,7 @@ test: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests
 slow: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests that take minutes: faults, load, examples
 	$(BIN)/pytest -m "slow and not soak"
 
-soak: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests that do the same over and over
+soak: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests that do the same over and over, and those of a whole cluster
 	$(BIN)/pytest -m soak
 
 check: .venv/dev.stamp ## Lint, check the formatting and the types

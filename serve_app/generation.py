@@ -14,12 +14,7 @@ from serve_app import checks, metrics, prompt_expansion, safety
 from serve_app.admission import Admission
 from serve_app.errors import NO_RETRY, InvalidParameter, RequestError, stopping
 from serve_app.prompt_expansion import Expansion
-from serve_app.types import (
-    GeneratedImage,
-    Generation,
-    Resolved,
-    RunningUnit,
-)
+from serve_app.types import GeneratedImage, Generation, Resolved, RunningUnit
 from serve_app.unit import TOO_LONG, Unit, is_flagged
 
 if TYPE_CHECKING:

@@ -284,7 +284,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     with served(config_file(tmp_path, [tiny_model("m")])) as running, Client(running) as client:
         assert client.ask().status_code == 200
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(client.ask, size="2048x2048", num_inference_steps=100)
+            answer = pool.submit(client.ask, size="1024x1024", num_inference_steps=100)
             until(lambda: "decoder" in client.working())
             running.send_signal(signal.SIGTERM)
             until(lambda: any("Stopping" in line for line in running.log))

@@ -37,7 +37,7 @@ from deployments.glm_image import tiny
 from deployments.types import Pixels
 from tests.serve.conftest import OTHER_SIZES, ROOT, SMALL_SIZES, Running, Upstream, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 KEY = "key-of-the-cluster"
 IDLE_S = 5
 STEPS = 4
@@ -223,6 +223,9 @@ def test_stages_scale_from_none_and_back_and_deaths_on_the_way_lose_nothing(site
         site.add("decoder")
         until(lambda: not site.replicas("glm-image-prior") + site.replicas("glm-image-decoder"), 120)
         until(lambda: len(site.replicas("glm-image:Ingress")) == 2)
+        assert max(line["status"] for line in requests(site)) < 500, (
+            "only who hung on the dead one had to ask again"
+        )
         assert_both_read_the_same(site, http, jobs[0]["result"]["data"][0]["url"])
 
 
@@ -247,17 +250,19 @@ def assert_both_read_the_same(site: Site, http: httpx.Client, url: str) -> None:
     assert {other.content for other in others} == {first.content}
 
     def by() -> set[Any]:
-        lines = (json.loads(line) for file in logs(site) for line in file.read_text().splitlines())
-        return {line["replica"] for line in lines if str(line.get("request_id")).startswith("read-")}
+        lines = (line for line in requests(site) if line["request_id"].startswith("read-"))
+        return {line["replica"] for line in lines}
 
     until(lambda: len(by()) == 2)
 
 
-def logs(site: Site) -> list[Path]:
-    """What the ingresses write."""
+def requests(site: Site) -> list[dict[str, Any]]:
+    """The lines of all ingresses about their requests."""
     (ingress, *_) = site.replicas("glm-image:Ingress")
     session = Path(ingress.environ()["RAY_TMPDIR"]) / "ray/session_latest/logs/serve"
-    return list(session.glob("replica_*Ingress*.log"))
+    files = session.glob("replica_*Ingress*.log")
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [line for line in lines if line.get("event") == "request"]
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def _tiny_config() -> Any:
     return yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 180) -> None:
     """Return when the condition holds, which is looked at often."""
     deadline = time.monotonic() + timeout_s
     while not condition():
