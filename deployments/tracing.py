@@ -106,7 +106,7 @@ def span(
             it.set_attribute("cancelled", True)
             raise
         except Exception as error:
-            _fail(it, getattr(error, "code", type(error).__name__))
+            _fail(it, str(getattr(error, "code", None) or type(error).__name__))
             raise
 
 

@@ -356,8 +356,8 @@ def test_bad_input_is_refused_at_once(client: httpx.Client, group: list[Case]) -
     for number, (request, status, param) in enumerate(group):
         what = f"case {number}: {request!s:.200}"
         took = seconds(client, request, status, param, what)
-        if len(request.get("content", b"")) < 2**20 and took >= 1:  # once more: the machine may be busy
-            assert seconds(client, request, status, param, what) < 1, what
+        if len(request.get("content", b"")) < 2**20 and took >= 1:  # again: the machine may be busy
+            assert min(seconds(client, request, status, param, what) for _ in range(5)) < 1, what
 
 
 def seconds(
