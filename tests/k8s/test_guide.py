@@ -116,7 +116,7 @@ def test_the_image_has_the_tag_of_the_lock() -> None:
 @needs_kustomize
 def test_the_secrets_that_it_makes_are_those_that_are_read() -> None:
     made = set(re.findall(r"create secret generic (\S+)", GUIDE))
-    text = yaml.safe_dump_all(site())
+    text = yaml.safe_dump_all([*site(), *build(K8S / "models")])
     read = set(re.findall(r"secret(?:Ref|KeyRef):\n(?:\s+key: \S+\n)?\s+name: (\S+)", text))
     assert made == read
     for variable in ("PGHOST", "PGUSER", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
