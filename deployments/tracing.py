@@ -163,7 +163,7 @@ def record(
 
 
 def _context(parent: str) -> Context | None:
-    """What a span is in: that of its parent or, if that is None, the one that is current."""
+    """What a span is in, by its parent; None, without one, is what is current."""
     if not parent:
         return None
     from opentelemetry.context import Context

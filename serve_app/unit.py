@@ -129,42 +129,39 @@ class Unit:
         """The prior, and the pixels that the same model makes of it."""
         generation = self._generation
         width, height = generation.size
-        prior = await self._by_stage(
-            "prior",
-            self._model.prior,
-            PriorRequest(
-                prompt=generation.prompt,
-                width=width,
-                height=height,
-                seed=self._seed,
-                negative_prompt=generation.negative_prompt,
-                guidance_scale=generation.guidance_scale,
-                sources=generation.sources,
-                asked_at=self._asked_at,
-                request_id=generation.request_id,
-            ),
-        )
-        decode_request = DecodeRequest(
+        prior_request = PriorRequest(
             prompt=generation.prompt,
             width=width,
             height=height,
             seed=self._seed,
-            steps=generation.steps,
+            negative_prompt=generation.negative_prompt,
             guidance_scale=generation.guidance_scale,
-            cfg_normalization=generation.cfg_normalization,
-            strength=generation.strength,
-            previews=generation.partial_images,
-            prior=prior,
             sources=generation.sources,
             asked_at=self._asked_at,
             request_id=generation.request_id,
         )
-        try:
-            return prior, await self._by_stage("decoder", self._model.decode, decode_request)
-        except OtherWeights:
-            self._note_retry("decoder", "has other weights than the prior was made with: an update")
-        await asyncio.sleep(UPDATE_S)
-        return await self._by_both_stages()
+        while True:
+            prior = await self._by_stage("prior", self._model.prior, prior_request)
+            decode_request = DecodeRequest(
+                prompt=generation.prompt,
+                width=width,
+                height=height,
+                seed=self._seed,
+                steps=generation.steps,
+                guidance_scale=generation.guidance_scale,
+                cfg_normalization=generation.cfg_normalization,
+                strength=generation.strength,
+                previews=generation.partial_images,
+                prior=prior,
+                sources=generation.sources,
+                asked_at=self._asked_at,
+                request_id=generation.request_id,
+            )
+            try:
+                return prior, await self._by_stage("decoder", self._model.decode, decode_request)
+            except OtherWeights:
+                self._note_retry("decoder", "has other weights than the prior was made with: an update")
+            await asyncio.sleep(UPDATE_S)
 
     async def _by_stage(self, stage: Stage, call: StageCall[Asked, Result], request: Asked) -> Result:
         """A stage's result; it is asked once more if its replica dies, and makes the same."""
