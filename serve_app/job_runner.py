@@ -252,6 +252,10 @@ class JobRunner:
             run.stop("not ours")
         return job
 
+    async def purge(self, owner: Owner, job_id: str) -> None:
+        """Delete an ended job and its files now, see `JobStore.purge`."""
+        await self._files.delete((await self._store.purge(owner, job_id)).files)
+
     async def _begin_some(self) -> None:
         """Begin with jobs while there is room; then wait until there may be some again."""
         self._wake.clear()

@@ -429,6 +429,29 @@ class JobStore:
         self._touch(job_id)
         return job
 
+    async def purge(self, owner: Owner, job_id: str) -> Job:
+        """Delete a job of this owner that has ended; returns what it was. Its webhook is not told any more.
+
+        Raises:
+            RequestError: 404, it has none of that id; 409, the job has not ended.
+        """
+
+        def call(connection: Connection) -> Job:
+            job = _first(connection, _belongs(job_id, owner))
+            if job is None:
+                raise _no_job()
+            if not job.has_ended:
+                raise RequestError(
+                    f"The job is {job.state}; cancel it first.",
+                    code="job_has_not_ended",
+                    status=409,
+                    headers=NO_RETRY,
+                )
+            connection.execute(delete(_jobs).where(_j.seq == job.seq))
+            return job
+
+        return await self._database.write(call)
+
     async def claim(self, worker: str, models: Collection[str]) -> Job | None:
         """Begin with the job of these models that is next, if there is one: it is `worker`'s to run."""
 

@@ -345,6 +345,11 @@ def router(
         job = await runner.cancel(owner(request), job_id)
         return await views.whole(job, links.base(request))
 
+    @routes.post(PATH + "/{job_id}/purge", status_code=204, responses=errors(404, 409, 503))
+    async def purge_job(job_id: str, request: Request) -> None:
+        """Delete a job that has ended, and its images, now; they would be kept until it expires."""
+        await runner.purge(owner(request), job_id)
+
     @routes.get("/.well-known/jwks.json", responses=errors(503))
     async def signing_keys() -> dict[str, Any]:
         """The public keys by which webhooks are signed: https://www.rfc-editor.org/rfc/rfc7517."""

@@ -24,6 +24,7 @@ from serve_app.dialects.bodies import media_type
 from serve_app.dialects.openai_schemas import (
     ANSWERS,
     HINT,
+    Bounds,
     Defaults,
     EditByReference,
     EditForm,
@@ -155,12 +156,12 @@ def router(generator: Generator, delivery: Delivery, reader: RequestReader, limi
     @routes.get("/models")
     async def list_models() -> Models:
         """The models that this server offers; the first one is the default."""
-        return Models(data=[_describe(generator, model) for model in generator.models()])
+        return Models(data=[_describe(generator, limits, model) for model in generator.models()])
 
     @routes.get("/models/{name}", responses=errors(404))
     async def get_model(name: str) -> Model:
         """One model and what it can do."""
-        return _describe(generator, generator.model(name))
+        return _describe(generator, limits, generator.model(name))
 
     return routes
 
@@ -180,7 +181,7 @@ def _error_event(request: Request, error: Exception) -> Event:
     return "error", json.loads(bytes(response.body))
 
 
-def _describe(generator: Generator, model: ModelConfig) -> Model:
+def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model:
     family, defaults = model.traits, model.defaults
     without: set[str] = {param for param in PARAMETERS if param not in family.parameters}
     if not generator.expands_prompts:
@@ -201,6 +202,14 @@ def _describe(generator: Generator, model: ModelConfig) -> Model:
             guidance_scale=model.guidance_scale(editing=False),
             edit_guidance_scale=model.guidance_scale(editing=True),
             strength=defaults.strength if "strength" in family.parameters else None,
+        ),
+        limits=Bounds(
+            n=limits.max_images,
+            num_inference_steps=limits.max_steps,
+            guidance_scale=limits.max_guidance_scale,
+            prompt_chars=limits.max_prompt_chars,
+            pixels=limits.max_pixels,
+            megapixel_steps=limits.max_megapixel_steps,
         ),
         guidance_off=family.guidance_off,
         parameters=[

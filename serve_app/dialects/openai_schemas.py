@@ -292,6 +292,7 @@ class Model(BaseModel):
     max_source_images: int
     sizes: Sizes
     defaults: Defaults
+    limits: Bounds
     guidance_off: float = Field(description="The largest guidance scale at which there is no guidance.")
     parameters: list[str] = Field(description="What has an effect on its images and answers.")
     safety_checker: bool = Field(
@@ -317,6 +318,17 @@ class Defaults(BaseModel):
     guidance_scale: float
     edit_guidance_scale: float
     strength: float | None = Field(default=None, description="If the model takes it.")
+
+
+class Bounds(BaseModel):
+    """The most that one request may ask for."""
+
+    n: int
+    num_inference_steps: int
+    guidance_scale: float
+    prompt_chars: int
+    pixels: int = Field(description="Of one image.")
+    megapixel_steps: int = Field(description="Megapixels of an image × denoising steps × `n`.")
 
 
 class Models(BaseModel):

@@ -99,6 +99,7 @@ def images_by_every_route(http: httpx.Client, receiver: Receiver, sent: bytes) -
     yield http.get(job.headers["location"] + "/events")
     yield http.delete(job.headers["location"])
     yield http.get("/v1/images/jobs")
+    yield http.post(job.headers["location"] + "/purge")
 
     for kind, fields in (("", {}), ("/image-to-image", {"image_urls": [data_url]})):
         yield post(f"/fal-ai/m{kind}", HOSTED | fields)

@@ -458,6 +458,19 @@ def test_expired_jobs_take_their_images_with_them(make: Make, monkeypatch: pytes
     run(main())
 
 
+def test_a_purged_job_takes_its_images_with_it_at_once(make: Make) -> None:
+    async def main() -> None:
+        setup = make()
+        setup.stages.go_on()
+        job_id = await setup.job()
+        async with working(setup):
+            assert (await setup.ended(job_id)).images
+            await setup.runner.purge(OWNER, job_id)
+            assert setup.kept == []
+
+    run(main())
+
+
 def test_submitting_what_no_job_may_be_leaves_nothing(make: Make) -> None:
     async def main() -> None:
         setup = make()

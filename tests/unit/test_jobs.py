@@ -275,6 +275,26 @@ def test_what_has_ended_cannot_be_cancelled(store: JobStore, state: jobs_module.
     run(main())
 
 
+def test_what_has_ended_is_deleted_by_its_owner_and_nothing_else(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        with pytest.raises(RequestError, match="is queued; cancel it first") as caught:
+            await store.purge(OWNER, job.id)
+        assert caught.value.status == 409
+        await claimed(store)
+        with pytest.raises(RequestError, match="is running; cancel it first"):
+            await store.purge(OWNER, job.id)
+        assert await store.finish("w", told(job), "succeeded", images=[{"name": "b.png"}])
+        with pytest.raises(RequestError, match="no such job"):
+            await store.purge(ANOTHER, job.id)
+        assert (await store.purge(OWNER, job.id)).files == ["b.png"]
+        with pytest.raises(RequestError, match="no such job") as caught:
+            await store.purge(OWNER, job.id)
+        assert caught.value.status == 404
+
+    run(main())
+
+
 def test_a_job_that_is_being_cancelled_when_its_runner_dies_is_not_begun_again(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
