@@ -3,8 +3,8 @@
 CONFIG = configs/tiny.yaml
 PYTHON ?= python3
 BIN := .venv/bin
-JS := tests/serve/js
-K8S := tests/k8s
+NODE := tests/serve/js tests/k8s tests/playground
+NODE_MODULES := $(NODE:=/node_modules)
 
 .PHONY: help serve test slow soak check format benchmark lock alerts clean
 
@@ -17,13 +17,13 @@ option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
 serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https
 	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls)
 
-test: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests
+test: .venv/dev.stamp $(NODE_MODULES) ## Run the tests
 	$(BIN)/pytest -m "not slow and not soak"
 
-slow: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests that take minutes: faults, load, examples
+slow: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that take minutes: faults, load, examples
 	$(BIN)/pytest -m "slow and not soak"
 
-soak: .venv/dev.stamp $(JS)/node_modules $(K8S)/node_modules ## Run the tests that do the same over and over, and those of a whole cluster
+soak: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that do the same over and over, and those of a whole cluster
 	$(BIN)/pytest -m soak
 
 check: .venv/dev.stamp ## Lint, check the formatting and the types
@@ -31,9 +31,10 @@ check: .venv/dev.stamp ## Lint, check the formatting and the types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: .venv/dev.stamp ## Format the code and mend what can be mended
+format: .venv/dev.stamp tests/playground/node_modules ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	cd tests/playground && npx prettier --config package.json --write ../../serve_app/playground
 
 benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.prior

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from serve_app.config import AuthConfig
 
 OPEN_PATHS = re.compile(
-    r"/(health|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
+    r"/(|playground/.*|health|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
     r"|storage/upload/[^/]*\.upload)"
 )
-"""What anybody may ask. The names of files cannot be guessed, and whoever was given one may hand it on; to
-upload takes a signature."""
+"""What anybody may ask. The playground asks for the key itself; the names of files cannot be guessed, and
+whoever was given one may hand it on; to upload takes a signature."""
 SCHEMES = (b"bearer", b"key")
 SIGNING_KEY = re.compile(r"([^.]+)\.([^.]+)")
 """A key by which tokens may be signed: the id that they name, and the secret that signs them."""

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from deployments import tracing
-from serve_app import telemetry
+from serve_app import playground, telemetry
 from serve_app.auth import Authentication, Keys
 from serve_app.delivery import Delivery
 from serve_app.dialects import fal, jobs, native, openai, pixazo, zai
@@ -138,6 +138,7 @@ def create_app(
     ]
     for router in routers:
         app.include_router(router)
+    app.routes.extend(playground.routes())
     app.state.runner = runner
     document = functools.cache(functools.partial(describe, app, routers))
     app.openapi = document  # type: ignore[method-assign]  # FastAPI's way to have another document

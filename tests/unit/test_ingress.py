@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import re
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,13 @@ def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[P
     return app
 
 
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here:80")
+
+
 def ask(app: FastAPI, **fields: Any) -> httpx.Response:
     async def post() -> httpx.Response:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://here:80") as client:
+        async with client_of(app) as client:
             answer = await client.post("/v1/images/generations", json={"prompt": "a boat"} | fields)
             if answer.status_code == 200 and (url := answer.json()["data"][0].get("url")):
                 assert url.startswith("http://here")
@@ -101,3 +105,43 @@ def test_all_bodies_together_are_bounded_and_forgotten_when_their_requests_end(m
     assert refused.status_code == 429
     assert refused.headers["retry-after"]
     assert ask(app, prompt="x" * 3000).status_code == 200
+
+
+def test_the_playground_is_sent_compressed_and_once(make: Make) -> None:
+    async def main() -> None:
+        async with client_of(make()) as client:
+            page = await client.get("/")
+            assert page.headers["content-type"] == "text/html; charset=utf-8"
+            assert page.headers["content-encoding"] == "gzip"
+            policy = page.headers["content-security-policy"].split("; ")
+            assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'"} < set(policy)
+            assert "unsafe" not in page.headers["content-security-policy"]
+            for path in re.findall(r'(?:href|src)="(playground/[^"]*)"', page.text):
+                file = await client.get(f"/{path}")
+                assert file.status_code == 200, path
+                again = await client.get(f"/{path}", headers={"If-None-Match": file.headers["etag"]})
+                assert (again.status_code, again.content) == (304, b"")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("HEAD", "/", 200),
+        ("POST", "/", 405),
+        ("GET", "/playground/nothing.js", 404),
+        ("GET", "/playground/../__init__.py", 404),
+        ("GET", "/playground/%2e%2e/__init__.py", 404),
+        ("GET", "/playground/", 404),
+    ],
+)
+def test_of_the_playground_nothing_else_is_sent(make: Make, method: str, path: str, status: int) -> None:
+    async def main() -> None:
+        async with client_of(make()) as client:
+            answer = await client.request(method, path)
+            assert answer.status_code == status
+            if status >= 400:
+                assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    asyncio.run(main())

@@ -1,0 +1,83 @@
+/** The way to the server, and what it answers. */
+
+import { askForKey, key } from "./key.js";
+
+/**
+ * @typedef {object} Model
+ * @property {string} id
+ * @property {string} family
+ * @property {boolean} editing
+ * @property {number} max_source_images
+ * @property {{min: number, max: number, multiple_of: number}} sizes
+ * @property {{size: string, num_inference_steps: number, guidance_scale: number, edit_guidance_scale: number,
+ *   strength?: number}} defaults
+ * @property {{n: number, num_inference_steps: number, guidance_scale: number, prompt_chars: number,
+ *   pixels: number}} limits
+ * @property {number} guidance_off
+ * @property {string[]} parameters
+ *
+ * @typedef {object} Stage
+ * @property {"unloaded" | "loading" | "ready" | "generating" | "unloading" | "failed"} state
+ * @property {number} [replicas]
+ * @property {number} [progress]
+ * @property {string} [reason]
+ *
+ * @typedef {object} Health
+ * @property {Record<string, Record<string, Stage>>} models
+ * @property {Stage} [safety_checker]
+ * @property {Stage} [prompt_expander]
+ *
+ * @typedef {object} Status
+ * @property {"idle" | "loading" | "generating"} status
+ * @property {number} queue_length
+ * @property {object[]} units
+ */
+
+/** What the server says of a request that it refuses, or that failed. */
+export class ServerError extends Error {
+  /**
+   * @param {string} message
+   * @param {number} status
+   * @param {string} code
+   * @param {string} [param] the parameter at fault
+   */
+  constructor(message, status, code, param) {
+    super(message);
+    this.status = status;
+    this.code = code;
+    this.param = param;
+  }
+}
+
+/**
+ * Ask the server; for the key too, if it wants one.
+ * @param {string} path
+ * @param {RequestInit & {headers?: Record<string, string>, quietly?: boolean}} [options] `quietly`: without asking
+ *   for a key
+ * @returns {Promise<Response>} a 2xx
+ * @throws {ServerError} it answers otherwise
+ * @throws {TypeError} it cannot be reached
+ */
+export async function ask(path, { quietly = false, ...options } = {}) {
+  for (;;) {
+    const headers = { ...options.headers, ...(key() && { Authorization: `Bearer ${key()}` }) };
+    const response = await fetch(path, { ...options, headers });
+    if (response.ok) return response;
+    const error = await errorOf(response);
+    if (response.status !== 401 || quietly || !(await askForKey(error.message))) throw error;
+  }
+}
+
+/**
+ * @param {Response} response
+ * @returns {Promise<ServerError>}
+ */
+async function errorOf(response) {
+  try {
+    const { message, code, param } = (await response.json()).error;
+    return new ServerError(message, response.status, code, param);
+  } catch {
+    // A proxy's own page, say.
+    return new ServerError(`The answer was ${response.status} ${response.statusText}.`, response.status, "");
+  }
+}

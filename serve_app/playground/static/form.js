@@ -1,0 +1,243 @@
+/** The form: what the chosen model takes, and from what is filled in to a request. */
+
+import { ServerError } from "./api.js";
+import { find, inWords } from "./page.js";
+import { Sources } from "./sources.js";
+
+/** @typedef {import("./api.js").Model} Model */
+/** @typedef {import("./store.js").Entry} Entry */
+
+const STORED_AS = "form";
+const NUMBERS = ["n", "num_inference_steps", "guidance_scale", "seed", "strength"];
+const FLAGS = ["cfg_normalization", "enable_prompt_expansion"];
+const SHAPES = [
+  { name: "Square", ratio: 1 },
+  { name: "Landscape 4:3", ratio: 4 / 3 },
+  { name: "Portrait 3:4", ratio: 3 / 4 },
+  { name: "Wide 16:9", ratio: 16 / 9 },
+  { name: "Tall 9:16", ratio: 9 / 16 },
+];
+const CUSTOM = "custom";
+
+export class Form {
+  /** @type {HTMLFormElement} */
+  #form = find("#request");
+  /** @type {HTMLSelectElement} */
+  #model = find("#model");
+  /** @type {HTMLSelectElement} */
+  #size = find("#size");
+  /** @type {HTMLInputElement} */
+  #width = find("#width");
+  /** @type {HTMLInputElement} */
+  #height = find("#height");
+  #sources = new Sources();
+  /** @type {Model[]} */
+  #models = [];
+
+  /**
+   * @param {(request: Entry["request"], sources: File[]) => void} generate
+   */
+  constructor(generate) {
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.#say("");
+      generate(this.#request(), [...this.#sources.files]);
+    });
+    this.#form.addEventListener("input", () => {
+      this.#say("");
+      this.#adapt();
+      sessionStorage.setItem(STORED_AS, JSON.stringify(this.#request()));
+    });
+    this.#model.addEventListener("change", () => this.#fit());
+    find("#prompt").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+      event.preventDefault();
+      this.#form.requestSubmit();
+    });
+    this.#sources.addEventListener("change", () => this.#adapt());
+    this.#sources.addEventListener("refused", (event) => {
+      this.#say(/** @type {CustomEvent<string>} */ (event).detail);
+    });
+    for (const example of document.querySelectorAll(".example")) {
+      example.addEventListener("click", () => {
+        this.#fill({ prompt: example.textContent ?? "" });
+        this.#form.requestSubmit();
+      });
+    }
+  }
+
+  /**
+   * Offer these models.
+   * @param {Model[]} models
+   */
+  offer(models) {
+    this.#models = models;
+    this.#model.replaceChildren(...models.map(({ id }) => new Option(id, id)));
+    find("#model-field").hidden = models.length === 1;
+    this.#fit();
+    this.#fill(JSON.parse(sessionStorage.getItem(STORED_AS) ?? "{}"));
+    find("#generate").removeAttribute("disabled");
+  }
+
+  /**
+   * Put a request into the form, in place of what is there.
+   * @param {Entry["request"]} request
+   * @param {File[]} sources
+   */
+  put(request, sources) {
+    this.#form.reset();
+    this.#fill(request);
+    this.#sources.replace(sources);
+    find("#prompt").focus();
+  }
+
+  /** @param {File} file */
+  addSource(file) {
+    this.#sources.add([file]);
+    find("#prompt").focus();
+  }
+
+  /**
+   * Say why the server did not take what was filled in.
+   * @param {unknown} error
+   */
+  refuse(error) {
+    this.#say(inWords(error));
+    const param = error instanceof ServerError ? error.param : undefined;
+    const field = param && this.#form.elements.namedItem(param);
+    if (!(field instanceof HTMLElement)) return;
+    field.ariaInvalid = "true";
+    field.focus();
+  }
+
+  /** @param {string} problem */
+  #say(problem) {
+    find("#problem").textContent = problem;
+    for (const field of this.#form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+  }
+
+  /** @returns {Entry["request"]} what is filled in, and nothing else */
+  #request() {
+    /** @type {Entry["request"]} */
+    const request = {};
+    for (const [name, value] of new FormData(this.#form)) {
+      if (typeof value !== "string" || value.trim() === "") continue;
+      if (NUMBERS.includes(name)) request[name] = Number(value);
+      else request[name] = FLAGS.includes(name) ? true : value;
+    }
+    if (request.size === CUSTOM) request.size = `${this.#width.value}x${this.#height.value}`;
+    return request;
+  }
+
+  /** @param {Record<string, string | number | boolean>} fields */
+  #fill(fields) {
+    const model = fields.model;
+    if (this.#models.some(({ id }) => id === model)) this.#model.value = String(model);
+    this.#fit();
+    for (const [name, value] of Object.entries(fields)) {
+      const field = this.#form.elements.namedItem(name);
+      if (field === this.#model) continue;
+      if (field instanceof HTMLInputElement && field.type === "checkbox") field.checked = Boolean(value);
+      else if (field instanceof HTMLInputElement || field instanceof HTMLTextAreaElement) field.value = String(value);
+      else if (field instanceof HTMLSelectElement && has(field, String(value))) field.value = String(value);
+      else if (field === this.#size) [this.#width.value, this.#height.value] = this.#custom(String(value));
+    }
+    this.#adapt();
+  }
+
+  /** @param {string} size that is none of those offered */
+  #custom(size) {
+    this.#size.value = CUSTOM;
+    return size.split("x");
+  }
+
+  get #chosen() {
+    return this.#models.find(({ id }) => id === this.#model.value);
+  }
+
+  /** Show what the chosen model takes. */
+  #fit() {
+    const model = this.#chosen;
+    if (!model) return;
+    for (const field of this.#form.querySelectorAll("[data-parameter]")) {
+      const isTaken = model.parameters.includes(field.getAttribute("data-parameter") ?? "");
+      field.toggleAttribute("data-not-taken", !isTaken);
+    }
+    const { sizes, limits, defaults } = model;
+    find("#prompt").setAttribute("maxlength", String(limits.prompt_chars));
+    find("#n").setAttribute("max", String(limits.n));
+    find("#num_inference_steps").setAttribute("max", String(limits.num_inference_steps));
+    find("#guidance_scale").setAttribute("max", String(limits.guidance_scale));
+    find("#strength").setAttribute("placeholder", String(defaults.strength ?? ""));
+    for (const side of [this.#width, this.#height]) {
+      Object.assign(side, { min: sizes.min, max: sizes.max, step: sizes.multiple_of });
+    }
+    const before = this.#size.value;
+    this.#size.replaceChildren(
+      new Option("", ""),
+      ...sizesOf(model).map(({ name, width, height }) => {
+        return new Option(`${name}, ${width}×${height}`, `${width}x${height}`);
+      }),
+      new Option("Other…", CUSTOM),
+    );
+    if (has(this.#size, before)) this.#size.value = before;
+    this.#sources.limit(model.editing ? model.max_source_images : 0);
+    this.#adapt();
+  }
+
+  /** Show what goes with what else is filled in. */
+  #adapt() {
+    const model = this.#chosen;
+    if (!model) return;
+    const { defaults, guidance_off } = model;
+    const isEditing = this.#sources.files.length > 0;
+    const guidance = isEditing ? defaults.edit_guidance_scale : defaults.guidance_scale;
+    const { value } = /** @type {HTMLInputElement} */ (find("#guidance_scale"));
+    const isGuided = (value === "" ? guidance : Number(value)) > guidance_off;
+    for (const field of this.#form.querySelectorAll("[data-parameter]")) {
+      const fits =
+        !field.hasAttribute("data-not-taken") &&
+        (isEditing || !field.hasAttribute("data-editing")) &&
+        (!isEditing || !field.hasAttribute("data-generating")) &&
+        (isGuided || !field.hasAttribute("data-guided"));
+      /** @type {HTMLElement} */ (field).hidden = !fits;
+      /** @type {HTMLInputElement} */ (find("input, select, textarea", field)).disabled = !fits;
+    }
+    const isCustom = this.#size.value === CUSTOM;
+    for (const side of [this.#width, this.#height]) {
+      side.disabled = !isCustom;
+      find(`#${side.id}-field`).hidden = !isCustom;
+      side.value ||= defaults.size.split("x")[side === this.#width ? 0 : 1];
+    }
+    this.#size.options[0].text = isEditing ? "Like the first image" : `Default, ${defaults.size.replace("x", "×")}`;
+    const quality = /** @type {HTMLSelectElement} */ (find("#quality"));
+    const steps = quality.selectedOptions[0].dataset.steps ?? String(defaults.num_inference_steps);
+    find("#num_inference_steps").setAttribute("placeholder", steps);
+    find("#guidance_scale").setAttribute("placeholder", String(guidance));
+    find("#generate").textContent = isEditing ? "Edit" : "Generate";
+  }
+}
+
+/**
+ * @param {HTMLSelectElement} select
+ * @param {string} value
+ */
+function has(select, value) {
+  return [...select.options].some((option) => option.value === value);
+}
+
+/**
+ * The smallest square and, as large as the model's default, some shapes.
+ * @param {Model} model
+ */
+function sizesOf({ sizes: { min, max, multiple_of }, defaults }) {
+  const [width, height] = defaults.size.split("x").map(Number);
+  /** @param {number} side */
+  const fitting = (side) => Math.min(max, Math.max(min, Math.round(side / multiple_of) * multiple_of));
+  const shapes = SHAPES.map(({ name, ratio }) => ({
+    name,
+    width: fitting(Math.sqrt(width * height * ratio)),
+    height: fitting(Math.sqrt((width * height) / ratio)),
+  }));
+  return min * min < width * height ? [{ name: "Small", width: min, height: min }, ...shapes] : shapes;
+}

@@ -1,0 +1,92 @@
+/** The requests of this browser, as cards, the newest first. */
+
+import { Card } from "./card.js";
+import { find, pause } from "./page.js";
+import { entries, forget, keep } from "./store.js";
+
+/** @typedef {import("./store.js").Entry} Entry */
+
+/** Browsers keep six connections to a server, for all tabs together, and each job that is followed takes one. */
+const FOLLOWED_AT_ONCE = 2;
+const LOOK_MS = 2000;
+
+export class Gallery {
+  /** @type {Set<Card>} which are followed when those before them have ended */
+  #waiting = new Set();
+  #followed = 0;
+
+  /**
+   * @param {import("./form.js").Form} form
+   * @param {import("./viewer.js").Viewer} viewer
+   * @param {import("./server.js").Server} server
+   */
+  constructor(form, viewer, server) {
+    this.form = form;
+    this.viewer = viewer;
+    this.server = server;
+    this.#lookAtOthers();
+  }
+
+  /** Show what this browser has kept, and go on with what has not ended. */
+  async open() {
+    for (const entry of await entries()) this.#add(entry);
+    this.#showWhetherEmpty();
+  }
+
+  /**
+   * @param {Entry["request"]} request
+   * @param {File[]} sources
+   */
+  async make(request, sources) {
+    const id = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0"));
+    const entry = { id: id.join(""), created: Date.now(), request, sources };
+    await keep(entry);
+    this.#add(entry);
+    this.#showWhetherEmpty();
+    find("article").scrollIntoView({ block: "nearest" });
+  }
+
+  /** @param {Card} card */
+  async remove(card) {
+    const neighbour = card.element.nextElementSibling ?? card.element.previousElementSibling;
+    card.element.remove();
+    this.#waiting.delete(card);
+    await forget(card.entry.id);
+    this.#showWhetherEmpty();
+    /** @type {HTMLElement} */ (
+      neighbour?.querySelector("button:not([hidden], [disabled])") ?? find("#prompt")
+    ).focus();
+  }
+
+  /** @param {Entry} entry */
+  async #add(entry) {
+    const card = new Card(entry, this);
+    find("#gallery").prepend(card.element);
+    if (!(await card.send())) return;
+    this.#waiting.add(card);
+    this.#follow();
+  }
+
+  /** Follow the oldest one that waits for it. */
+  async #follow() {
+    const [card] = this.#waiting;
+    if (!card || this.#followed === FOLLOWED_AT_ONCE) return;
+    this.#waiting.delete(card);
+    this.#followed += 1;
+    await card.follow();
+    this.#followed -= 1;
+    this.#follow();
+  }
+
+  /** Look now and then at those that are not followed. */
+  async #lookAtOthers() {
+    for (;;) {
+      for (const card of this.#waiting) await card.look();
+      await pause(LOOK_MS);
+    }
+  }
+
+  #showWhetherEmpty() {
+    find("#empty").hidden = find("#gallery").childElementCount > 0;
+  }
+}

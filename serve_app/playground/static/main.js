@@ -1,0 +1,32 @@
+/** The playground: puts its parts together. */
+
+import { ServerError, ask } from "./api.js";
+import { Form } from "./form.js";
+import { Gallery } from "./gallery.js";
+import { askForKey } from "./key.js";
+import { find, inWords, pause } from "./page.js";
+import { Server } from "./server.js";
+import { Viewer } from "./viewer.js";
+
+const AGAIN_MS = 2000;
+
+const server = new Server();
+const form = new Form((request, sources) => gallery.make(request, sources));
+const gallery = new Gallery(form, new Viewer(form), server);
+
+find("#key-button").addEventListener("click", async () => {
+  if (await askForKey("The key goes with every request of this page.")) location.reload();
+});
+
+await gallery.open();
+for (;;) {
+  try {
+    const { data } = await (await ask("v1/models")).json();
+    form.offer(data);
+    break;
+  } catch (error) {
+    find("#problem").textContent = inWords(error);
+    if (error instanceof ServerError && error.status === 401) break; // until a key is given
+    await pause(AGAIN_MS);
+  }
+}

@@ -1,0 +1,107 @@
+/** The source images: chosen, dropped or pasted, shown, and taken away again. */
+
+import { copyOf, find } from "./page.js";
+
+const KINDS = ["image/png", "image/jpeg", "image/webp"];
+
+/** Tells of every change by an event `change`, and of what cannot be taken by `refused`. */
+export class Sources extends EventTarget {
+  /** @type {File[]} */
+  files = [];
+  #most = 0;
+  #fieldset = find("#sources");
+
+  constructor() {
+    super();
+    /** @type {HTMLInputElement} */
+    const input = find("#files");
+    input.addEventListener("change", () => {
+      this.add(input.files);
+      input.value = "";
+    });
+    document.addEventListener("paste", (event) => {
+      if (!event.clipboardData?.files.length) return;
+      event.preventDefault();
+      this.add(event.clipboardData.files);
+    });
+    document.addEventListener("dragover", (event) => {
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      this.#fieldset.classList.add("dropping");
+    });
+    document.addEventListener("dragleave", (event) => {
+      if (!event.relatedTarget) this.#fieldset.classList.remove("dropping");
+    });
+    document.addEventListener("drop", (event) => {
+      this.#fieldset.classList.remove("dropping");
+      if (!event.dataTransfer?.files.length) return;
+      event.preventDefault();
+      this.add(event.dataTransfer.files);
+    });
+  }
+
+  /**
+   * Take images in addition, as far as the model takes them.
+   * @param {Iterable<File> | null} files
+   */
+  add(files) {
+    for (const file of files ?? []) {
+      if (!this.#most) this.#refuse("This model edits no images; choose another one.");
+      else if (!KINDS.includes(file.type)) this.#refuse(`${file.name} is no PNG, JPEG or WebP image.`);
+      else if (this.files.length === this.#most) this.#refuse(`This model takes ${inNumber(this.#most)} at most.`);
+      else this.files.push(file);
+    }
+    this.#show();
+  }
+
+  /** @param {File[]} files */
+  replace(files) {
+    this.files = [];
+    this.add(files);
+  }
+
+  /**
+   * Take as many as a model does from now on.
+   * @param {number} most
+   */
+  limit(most) {
+    this.#most = most;
+    this.#fieldset.hidden = !most;
+    find("#max-sources").textContent = `${inNumber(most)} at most`;
+    if (this.files.length > most) this.files.length = most;
+    this.#show();
+  }
+
+  /** @param {string} why */
+  #refuse(why) {
+    this.dispatchEvent(new CustomEvent("refused", { detail: why }));
+  }
+
+  #show() {
+    const list = find("#source-list");
+    for (const image of list.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+    list.replaceChildren(
+      ...this.files.map((file, index) => {
+        const item = copyOf("source");
+        /** @type {HTMLImageElement} */
+        const image = find("img", item);
+        image.src = URL.createObjectURL(file);
+        image.alt = file.name;
+        const button = find("button", item);
+        button.ariaLabel = `Remove ${file.name}`;
+        button.addEventListener("click", () => {
+          this.files.splice(index, 1);
+          this.#show();
+          find("#files").focus();
+        });
+        return item;
+      }),
+    );
+    this.dispatchEvent(new Event("change"));
+  }
+}
+
+/** @param {number} count */
+function inNumber(count) {
+  return count === 1 ? "one image" : `${count} images`;
+}

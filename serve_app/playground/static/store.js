@@ -1,0 +1,66 @@
+/** What this browser keeps of each request, across reloads: in IndexedDB, since source images are files. */
+
+/**
+ * @typedef {object} Made an image that was made
+ * @property {string} path of its file
+ * @property {number} seed
+ * @property {string} prompt that was painted
+ *
+ * @typedef {object} Entry a request
+ * @property {string} id by which the server knows that it is the same request if it is sent again
+ * @property {number} created milliseconds since 1970
+ * @property {Record<string, string | number | boolean>} request what was asked for, without the source images
+ * @property {File[]} sources
+ * @property {string} [job] the server's id, once it has taken the request
+ * @property {Made[]} [images] once it has succeeded
+ * @property {string} [size] of these
+ * @property {number} [seconds] that it took
+ * @property {string} [problem] why there are no images
+ */
+
+const STORE = "entries";
+
+/** @type {Promise<IDBDatabase> | undefined} */
+let opened;
+
+/** @returns {Promise<IDBDatabase>} */
+function database() {
+  opened ??= new Promise((resolve, reject) => {
+    const opening = indexedDB.open("playground", 1);
+    opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id" });
+    opening.onsuccess = () => resolve(opening.result);
+    opening.onerror = () => reject(opening.error);
+  });
+  return opened;
+}
+
+/**
+ * @template T
+ * @param {IDBTransactionMode} mode
+ * @param {(store: IDBObjectStore) => IDBRequest<T>} what
+ * @returns {Promise<T>}
+ */
+async function run(mode, what) {
+  const transaction = (await database()).transaction(STORE, mode);
+  const request = what(transaction.objectStore(STORE));
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve(request.result);
+    transaction.onabort = () => reject(transaction.error);
+  });
+}
+
+/** @returns {Promise<Entry[]>} the oldest first */
+export async function entries() {
+  const all = /** @type {Entry[]} */ (await run("readonly", (store) => store.getAll()));
+  return all.sort((one, other) => one.created - other.created);
+}
+
+/** @param {Entry} entry */
+export async function keep(entry) {
+  await run("readwrite", (store) => store.put(entry));
+}
+
+/** @param {string} id */
+export async function forget(id) {
+  await run("readwrite", (store) => store.delete(id));
+}

@@ -1,0 +1,86 @@
+/** One image, large: how it was made, and what can be done with it. */
+
+import { key } from "./key.js";
+import { find } from "./page.js";
+import { snippet } from "./snippets.js";
+
+/** @typedef {import("./store.js").Entry} Entry */
+/** @typedef {import("./store.js").Made} Made */
+
+export class Viewer {
+  /** @type {HTMLDialogElement} */
+  #dialog = find("#viewer");
+  /** @type {Entry["request"]} that makes this image alone */
+  #request = {};
+  /** @type {Entry | null} */
+  #entry = null;
+  /** @type {HTMLAnchorElement} */
+  #download = find("#download");
+
+  /**
+   * @param {import("./form.js").Form} form where images and requests can be used again
+   */
+  constructor(form) {
+    const close = find(".close", this.#dialog);
+    close.addEventListener("click", () => this.#dialog.close());
+    this.#dialog.addEventListener("click", (event) => {
+      if (event.target === this.#dialog) this.#dialog.close(); // beside it
+    });
+    this.#dialog.addEventListener("change", () => this.#showCode());
+    find("#viewer-again").addEventListener("click", () => {
+      this.#dialog.close();
+      form.put(this.#request, this.#entry?.sources ?? []);
+    });
+    find("#use").addEventListener("click", async () => {
+      const { href, download } = this.#download;
+      this.#dialog.close();
+      const file = await (await fetch(href)).blob();
+      form.addSource(new File([file], download, { type: file.type }));
+    });
+    const copy = find("#copy");
+    copy.hidden = !navigator.clipboard; // which there is by https and on this machine only
+    copy.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(find("#code").textContent ?? "");
+      copy.textContent = "Copied";
+    });
+  }
+
+  /**
+   * @param {Entry} entry
+   * @param {Made} made one of its images
+   */
+  show(entry, made) {
+    this.#entry = entry;
+    const { n: _, ...request } = entry.request;
+    this.#request = { ...request, seed: made.seed };
+    const suffix = made.path.split(".").at(-1);
+    Object.assign(this.#download, { href: made.path, download: `image-${made.seed}.${suffix}` });
+    Object.assign(find("#viewer-image"), { src: made.path, alt: made.prompt });
+    find("#viewer-prompt").textContent = made.prompt;
+    const facts = {
+      ...this.#request,
+      size: entry.size?.replace("x", "×"),
+      ...(entry.seconds && { took: `${entry.seconds} s` }),
+    };
+    find("#viewer-facts").replaceChildren(
+      ...Object.entries(facts).flatMap(([name, value]) => {
+        if (name === "prompt" && value === made.prompt) return [];
+        const [term, description] = [document.createElement("dt"), document.createElement("dd")];
+        term.textContent = name.replaceAll("_", " ").replace("num inference ", "");
+        description.textContent = String(value);
+        return [term, description];
+      }),
+    );
+    this.#showCode();
+    this.#dialog.showModal();
+  }
+
+  #showCode() {
+    /** @type {HTMLInputElement} */
+    const { value } = find("input[name=language]:checked", this.#dialog);
+    const language = /** @type {"curl" | "python" | "javascript"} */ (value);
+    const sources = this.#entry?.sources.length ?? 0;
+    find("#code").textContent = snippet(language, this.#request, sources, key() !== "");
+    find("#copy").textContent = "Copy";
+  }
+}

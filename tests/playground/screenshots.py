@@ -1,0 +1,59 @@
+"""Takes pictures of the page, on a screen and on a phone, light and dark, to look at; one is in the README.
+
+`python -m tests.playground.screenshots FOLDER`
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from tests.playground.conftest import Visit, chromium, visiting
+from tests.playground.test_looks import SIZES
+from tests.serve.conftest import config_file, served, tiny_model
+
+
+def take(visit: Visit, name: Path, *, full_page: bool) -> None:
+    """The pictures of one visit."""
+
+    def shot(what: str) -> None:
+        visit.page.screenshot(path=f"{name}-{what}.png", full_page=full_page and what in ("prior", "decoder"))
+
+    visit.open()
+    shot("empty")
+    visit.file(visit.generate("A red boat at dawn, mist over a still lake", num_inference_steps=8))
+    card = visit.generate('A lighthouse with a sign that says "OPEN"', num_inference_steps=30)
+    visit.until(card, lambda words: words.startswith("Prior: 1"))
+    shot("prior")
+    visit.until(card, lambda words: words.startswith("Painting: step 1"))
+    shot("decoder")
+    visit.file(card)
+    visit.page.click("#state")
+    shot("server")
+    visit.page.keyboard.press("Escape")
+    visit.page.locator(".tile").first.click()
+    shot("viewer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    models = [tiny_model("glm-image", prior={"min_replicas": 1}, decoder={"min_replicas": 1})]
+    with (
+        tempfile.TemporaryDirectory() as kept,
+        served(config_file(Path(kept), models)) as running,
+        sync_playwright() as playwright,
+    ):
+        browser = chromium(playwright)
+        for size, viewport in SIZES.items():
+            for scheme in ("light", "dark"):
+                with visiting(browser, running.url, color_scheme=scheme, viewport=viewport) as visit:
+                    take(visit, folder / f"{size}-{scheme}", full_page=size == "phone")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
