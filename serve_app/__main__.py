@@ -223,7 +223,7 @@ def _greet(http: _HTTPOptions, route_prefix: str, *, needs_key: bool) -> None:
     key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
     trust = f" --cacert {http.ssl_certfile}" if http.ssl_certfile else ""
     print(
-        f"\nServing on {address}. Open that in a browser, or make an image:\n\n"
+        f"\nServing on {address}. Open {address}/ in a browser, or make an image:\n\n"
         f"  curl{trust} {address}/v1/images/generations{key} -H 'Content-Type: application/json' "
         f"-d '{body}'\n",
         flush=True,

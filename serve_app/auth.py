@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from serve_app.config import AuthConfig
 
 OPEN_PATHS = re.compile(
-    r"/(|playground/.*|health|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
+    r"/(|playground/[^/]*|health|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
     r"|storage/upload/[^/]*\.upload)"
 )
 """What anybody may ask. The playground asks for the key itself; the names of files cannot be guessed, and

@@ -26,7 +26,12 @@ class Gauges:
         generator: whose requests wait.
         store: of the jobs.
         files: of the images.
+
+    Attributes:
+        jobs_queued: how many jobs wait to begin, as was told last.
     """
+
+    jobs_queued = 0
 
     def __init__(self, generator: Generator, store: JobStore, files: FileStore) -> None:
         self._generator = generator
@@ -54,6 +59,7 @@ class Gauges:
             metrics.FILES_BYTES.set(self._files.kept_bytes)
         with suppress(RequestError):
             census = await self._store.census()
+            self.jobs_queued = census.queued
             metrics.JOBS.set(census.queued, state="queued")
             metrics.JOBS.set(census.running, state="running")
             metrics.OLDEST_JOB_SECONDS.set(census.oldest_s)

@@ -131,7 +131,7 @@ def create_app(
     routers = [
         openai.router(generator, delivery, reader, limits),
         jobs.router(generator, runner, store, reader, views, links, signer, limits),
-        native.router(generator, lifecycle, files, limits),
+        native.router(generator, lifecycle, files, gauges, limits),
         fal.router(generator, delivery, runner, store, sources, fal_views, uploads, links, limits),
         zai.router(generator, delivery, runner, store, links, limits),
         pixazo.router(generator, delivery, runner, store, sources, links, limits),

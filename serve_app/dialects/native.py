@@ -15,6 +15,7 @@ from serve_app.status import HELPER, ModelStatuses, StageStatus
 
 if TYPE_CHECKING:
     from serve_app.config import Limits
+    from serve_app.gauges import Gauges
     from serve_app.generation import Generator
     from serve_app.lifecycle import Lifecycle
     from serve_app.storage import FileStore
@@ -62,6 +63,9 @@ class Status(BaseModel):
 
     status: Literal["idle", "loading", "generating"]
     queue_length: int = Field(description="Images that wait for a stage.")
+    jobs_queued: int = Field(
+        description="Jobs that have not begun, whichever ingress is to run them; up to five seconds old."
+    )
     units: list[Unit]
 
 
@@ -83,7 +87,9 @@ class UnloadQuery(BaseModel):
     force: bool = Field(default=False, description="Stop running requests; they get a 503.")
 
 
-def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits: Limits) -> APIRouter:
+def router(
+    generator: Generator, lifecycle: Lifecycle, files: FileStore, gauges: Gauges, limits: Limits
+) -> APIRouter:
     """The routes."""
     routes = APIRouter()
 
@@ -132,7 +138,8 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
             doing = "loading"
         return Status(
             status=doing,
-            queue_length=generator.pending - len(running),
+            queue_length=len(units) - len(running),
+            jobs_queued=gauges.jobs_queued,
             units=[_describe(unit, units) for unit in units],
         )
 
@@ -158,6 +165,7 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
         responses={
             200: {"content": _IMAGES, "description": "The file."},
             206: {"content": _IMAGES, "description": "The part of it that `Range` asks for."},
+            304: {"description": "It is what `If-None-Match` names."},
             **errors(404, 416),
         },
     )
@@ -170,7 +178,10 @@ def router(generator: Generator, lifecycle: Lifecycle, files: FileStore, limits:
             "Accept-Ranges": "bytes",
             "ETag": f'"{name}"',
             "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "private, no-cache",  # to be asked for each time, since it may have been deleted
         }
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
         start, end = _range(request, size, headers["ETag"])
         part = (start, end) != (0, size)
         if part:

@@ -176,7 +176,7 @@ async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> 
                 elif name in texts:
                     raise RequestError(f"{name:.100} is given twice.", param=name[:100])
                 elif not (fields.may_be_unset(name) and value in ("", "false")):
-                    texts[name] = value
+                    texts[name] = value.replace("\r\n", "\n")  # as which browsers send the ends of lines
     except (ValueError, LookupError) as error:  # a charset that Starlette does not expect
         raise RequestError("The form cannot be decoded; send it as UTF-8.") from error
     try:

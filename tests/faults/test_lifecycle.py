@@ -56,7 +56,7 @@ def test_nothing_is_loaded_before_the_first_request_and_asking_loads_nothing(col
         "model_loaded": False,
         "models": dict.fromkeys(["good", "broken", "brief"], UNLOADED),
     }
-    assert cold.status() == {"status": "idle", "queue_length": 0, "units": []}
+    assert cold.status() == {"status": "idle", "queue_length": 0, "jobs_queued": 0, "units": []}
     assert not cold.running.replicas("good")
 
 

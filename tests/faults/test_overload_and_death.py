@@ -52,7 +52,7 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_the_others_are_made(c
         assert 1 <= int(answer.headers["retry-after"]) <= 600
         assert answer.json()["error"]["code"] == "busy"
         assert answer.elapsed.total_seconds() < 5
-    assert client.status() == {"status": "idle", "queue_length": 0, "units": []}
+    assert client.status() == {"status": "idle", "queue_length": 0, "jobs_queued": 0, "units": []}
     assert client.ask(seed=1).status_code == 200
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Playwright, sync_playwright
 
 from deployments.glm_image import tiny
 from tests.serve.conftest import SMALL_SIZES, START_TIMEOUT_S, config_file, served, stages, tiny_model, until
@@ -101,16 +101,15 @@ class Visit:
         return self.page.locator("article").filter(has_text=prompt)
 
     def until(self, card: Locator, condition: Callable[[str], bool]) -> None:
-        """Wait until the words on a card meet a condition."""
+        """Wait until the words on a card, of which the first say what is done, meet a condition."""
         deadline = time.monotonic() + WAIT_MS / 1000
         while not condition(words := card.locator(".words").inner_text()):
             assert time.monotonic() < deadline, words
 
     def file(self, card: Locator) -> bytes:
         """Of the first image, once it has been made."""
-        tile = card.locator(".tile:enabled").first
-        tile.wait_for()
-        path = tile.locator("img").get_attribute("src")
+        card.locator(".open").first.wait_for()
+        path = card.locator("img").first.get_attribute("src")
         return httpx.get(f"{self.url}/{path}").raise_for_status().content
 
 
@@ -129,7 +128,13 @@ def visiting(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
     visit = Visit(context.new_page(), url)
     said: list[str] = []
     asked: set[str] = set()
-    visit.page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+
+    def listen(message: ConsoleMessage) -> None:
+        # A preview may be gone when it is asked for, since the image is there.
+        if not ("404" in message.text and "/files/" in message.location["url"]):
+            said.append(f"{message.type}: {message.text}")
+
+    visit.page.on("console", listen)
     visit.page.on("pageerror", lambda error: said.append(str(error)))
     visit.page.on("request", lambda request: asked.add(request.url))
     yield visit

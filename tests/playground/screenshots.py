@@ -32,7 +32,7 @@ def take(visit: Visit, name: Path, *, full_page: bool) -> None:
     visit.page.click("#state")
     shot("server")
     visit.page.keyboard.press("Escape")
-    visit.page.locator(".tile").first.click()
+    visit.page.locator(".open").first.click()
     shot("viewer")
 
 

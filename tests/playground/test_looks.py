@@ -46,6 +46,6 @@ def look(visit: Visit, prompt: str) -> None:
     visit.file(card)
     assert problems(page) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    card.locator(".tile").first.click()
+    card.locator(".open").first.click()
     assert problems(page) == []
     assert page.locator("#viewer").evaluate("dialog => dialog.scrollWidth <= dialog.clientWidth")

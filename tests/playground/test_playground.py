@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from tests.conftest import needs_node
 from tests.playground.conftest import KEY, WAIT_MS, Visit, visiting
 from tests.playground.line import Line
+from tests.serve.conftest import until
 
 SLOW: dict[str, str | int] = {"num_inference_steps": 100, "size": "1024x1024"}
 """Asks for an image that takes long enough for what is done meanwhile."""
@@ -65,24 +66,36 @@ def bring(visit: Visit, how: str, file: bytes, kind: str = "image/png", name: st
 
 def test_an_image_is_watched_while_it_is_made(visit: Visit) -> None:
     card = visit.generate("a boat that is watched", num_inference_steps=60, seed=7)
-    bars, seen, previews = card.locator("progress"), [], set()
-    while not card.locator(".tile:enabled").count():
-        values = bars.evaluate_all("bars => bars.map((bar) => bar.value)")
-        seen.append((values[0], values[1], card.locator(".words").inner_text()))
-        previews.add(card.locator("img").get_attribute("src"))
-    assert [prior for prior, _, _ in seen] == sorted(prior for prior, _, _ in seen)
-    painted = [decoder for _, decoder, _ in seen]
-    assert painted == sorted(painted)
-    assert len(set(painted)) > 3
-    assert any(re.match(r"Prior: [0-9]+ of 512 tokens · ", words) for *_, words in seen)
-    assert any(re.match(r"Painting: step [0-9]+ of 60 · ", words) for *_, words in seen)
-    assert len(previews - {None}) > 1
-    expect(card.locator(".words")).to_have_text(re.compile("^glm-image · 512×512 · seed 7 · [0-9]+ s$"))
+    look = """card => [
+      ...[...card.querySelectorAll("progress")].map((bar) => bar.value),
+      card.querySelector(".words").innerText,
+      card.querySelector("img").getAttribute("src"),
+      card.dataset.state,
+    ]"""
+    seen = []
+    while (now := card.evaluate(look))[-1] == "running":
+        seen.append(now)
+    assert now[-1] == "made"
+    for values in ([prior for prior, *_ in seen], [decoder for _, decoder, *_ in seen]):
+        assert values == sorted(values)
+        assert len(set(values)) > 3
+    words = {words for _, _, words, *_ in seen}
+    assert any(re.match(r"Prior: [0-9]+ of 512 tokens · [0-9]+ s$", one) for one in words)
+    assert any(re.match(r"Painting: step [0-9]+ of 60 · [0-9]+ s$", one) for one in words)
+    assert len({preview for *_, preview, _ in seen if preview}) > 1
+    expect(card.locator(".words")).to_have_text(re.compile("^glm-image · 512×512 · seed\\s7 · [0-9]+\\ss$"))
     assert visit.file(card) == answered(visit.url, "a boat that is watched", 7, steps=60)
-    assert (
-        card.locator("img").evaluate("async image => { await image.decode(); return image.naturalWidth }")
-        == 512
-    )
+    width = card.locator("img").evaluate("async image => { await image.decode(); return image.naturalWidth }")
+    assert width == 512
+
+
+def test_an_example_is_tried(visit: Visit) -> None:
+    visit.page.locator(".example").nth(1).click()
+    prompt = 'A bakery\'s shop front on a rainy evening, neon sign "FRESH BREAD"'
+    expect(visit.page.locator("#prompt")).to_have_value(prompt)
+    visit.until(visit.card(prompt), lambda words: not words.startswith("Sending"))
+    visit.card(prompt).get_by_role("button", name="Cancel").click()
+    expect(visit.card(prompt).locator(".words")).to_have_text("Cancelled.")
 
 
 def test_several_images_come_together_and_stay_after_a_reload(visit: Visit) -> None:
@@ -91,7 +104,7 @@ def test_several_images_come_together_and_stay_after_a_reload(visit: Visit) -> N
     expect(card.locator(".tile")).to_have_count(2)
     visit.open()
     assert visit.file(card) == answered(visit.url, "two boats", 3)
-    card.locator(".tile").nth(1).click()
+    card.locator(".open").nth(1).click()
     expect(visit.page.locator("#viewer-facts")).to_contain_text("seed4")
 
 
@@ -100,8 +113,7 @@ def test_cancelling_stops_it(visit: Visit) -> None:
     visit.until(card, lambda words: words.startswith("Painting"))
     card.get_by_role("button", name="Cancel").click()
     expect(card.locator(".words")).to_have_text("Cancelled.")
-    status = httpx.get(f"{visit.url}/v1/internal/status").json()
-    assert status == {"status": "idle", "queue_length": 0, "units": []}
+    assert httpx.get(f"{visit.url}/v1/internal/status").json()["units"] == []
     card.get_by_role("button", name="Delete").click()
     expect(card).to_have_count(0)
     expect(visit.page.locator("#empty")).to_be_visible()
@@ -118,33 +130,70 @@ def test_it_goes_on_whatever_becomes_of_the_page(browser: Browser, url: str) -> 
         visit.open()  # once more
         visit.until(card, lambda words: words.startswith(("Prior", "Painting")))
         line.cut()
-        visit.until(card, lambda words: words.startswith("The connection is lost."))
+        trouble = card.locator(".trouble")
+        expect(trouble).to_have_text(re.compile("^The connection is lost."))
         line.mend()
-        visit.until(card, lambda words: words.startswith(("Prior", "Painting")))
+        expect(trouble).to_be_empty()
         line.silence()
         visit.page.clock.fast_forward("01:00")
-        visit.until(card, lambda words: words.startswith("The connection is lost."))
+        expect(trouble).to_have_text(re.compile("^The connection is lost."))
         line.mend()
         visit.file(card)
-    jobs = httpx.get(f"{url}/v1/images/jobs").json()["data"]
-    assert [job["status"] for job in jobs if job["seed"] == 5] == ["succeeded"]
+    assert states(url, seed=5) == ["succeeded"]
 
 
 def test_what_cannot_be_sent_is_sent_again_by_itself(visit: Visit) -> None:
     visit.expected += ["net::ERR_INTERNET_DISCONNECTED"]
     visit.page.context.set_offline(True)
     card = visit.generate("a boat that waits for the network", num_inference_steps=4, seed=11)
-    visit.until(card, lambda words: words.startswith("Not sent yet. The server cannot be reached."))
+    expect(card.locator(".trouble")).to_have_text(re.compile("^Not sent yet. The server cannot be reached."))
     visit.page.context.set_offline(False)
     assert visit.file(card) == answered(visit.url, "a boat that waits for the network", 11)
 
 
+def test_what_is_cancelled_while_it_is_sent_is_not_made(visit: Visit) -> None:
+    held: list[Route] = []
+    visit.page.route("**/v1/images/jobs", lambda route: held.append(route))
+    card = visit.generate("a boat that was a mistake", seed=13, **SLOW)
+    until(lambda: bool(visit.page.title() and held))
+    card.get_by_role("button", name="Cancel").click()
+    expect(card).to_have_count(0)
+    held[0].continue_()
+    until(lambda: states(visit.url, seed=13) == ["cancelled"])
+    visit.open()
+    expect(visit.page.locator("#empty")).to_be_visible()
+
+
+def states(url: str, seed: int) -> list[str]:
+    """Of the jobs with this seed, which one test alone uses."""
+    jobs = httpx.get(f"{url}/v1/images/jobs", params={"limit": 100}).json()["data"]
+    return [job["status"] for job in jobs if job["seed"] == seed]
+
+
+@pytest.mark.parametrize("status", [401, 404, 429, 502])
+def test_a_request_that_is_not_heard_of_for_a_while_is_not_lost(visit: Visit, status: int) -> None:
+    visit.expected += [f"the server responded with a status of {status}"]
+    body = {"error": {"message": "Not now.", "code": "not_now"}}
+    visit.page.route("**/events", lambda route: route.fulfill(status=status, json=body))
+    card = visit.generate(f"a boat behind a {status}", num_inference_steps=4)
+    expect(card.locator(".trouble")).not_to_be_empty()
+    visit.page.unroute("**/events")
+    visit.open()
+    visit.file(card)
+    expect(card.locator(".trouble")).to_be_empty()
+
+
 def test_many_requests_get_on_side_by_side(visit: Visit) -> None:
     """Browsers have six connections to a server; following that many jobs would leave none."""
-    cards = [visit.generate(f"boat number {number}", seed=number, **SLOW) for number in range(7)]
-    for card in reversed(cards):
+    cards = [visit.generate(f"boat number {number:02}", seed=number, **SLOW) for number in range(12)]
+    visit.until(cards[-1], lambda words: words.startswith(("Queued: ", "Next in the queue")))
+    expect(visit.page.locator("#state-words")).to_have_text(re.compile("^Generating, [0-9]+ waiting$"))
+    for card in reversed(cards[9:]):
+        card.get_by_role("button", name="Cancel").click()
+    for card in reversed(cards[:9]):
         visit.until(card, lambda words: words.startswith(("Prior", "Waiting for the decoder", "Painting")))
         card.get_by_role("button", name="Cancel").click()
+    for card in cards:
         expect(card.locator(".words")).to_have_text("Cancelled.")
 
 
@@ -157,6 +206,10 @@ def test_an_image_is_edited(visit: Visit, how: str) -> None:
     assert visit.file(card) == answered(visit.url, f"make the boat blue by {how}", 2, picture(200))
     visit.page.get_by_role("button", name="Remove boat.png").click()
     expect(visit.page.locator("#generate")).to_have_text("Generate")
+    visit.open()
+    card.get_by_role("button", name="Again").click()
+    expect(visit.page.get_by_alt_text("boat.png")).to_be_visible()
+    expect(visit.page.locator("#generate")).to_have_text("Edit")
 
 
 def test_no_more_and_no_other_sources_are_taken_than_the_model_takes(visit: Visit) -> None:
@@ -172,18 +225,25 @@ def test_no_more_and_no_other_sources_are_taken_than_the_model_takes(visit: Visi
 
 
 def test_a_refused_request_says_why_at_its_field(visit: Visit) -> None:
+    page = visit.page
     visit.expected += ["the server responded with a status of 400"]
+    visit.file(visit.generate("a boat that is there already", num_inference_steps=2))
     visit.fill("a boat", size="custom", width=2048, height=2048, num_inference_steps=100, n=10)
-    visit.page.click("#generate")
-    problem = visit.page.locator("#problem")
+    page.click("#generate")
+    problem = page.locator("#problem")
     expect(problem).to_contain_text("megapixel")
-    expect(visit.page.locator("article")).to_have_count(0)
-    visit.page.fill("#n", "1")
+    expect(page.locator("article")).to_have_count(1)
+    at_fault = page.locator("[aria-invalid=true]")
+    expect(at_fault).to_be_focused()
+    page.fill("#n", "1")
     expect(problem).to_be_empty()
-    visit.page.fill("#width", "520")  # which is no multiple of 32, so that the browser does not send it
-    visit.page.click("#generate")
-    assert not visit.page.locator("#width").evaluate("input => input.validity.valid")
-    expect(visit.page.locator("article")).to_have_count(0)
+    expect(at_fault).to_have_count(0)
+    page.locator("#width").press("Control+A")
+    page.keyboard.type("520")  # which is no multiple of 32, so that the browser does not send it
+    expect(page.locator("#width")).to_have_value("520")
+    page.click("#generate")
+    assert not page.locator("#width").evaluate("input => input.validity.valid")
+    expect(page.locator("article")).to_have_count(1)
 
 
 def test_a_cold_start_is_told_and_the_form_has_what_the_model_takes(visit: Visit) -> None:
@@ -203,7 +263,7 @@ def test_a_cold_start_is_told_and_the_form_has_what_the_model_takes(visit: Visit
     card = visit.generate("a boat that wakes a model", num_inference_steps=2, seed=1)
     visit.until(card, lambda words: words.startswith("Loading the model, which was not in memory: prior "))
     visit.file(card)
-    card.locator(".tile").click()
+    card.locator(".open").click()
     expect(page.locator("#viewer-facts")).to_contain_text("negative promptfog")
     page.keyboard.press("Escape")
     page.click("#state")
@@ -218,7 +278,7 @@ def test_unloading_asks_before_it_stops_running_images(visit: Visit) -> None:
     visit.until(card, lambda words: words.startswith("Painting"))
     page = visit.page
     page.click("#state")
-    expect(page.locator("#server-doing")).to_contain_text("An image is being made")
+    expect(page.locator("#server-doing")).to_have_text("Images: 1 being made.")
     page.click("#unload")
     expect(page.locator("#unload-problem")).not_to_be_empty()
     page.click("#unload-anyway")
@@ -226,15 +286,17 @@ def test_unloading_asks_before_it_stops_running_images(visit: Visit) -> None:
     page.keyboard.press("Escape")
     expect(card).to_have_attribute("data-state", "failed")
     expect(card.locator(".words")).to_contain_text("unload")
+    expect(page.locator("#stages")).to_contain_text(re.compile("glm-imagepriorunloaded"))
 
 
 def test_what_was_made_is_used_again_downloaded_and_deleted(visit: Visit) -> None:
     page = visit.page
+    visit.expected += ["net::ERR_INTERNET_DISCONNECTED"]
     card = visit.generate("a boat for later", num_inference_steps=4, seed=8, output_format="webp")
     file = visit.file(card)
     path = card.locator("img").get_attribute("src")
     visit.fill("something else", num_inference_steps=9, seed=1, output_format="")
-    card.locator(".tile").click()
+    card.locator(".open").click()
     with page.expect_download() as downloading:
         page.click("#download")
     assert downloading.value.suggested_filename == "image-8.webp"
@@ -243,11 +305,15 @@ def test_what_was_made_is_used_again_downloaded_and_deleted(visit: Visit) -> Non
     for name, value in {"prompt": "a boat for later", "num_inference_steps": "4", "seed": "8"}.items():
         expect(page.locator(f"#{name}")).to_have_value(value)
     expect(page.locator("#output_format")).to_have_value("webp")
-    card.locator(".tile").click()
+    card.locator(".open").click()
     page.click("#use")
     expect(page.get_by_alt_text("image-8.webp")).to_be_visible()
     expect(page.locator("#generate")).to_have_text("Edit")
-    page.once("dialog", lambda dialog: dialog.accept())
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.context.set_offline(True)
+    card.get_by_role("button", name="Delete").click()
+    expect(card.locator(".trouble")).to_have_text(re.compile("^The server cannot be reached."))
+    page.context.set_offline(False)
     card.get_by_role("button", name="Delete").click()
     expect(card).to_have_count(0)
     assert httpx.get(f"{visit.url}/{path}").status_code == 404
@@ -262,7 +328,7 @@ def test_an_image_that_the_server_no_longer_has_says_so(visit: Visit) -> None:
     (job, *_) = httpx.get(f"{visit.url}/v1/images/jobs").json()["data"]
     httpx.post(f"{visit.url}/v1/images/jobs/{job['id']}/purge").raise_for_status()
     visit.open()
-    expect(card).to_contain_text("The server has kept it for as long as it keeps images.")
+    expect(card).to_contain_text("The server does not have it any more.")
 
 
 RUN = {
@@ -274,13 +340,13 @@ RUN = {
 
 @needs_node
 def test_each_request_is_shown_as_programs_that_make_the_same_image(visit: Visit, tmp_path: Path) -> None:
-    prompt = "it's a \"boat\" & $HOME, 'ünïcode'"
+    prompt = "it's a \"boat\" & $HOME,\n'ünïcode'"
     card = visit.generate(prompt, num_inference_steps=4, seed=6, quality="low")
     programs(visit, tmp_path, visit.file(card))
     visit.page.keyboard.press("Escape")
     (tmp_path / "source-1.png").write_bytes(picture(10))
     visit.page.click("#key-button")
-    visit.page.fill("#key", "of no use on an open server")
+    visit.page.fill("#key", "of-no-use-on-an-open-server")
     visit.page.keyboard.press("Enter")
     visit.page.locator("#generate:enabled").wait_for()
     bring(visit, "drop", picture(10))
@@ -290,7 +356,7 @@ def test_each_request_is_shown_as_programs_that_make_the_same_image(visit: Visit
 
 def programs(visit: Visit, folder: Path, file: bytes) -> None:
     """Run what the viewer of the newest image shows."""
-    visit.page.locator(".tile").first.click()
+    visit.page.locator(".open").first.click()
     modules = Path(__file__).parents[1] / "serve/js/node_modules"
     if not (folder / "node_modules").exists():
         (folder / "node_modules").symlink_to(modules)
@@ -312,21 +378,36 @@ def programs(visit: Visit, folder: Path, file: bytes) -> None:
 
 def test_it_is_all_done_by_keyboard(visit: Visit) -> None:
     page = visit.page
-    page.locator("#prompt").focus()
+
+    def tab_to(selector: str) -> None:
+        for _ in range(60):
+            if page.locator(selector).evaluate("element => element === document.activeElement"):
+                return
+            page.keyboard.press("Tab")
+        pytest.fail(f"{selector} is not reached")
+
+    tab_to("#prompt")
     page.keyboard.type("a boat by keyboard")
-    page.keyboard.press("Tab")
-    visit.fill("a boat by keyboard", num_inference_steps=4)
-    page.locator("#prompt").focus()
-    page.keyboard.press("Control+Enter")
+    tab_to("#size")
+    page.keyboard.type("Small")
+    tab_to("#num_inference_steps")
+    page.keyboard.type("4")
+    tab_to("#generate")
+    page.keyboard.press("Enter")
     card = visit.card("a boat by keyboard")
     visit.file(card)
     expect(page.locator("#announcements")).to_have_text("Ready: a boat by keyboard")
-    card.locator(".tile").focus()
+    expect(card.get_by_role("button", name="Open: a boat by keyboard")).to_be_visible()
+    tab_to(".open")
     page.keyboard.press("Enter")
     expect(page.locator("#viewer")).to_be_visible()
-    page.keyboard.press("Escape")
+    tab_to("#viewer-again")
+    page.keyboard.press("Enter")
     expect(page.locator("#viewer")).to_be_hidden()
-    expect(card.locator(".tile")).to_be_focused()
+    expect(page.locator("#prompt")).to_be_focused()
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("article")).to_have_count(2)
+    tab_to("article:first-child .again")
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, keyed: str) -> None:
@@ -335,7 +416,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, keyed: str) ->
         page = visit.page
         page.goto(keyed)
         expect(page.locator("#key-dialog")).to_be_visible()
-        page.fill("#key", "another one")
+        page.fill("#key", "another-one")
         page.keyboard.press("Enter")
         expect(page.locator("#key-reason")).to_have_text("The API key is not known here.")
         page.fill("#key", KEY)

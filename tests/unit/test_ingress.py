@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import re
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
 from deployments.config import ModelConfig
 from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
@@ -123,6 +125,35 @@ def test_the_playground_is_sent_compressed_and_once(make: Make) -> None:
                 assert (again.status_code, again.content) == (304, b"")
 
     asyncio.run(main())
+
+
+def test_a_file_that_has_not_changed_is_not_sent_again(make: Make) -> None:
+    async def main() -> None:
+        async with client_of(make()) as client:
+            made = await client.post("/v1/images/generations", json={"prompt": "a boat"})
+            url = made.json()["data"][0]["url"]
+            file = await client.get(url)
+            again = await client.get(url, headers={"If-None-Match": file.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+            assert (await client.get(url, headers={"If-None-Match": '"another"'})).content == file.content
+
+    asyncio.run(main())
+
+
+def test_browsers_ends_of_lines_are_those_of_all_others(make: Make, asked: list[PriorRequest]) -> None:
+    """In forms they come as CR and LF: https://www.rfc-editor.org/rfc/rfc7578#section-4.1."""
+
+    async def main() -> None:
+        picture = io.BytesIO()
+        Image.new("RGB", (512, 512)).save(picture, "PNG")
+        async with client_of(make()) as client:
+            for prompt in ("a\r\nb", "a\nb"):
+                files = {"image": ("a.png", picture.getvalue())}
+                answer = await client.post("/v1/images/edits", data={"prompt": prompt}, files=files)
+                assert answer.status_code == 200, answer.text
+
+    asyncio.run(main())
+    assert [request.prompt for request in asked] == ["a\nb"] * 2
 
 
 @pytest.mark.parametrize(

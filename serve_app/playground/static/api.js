@@ -29,9 +29,18 @@ import { askForKey, key } from "./key.js";
  *
  * @typedef {object} Status
  * @property {"idle" | "loading" | "generating"} status
- * @property {number} queue_length
- * @property {object[]} units
+ * @property {number} jobs_queued
+ * @property {{stage: "waiting" | "prior" | "decoder"}[]} units
  */
+
+const LONGEST_MS = 30_000;
+
+/** There was no answer. */
+export class Unreachable extends Error {
+  constructor() {
+    super("The server cannot be reached. Is it running, and is the network there?");
+  }
+}
 
 /** What the server says of a request that it refuses, or that failed. */
 export class ServerError extends Error {
@@ -53,15 +62,18 @@ export class ServerError extends Error {
  * Ask the server; for the key too, if it wants one.
  * @param {string} path
  * @param {RequestInit & {headers?: Record<string, string>, quietly?: boolean}} [options] `quietly`: without asking
- *   for a key
+ *   for a key; without a `signal` it may take half a minute
  * @returns {Promise<Response>} a 2xx
  * @throws {ServerError} it answers otherwise
- * @throws {TypeError} it cannot be reached
+ * @throws {Unreachable} it does not
  */
 export async function ask(path, { quietly = false, ...options } = {}) {
   for (;;) {
     const headers = { ...options.headers, ...(key() && { Authorization: `Bearer ${key()}` }) };
-    const response = await fetch(path, { ...options, headers });
+    const signal = options.signal ?? AbortSignal.timeout(LONGEST_MS);
+    const response = await fetch(path, { ...options, headers, signal }).catch(() => {
+      throw new Unreachable();
+    });
     if (response.ok) return response;
     const error = await errorOf(response);
     if (response.status !== 401 || quietly || !(await askForKey(error.message))) throw error;

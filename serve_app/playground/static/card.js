@@ -3,22 +3,27 @@
 import { ServerError } from "./api.js";
 import { cancel, filePath, follow, hasEnded, look, purge, submit } from "./jobs.js";
 import { announce, copyOf, duration, find, inWords, pause } from "./page.js";
-import { keep } from "./store.js";
+import { update } from "./store.js";
 
 /** @typedef {import("./jobs.js").Job} Job */
 /** @typedef {import("./store.js").Entry} Entry */
 /** @typedef {import("./store.js").Made} Made */
 
-const AGAIN_MS = 2000;
-const NOBODY_THERE = [502, 503, 504];
 const SECOND_MS = 1000;
+const FIRST_PAUSE_MS = 1000;
+const LONGEST_PAUSE_MS = 10_000;
+/** What the same request would be answered another time, with another key, or when there is room. */
+const PASSING = [401, 408, 429];
 
 export class Card {
   /** @type {Job | null} what was last heard of it */
   #job = null;
-  /** What keeps it from being heard of. */
+  /** What keeps it from being sent, heard of or deleted. */
   #trouble = "";
+  /** What was last announced. */
+  #phase = "";
   #isGone = false;
+  #isUnknown = false;
 
   /**
    * @param {Entry} entry
@@ -28,14 +33,21 @@ export class Card {
     this.entry = entry;
     this.gallery = gallery;
     this.element = copyOf("card");
-    const { form } = gallery;
     const count = Number(entry.request.n ?? 1);
-    find(".images", this.element).replaceChildren(...Array.from({ length: count }, () => copyOf("tile")));
-    find(".images", this.element).dataset.count = String(count);
-    find(".prompt", this.element).textContent = String(entry.request.prompt);
+    const images = find(".images", this.element);
+    images.replaceChildren(...Array.from({ length: count }, (_, index) => this.#tile(index)));
+    images.dataset.count = String(count);
+    const prompt = find(".prompt", this.element);
+    prompt.textContent = String(entry.request.prompt);
+    prompt.id = `prompt-${entry.id}`;
+    this.element.setAttribute("aria-labelledby", prompt.id);
+    for (const button of this.element.querySelectorAll(".actions button")) {
+      button.setAttribute("aria-describedby", prompt.id);
+    }
     find(".cancel", this.element).addEventListener("click", () => this.#cancel());
     find(".again", this.element).addEventListener("click", () => {
-      form.put({ ...entry.request, ...(entry.images && { seed: entry.images[0].seed }) }, entry.sources);
+      const seed = entry.images && { seed: entry.images[0].seed };
+      gallery.form.put({ ...entry.request, ...seed }, entry.sources);
     });
     find(".delete", this.element).addEventListener("click", () => this.#delete());
     this.#show();
@@ -46,31 +58,46 @@ export class Card {
   }
 
   /**
-   * Send the request to the server, however long it is not there.
-   * @returns {Promise<boolean>} whether it has taken the request, and not made it yet
+   * Send the request to the server, however long that is not there.
+   * @returns {Promise<ServerError | null>} why it does not take the request, if it does not
    */
   async send() {
-    if (this.#hasEnded) return false;
+    if (this.#hasEnded) return null;
     this.#tick();
-    while (!this.entry.job && !this.#isGone) {
+    for (let tries = 0, wait = FIRST_PAUSE_MS; !this.entry.job && !this.#isGone; tries += 1) {
       try {
-        this.#job = await submit(this.entry);
+        this.#job = await submit(this.entry, { quietly: tries > 0 });
         this.entry.job = this.#job.id;
-        await keep(this.entry);
         this.#trouble = "";
+        if (this.#isGone) await cancel(this.#job.id);
+        else await update(this.entry);
       } catch (error) {
-        if (error instanceof ServerError && !NOBODY_THERE.includes(error.status)) {
-          this.gallery.form.refuse(error);
-          await this.#leave();
-          return false;
-        }
+        if (error instanceof ServerError && error.status < 500 && !PASSING.includes(error.status)) return error;
         this.#trouble = `Not sent yet. ${inWords(error)} It is sent again by itself.`;
         this.#show();
-        await pause(AGAIN_MS);
+        await pause(wait);
+        wait = Math.min(wait * 2, LONGEST_PAUSE_MS);
       }
     }
     this.#show();
-    return !this.#isGone;
+    return null;
+  }
+
+  /** Show how far it is until it has ended. */
+  async follow() {
+    if (this.#hasEnded) return;
+    try {
+      for await (const told of follow(this.entry.job ?? "")) {
+        if (this.#hasEnded) return;
+        this.#trouble = told instanceof Error ? told.message : "";
+        if (!(told instanceof Error)) await this.#hear(told);
+        this.#show();
+      }
+    } catch {
+      this.#isUnknown = true;
+      this.#trouble = "The server does not know this request, or no more, or it belongs to another API key.";
+      this.#show();
+    }
   }
 
   /** Show how far it is now. */
@@ -84,24 +111,24 @@ export class Card {
     }
   }
 
-  /** Show how far it is until it has ended. */
-  async follow() {
-    if (this.#hasEnded) return;
-    try {
-      for await (const job of follow(this.entry.job ?? "")) {
-        this.#trouble = job ? "" : "The connection is lost. The server goes on with it; connecting again…";
-        if (job) await this.#hear(job);
-        this.#show();
-      }
-    } catch (error) {
-      await this.#end({ problem: inWords(error) });
-    }
+  /**
+   * End without images.
+   * @param {string} problem
+   */
+  async fail(problem) {
+    await this.#end({ problem });
   }
 
   /** @param {Job} job */
   async #hear(job) {
     this.#job = job;
-    if (!hasEnded(job) || this.#hasEnded) return;
+    if (this.#hasEnded) return;
+    if (!hasEnded(job)) {
+      const [phase] = this.#doing().split(":");
+      if (phase !== this.#phase) announce(`${phase}: ${this.entry.request.prompt}`);
+      this.#phase = phase;
+      return;
+    }
     const seconds = (job.ended_at ?? 0) - job.created_at;
     if (job.status === "succeeded") {
       const images = job.result?.data.map(({ url, seed, revised_prompt }) => {
@@ -116,9 +143,10 @@ export class Card {
   /** @param {Partial<Entry>} how */
   async #end(how) {
     Object.assign(this.entry, how);
-    await keep(this.entry);
+    this.#trouble = "";
     this.#show();
     announce(how.problem ?? `Ready: ${this.entry.request.prompt}`);
+    await update(this.entry);
   }
 
   async #cancel() {
@@ -164,19 +192,19 @@ export class Card {
 
   #show() {
     const { images, problem } = this.entry;
-    const hasEnded = this.#hasEnded;
-    this.element.dataset.state = images ? "made" : problem ? "failed" : "running";
-    this.element.ariaBusy = String(!hasEnded);
+    const isRunning = !this.#hasEnded && !this.#isUnknown;
+    this.element.dataset.state = images ? "made" : isRunning ? "running" : "failed";
     find(".words", this.element).textContent = this.#words();
+    find(".trouble", this.element).textContent = this.#trouble;
     /** @type {HTMLButtonElement} */
     const cancelling = find(".cancel", this.element);
-    cancelling.hidden = hasEnded;
+    cancelling.hidden = !isRunning;
     cancelling.disabled = Boolean(this.#job?.cancelling);
-    find(".delete", this.element).hidden = !hasEnded;
+    find(".delete", this.element).hidden = isRunning;
+    find(".images", this.element).hidden = Boolean(problem) || this.#isUnknown;
     for (const [index, tile] of this.element.querySelectorAll(".tile").entries()) {
-      if (images) this.#showImage(/** @type {HTMLButtonElement} */ (tile), images[index]);
+      if (images) this.#showImage(/** @type {HTMLElement} */ (tile), images[index]);
       else this.#showProgress(/** @type {HTMLElement} */ (tile), index);
-      /** @type {HTMLElement} */ (tile).hidden = Boolean(problem);
     }
   }
 
@@ -187,20 +215,19 @@ export class Card {
       const facts = [request.model, size?.replace("x", "×"), `seed ${images[0].seed}`, `${seconds} s`];
       return facts.map((fact) => String(fact).replaceAll(" ", "\u00a0")).join(" · ");
     }
+    if (this.#isUnknown) return "";
     return `${this.#doing()} · ${duration(Math.max(0, Date.now() - created) / SECOND_MS)}`;
   }
 
-  /** @returns {string} what is being done for it */
+  /** @returns {string} what is being done for it: a word or two, and perhaps a colon and how far it is */
   #doing() {
     const job = this.#job;
-    if (this.#trouble) return this.#trouble;
-    if (!job) return this.entry.job ? "Queued" : "Sending…";
-    if (job.cancelling) return "Stopping…";
+    if (!job) return this.entry.job ? "Asking" : "Sending";
+    if (job.cancelling) return "Stopping";
     const ahead = job.queue_position ?? 0;
     const loading = this.gallery.server.loading(job.model);
     if (loading) return `Loading the model, which was not in memory: ${loading}`;
-    if (job.status === "queued" && ahead)
-      return `Queued, ${ahead === 1 ? "one request" : `${ahead} requests`} before it`;
+    if (job.status === "queued" && ahead) return `Queued: ${ahead === 1 ? "one is" : `${ahead} are`} before it`;
     if (job.status === "queued") return "Next in the queue";
     const image = job.images?.find(({ stage, done, total }) => stage !== "decoder" || done !== total);
     if (!image) return "Finishing";
@@ -210,21 +237,26 @@ export class Card {
     return image.done === image.total ? "Waiting for the decoder" : `Prior: ${part} tokens`;
   }
 
+  /** @param {number} index of its image */
+  #tile(index) {
+    const tile = copyOf("tile");
+    for (const stage of ["prior", "decoder"]) find(`.${stage}`, tile).ariaLabel = `Image ${index + 1}, ${stage} stage`;
+    find(".open", tile).addEventListener("click", () => {
+      if (this.entry.images) this.gallery.viewer.show(this.entry, this.entry.images[index]);
+    });
+    return tile;
+  }
+
   /**
    * @param {HTMLElement} tile
    * @param {number} index of its image
    */
   #showProgress(tile, index) {
-    const at = this.#job?.images?.[index];
-    const done = (at?.done ?? 0) / (at?.total || 1);
-    const parts = {
-      prior: at?.stage === "decoder" ? 1 : at?.stage === "prior" ? done : 0,
-      decoder: at?.stage === "decoder" ? done : 0,
-    };
-    for (const [stage, value] of Object.entries(parts)) {
-      const bar = /** @type {HTMLProgressElement} */ (find(`.${stage}`, tile));
-      bar.value = value;
-      bar.ariaLabel = `Image ${index + 1}, ${stage} stage`;
+    const { stage, done = 0, total } = this.#job?.images?.[index] ?? { stage: "waiting" };
+    const part = done / (total || 1);
+    const parts = { prior: stage === "decoder" ? 1 : part, decoder: stage === "decoder" ? part : 0 };
+    for (const [name, value] of Object.entries(parts)) {
+      /** @type {HTMLProgressElement} */ (find(`.${name}`, tile)).value = value;
     }
     tile.style.setProperty("--written", String(parts.prior));
     const preview = this.#job?.previews?.filter(({ image }) => image === index).at(-1);
@@ -237,23 +269,25 @@ export class Card {
   }
 
   /**
-   * @param {HTMLButtonElement} tile
+   * @param {HTMLElement} tile
    * @param {Made} made
    */
   #showImage(tile, made) {
     const image = /** @type {HTMLImageElement} */ (find("img", tile));
     if (image.getAttribute("src") === made.path) return;
+    const [open, note] = [find(".open", tile), find(".note", tile)];
+    image.addEventListener("error", async () => {
+      image.hidden = open.hidden = true;
+      note.textContent = "It could not be fetched. Reload the page to try again.";
+      const { status } = await fetch(made.path, { method: "HEAD" });
+      if (status === 404) note.textContent = "The server does not have it any more. “Again” makes the same.";
+    });
     image.loading = "lazy";
     image.src = made.path;
     image.alt = made.prompt;
     image.hidden = false;
-    image.addEventListener("error", () => {
-      tile.replaceChildren("The server has kept it for as long as it keeps images.");
-      tile.disabled = true;
-    });
     find(".bars", tile).hidden = true;
-    tile.ariaLabel = `Open: ${made.prompt}, seed ${made.seed}`;
-    tile.disabled = false;
-    tile.addEventListener("click", () => this.gallery.viewer.show(this.entry, made));
+    open.ariaLabel = `Open: ${made.prompt}, seed ${made.seed}`;
+    open.hidden = false;
   }
 }

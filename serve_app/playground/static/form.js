@@ -35,20 +35,23 @@ export class Form {
   #models = [];
 
   /**
-   * @param {(request: Entry["request"], sources: File[]) => void} generate
+   * @param {(request: Entry["request"], sources: File[]) => Promise<void>} generate
    */
   constructor(generate) {
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#say("");
-      generate(this.#request(), [...this.#sources.files]);
+      generate(this.#request(), [...this.#sources.files]).catch((error) => this.refuse(error));
     });
     this.#form.addEventListener("input", () => {
       this.#say("");
       this.#adapt();
-      sessionStorage.setItem(STORED_AS, JSON.stringify(this.#request()));
+      this.#save();
     });
     this.#model.addEventListener("change", () => this.#fit());
+    this.#size.addEventListener("change", () => {
+      if (this.#size.value === CUSTOM) this.#setSides(this.#chosen?.defaults.size ?? "");
+    });
     find("#prompt").addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
@@ -60,7 +63,7 @@ export class Form {
     });
     for (const example of document.querySelectorAll(".example")) {
       example.addEventListener("click", () => {
-        this.#fill({ prompt: example.textContent ?? "" });
+        this.#fill({ prompt: example.textContent?.trim().replace(/\s+/g, " ") ?? "" });
         this.#form.requestSubmit();
       });
     }
@@ -77,6 +80,7 @@ export class Form {
     this.#fit();
     this.#fill(JSON.parse(sessionStorage.getItem(STORED_AS) ?? "{}"));
     find("#generate").removeAttribute("disabled");
+    this.#say("");
   }
 
   /**
@@ -86,8 +90,10 @@ export class Form {
    */
   put(request, sources) {
     this.#form.reset();
+    this.#say("");
     this.#fill(request);
     this.#sources.replace(sources);
+    this.#save();
     find("#prompt").focus();
   }
 
@@ -98,7 +104,7 @@ export class Form {
   }
 
   /**
-   * Say why the server did not take what was filled in.
+   * Say why something could not be done with what was filled in.
    * @param {unknown} error
    */
   refuse(error) {
@@ -112,7 +118,7 @@ export class Form {
 
   /** @param {string} problem */
   #say(problem) {
-    find("#problem").textContent = problem;
+    if (find("#problem").textContent !== problem) find("#problem").textContent = problem; // heard once
     for (const field of this.#form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
   }
 
@@ -140,15 +146,19 @@ export class Form {
       if (field instanceof HTMLInputElement && field.type === "checkbox") field.checked = Boolean(value);
       else if (field instanceof HTMLInputElement || field instanceof HTMLTextAreaElement) field.value = String(value);
       else if (field instanceof HTMLSelectElement && has(field, String(value))) field.value = String(value);
-      else if (field === this.#size) [this.#width.value, this.#height.value] = this.#custom(String(value));
+      else if (field === this.#size) this.#setSides(String(value));
     }
     this.#adapt();
   }
 
   /** @param {string} size that is none of those offered */
-  #custom(size) {
+  #setSides(size) {
     this.#size.value = CUSTOM;
-    return size.split("x");
+    [this.#width.value, this.#height.value] = size.split("x");
+  }
+
+  #save() {
+    sessionStorage.setItem(STORED_AS, JSON.stringify(this.#request()));
   }
 
   get #chosen() {
@@ -167,6 +177,10 @@ export class Form {
     find("#prompt").setAttribute("maxlength", String(limits.prompt_chars));
     find("#n").setAttribute("max", String(limits.n));
     find("#num_inference_steps").setAttribute("max", String(limits.num_inference_steps));
+    for (const quality of find("#quality").querySelectorAll("option")) {
+      quality.disabled = Number(quality.dataset.steps ?? 0) > limits.num_inference_steps;
+    }
+    find("#seed").setAttribute("max", String(Number.MAX_SAFE_INTEGER - limits.n)); // each image has the next one
     find("#guidance_scale").setAttribute("max", String(limits.guidance_scale));
     find("#strength").setAttribute("placeholder", String(defaults.strength ?? ""));
     for (const side of [this.#width, this.#height]) {
@@ -207,7 +221,6 @@ export class Form {
     for (const side of [this.#width, this.#height]) {
       side.disabled = !isCustom;
       find(`#${side.id}-field`).hidden = !isCustom;
-      side.value ||= defaults.size.split("x")[side === this.#width ? 0 : 1];
     }
     this.#size.options[0].text = isEditing ? "Like the first image" : `Default, ${defaults.size.replace("x", "×")}`;
     const quality = /** @type {HTMLSelectElement} */ (find("#quality"));
@@ -230,14 +243,16 @@ function has(select, value) {
  * The smallest square and, as large as the model's default, some shapes.
  * @param {Model} model
  */
-function sizesOf({ sizes: { min, max, multiple_of }, defaults }) {
+function sizesOf({ sizes: { min, max, multiple_of }, defaults, limits }) {
   const [width, height] = defaults.size.split("x").map(Number);
+  const pixels = Math.min(width * height, limits.pixels);
   /** @param {number} side */
-  const fitting = (side) => Math.min(max, Math.max(min, Math.round(side / multiple_of) * multiple_of));
-  const shapes = SHAPES.map(({ name, ratio }) => ({
-    name,
-    width: fitting(Math.sqrt(width * height * ratio)),
-    height: fitting(Math.sqrt((width * height) / ratio)),
-  }));
-  return min * min < width * height ? [{ name: "Small", width: min, height: min }, ...shapes] : shapes;
+  const fitting = (side) => Math.min(max, Math.max(min, Math.floor(side / multiple_of) * multiple_of));
+  const shapes = SHAPES.map(({ name, ratio }) => {
+    return { name, width: fitting(Math.sqrt(pixels * ratio)), height: fitting(Math.sqrt(pixels / ratio)) };
+  });
+  const small = { name: "Small", width: min, height: min };
+  return [...(min * min < pixels ? [small] : []), ...shapes].filter(
+    ({ width, height }) => width * height <= limits.pixels,
+  );
 }

@@ -4,9 +4,10 @@ import { Card } from "./card.js";
 import { find, pause } from "./page.js";
 import { entries, forget, keep } from "./store.js";
 
+/** @typedef {import("./api.js").ServerError} ServerError */
 /** @typedef {import("./store.js").Entry} Entry */
 
-/** Browsers keep six connections to a server, for all tabs together, and each job that is followed takes one. */
+/** Browsers have six connections to a server, for all windows together, and each job that is followed takes one. */
 const FOLLOWED_AT_ONCE = 2;
 const LOOK_MS = 2000;
 
@@ -29,7 +30,10 @@ export class Gallery {
 
   /** Show what this browser has kept, and go on with what has not ended. */
   async open() {
-    for (const entry of await entries()) this.#add(entry);
+    for (const entry of await entries()) {
+      const card = this.#add(entry);
+      this.#run(card, (refusal) => card.fail(refusal.message));
+    }
     this.#showWhetherEmpty();
   }
 
@@ -41,28 +45,41 @@ export class Gallery {
     const id = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0"));
     const entry = { id: id.join(""), created: Date.now(), request, sources };
     await keep(entry);
-    this.#add(entry);
+    const card = this.#add(entry);
     this.#showWhetherEmpty();
-    find("article").scrollIntoView({ block: "nearest" });
+    card.element.scrollIntoView({ block: "nearest" });
+    this.#run(card, async (refusal) => {
+      await this.remove(card);
+      this.form.refuse(refusal);
+    });
   }
 
   /** @param {Card} card */
   async remove(card) {
     const neighbour = card.element.nextElementSibling ?? card.element.previousElementSibling;
+    const hadFocus = card.element.contains(document.activeElement);
     card.element.remove();
     this.#waiting.delete(card);
-    await forget(card.entry.id);
     this.#showWhetherEmpty();
-    /** @type {HTMLElement} */ (
-      neighbour?.querySelector("button:not([hidden], [disabled])") ?? find("#prompt")
-    ).focus();
+    const next = neighbour?.querySelector("button:not([hidden], [disabled])") ?? find("#prompt");
+    if (hadFocus) /** @type {HTMLElement} */ (next).focus();
+    await forget(card.entry.id);
   }
 
   /** @param {Entry} entry */
-  async #add(entry) {
+  #add(entry) {
     const card = new Card(entry, this);
     find("#gallery").prepend(card.element);
-    if (!(await card.send())) return;
+    return card;
+  }
+
+  /**
+   * @param {Card} card
+   * @param {(refusal: ServerError) => void} refused is called if the server does not take the request
+   */
+  async #run(card, refused) {
+    const refusal = await card.send();
+    if (refusal) return refused(refusal);
     this.#waiting.add(card);
     this.#follow();
   }
@@ -73,9 +90,12 @@ export class Gallery {
     if (!card || this.#followed === FOLLOWED_AT_ONCE) return;
     this.#waiting.delete(card);
     this.#followed += 1;
-    await card.follow();
-    this.#followed -= 1;
-    this.#follow();
+    try {
+      await card.follow();
+    } finally {
+      this.#followed -= 1;
+      this.#follow();
+    }
   }
 
   /** Look now and then at those that are not followed. */

@@ -25,6 +25,8 @@ import { pause } from "./page.js";
 
 const PATH = "v1/images/jobs";
 const PREVIEWS = 3;
+const LONGEST_UPLOAD_MS = 600_000;
+const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 10_000;
 /** The server says something every 15 seconds; a line that is silent for longer is dead, and nobody has told. */
 const SILENCE_MS = 40_000;
@@ -45,9 +47,10 @@ export function filePath(url) {
 /**
  * Submit a request; one that was submitted already is not made again.
  * @param {Entry} entry
+ * @param {{quietly: boolean}} how whether no key is asked for
  * @returns {Promise<Job>}
  */
-export async function submit({ id, request, sources }) {
+export async function submit({ id, request, sources }, { quietly }) {
   const fields = { ...request, partial_images: PREVIEWS };
   /** @type {Record<string, string>} */
   const headers = { "Idempotency-Key": id };
@@ -61,12 +64,13 @@ export async function submit({ id, request, sources }) {
     body = JSON.stringify(fields);
     headers["Content-Type"] = "application/json";
   }
-  return (await ask(PATH, { method: "POST", headers, body })).json();
+  const signal = AbortSignal.timeout(LONGEST_UPLOAD_MS);
+  return (await ask(PATH, { method: "POST", headers, body, signal, quietly })).json();
 }
 
 /** @param {string} id @returns {Promise<Job>} */
 export async function look(id) {
-  return (await ask(`${PATH}/${id}`)).json();
+  return (await ask(`${PATH}/${id}`, { quietly: true })).json();
 }
 
 /** @param {string} id @returns {Promise<Job>} */
@@ -83,69 +87,78 @@ export async function purge(id) {
 }
 
 /**
- * A job whenever it has changed, until it has ended; null while the connection is lost.
+ * A job whenever it has changed, until it has ended; in between, why it is not heard of. While nobody sees the page
+ * it is let go, since a browser has six connections to a server for all its tabs.
  * @param {string} id
- * @returns {AsyncGenerator<Job | null, void>}
- * @throws {ServerError} there is no such job any more
+ * @returns {AsyncGenerator<Job | Error, void>}
+ * @throws {ServerError} 404, there is no such job, or for another key only
  */
 export async function* follow(id) {
-  let seen = "";
-  for (let wait = 500; ; wait = Math.min(wait * 2, LONGEST_PAUSE_MS)) {
+  for (let wait = FIRST_PAUSE_MS; ; wait = Math.min(wait * 2, LONGEST_PAUSE_MS)) {
+    await visible();
+    const line = new AbortController();
+    const { signal } = line;
+    const hangUp = () => line.abort();
+    let alarm = setTimeout(hangUp, SILENCE_MS);
+    document.addEventListener("visibilitychange", hangUp, { signal });
     try {
-      const headers = seen ? { "Last-Event-ID": seen } : undefined;
-      const response = await withinTime(ask(`${PATH}/${id}/events`, { headers }));
-      for await (const event of events(response)) {
+      const { body } = await ask(`${PATH}/${id}/events`, { signal, quietly: true });
+      for await (const event of events(body, () => {
+        clearTimeout(alarm);
+        alarm = setTimeout(hangUp, SILENCE_MS);
+      })) {
         if (event.event === "error") break;
         const job = /** @type {Job} */ (JSON.parse(event.data ?? ""));
-        seen = event.id ?? "";
-        wait = 500;
+        wait = FIRST_PAUSE_MS;
         yield job;
         if (hasEnded(job)) return;
       }
     } catch (error) {
-      const isRefused = error instanceof ServerError && error.status < 500;
-      if (isRefused || !(error instanceof ServerError || error instanceof TypeError)) throw error;
+      if (error instanceof ServerError && error.status === 404) throw error;
+      if (error instanceof ServerError) yield error;
+    } finally {
+      clearTimeout(alarm);
+      hangUp();
     }
-    yield null;
+    if (document.hidden) continue;
+    yield new Error("The connection is lost. The server goes on with it; connecting again…");
     await pause(wait);
   }
 }
 
-/**
- * @template T
- * @param {Promise<T>} reading
- * @returns {Promise<T>}
- * @throws {TypeError} it takes too long, as `fetch` has it
- */
-function withinTime(reading) {
-  return new Promise((resolve, reject) => {
-    const alarm = setTimeout(() => reject(new TypeError("The line is silent.")), SILENCE_MS);
-    reading.then(resolve, reject).finally(() => clearTimeout(alarm));
+/** @returns {Promise<void>} when somebody sees the page */
+function visible() {
+  return new Promise((resolve) => {
+    const look = () => {
+      if (document.hidden) return;
+      document.removeEventListener("visibilitychange", look);
+      resolve();
+    };
+    document.addEventListener("visibilitychange", look);
+    look();
   });
 }
 
 /**
  * Server-sent events, which the browser's own EventSource cannot ask for with a key:
  * https://html.spec.whatwg.org/multipage/server-sent-events.html
- * @param {Response} response
+ * @param {ReadableStream<Uint8Array<ArrayBuffer>> | null} body
+ * @param {() => void} heard called whenever anything comes
  * @returns {AsyncGenerator<Record<string, string>, void>} the fields of each
  */
-async function* events(response) {
-  if (!response.body) return;
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+async function* events(body, heard) {
+  if (!body) return;
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
-  try {
-    for (;;) {
-      const { done, value } = await withinTime(reader.read());
-      if (done) return;
-      const blocks = (text + value).replaceAll("\r\n", "\n").split("\n\n");
-      text = blocks.pop() ?? "";
-      for (const block of blocks) {
-        const lines = block.split("\n").filter((line) => !line.startsWith(":"));
-        if (lines.length) yield Object.fromEntries(lines.map((line) => line.split(/: ?(.*)/s)));
-      }
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    heard();
+    const blocks = (text + value).replaceAll("\r\n", "\n").split("\n\n");
+    text = blocks.pop() ?? "";
+    for (const block of blocks) {
+      const lines = block.split("\n").filter((line) => !line.startsWith(":"));
+      if (lines.length) yield Object.fromEntries(lines.map((line) => line.split(/: ?(.*)/s)));
     }
-  } finally {
-    reader.cancel().catch(() => {}); // which hangs up
   }
 }

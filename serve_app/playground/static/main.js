@@ -4,7 +4,7 @@ import { ServerError, ask } from "./api.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { askForKey } from "./key.js";
-import { find, inWords, pause } from "./page.js";
+import { find, pause } from "./page.js";
 import { Server } from "./server.js";
 import { Viewer } from "./viewer.js";
 
@@ -25,7 +25,7 @@ for (;;) {
     form.offer(data);
     break;
   } catch (error) {
-    find("#problem").textContent = inWords(error);
+    form.refuse(error);
     if (error instanceof ServerError && error.status === 401) break; // until a key is given
     await pause(AGAIN_MS);
   }

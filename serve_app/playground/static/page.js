@@ -49,10 +49,8 @@ export function pause(milliseconds) {
 
 /**
  * @param {unknown} error
- * @returns {string} what to show of it
+ * @returns {string}
  */
 export function inWords(error) {
-  if (error instanceof TypeError || error instanceof DOMException)
-    return "The server cannot be reached. Is it running, and is the network there?";
   return error instanceof Error ? error.message : String(error);
 }

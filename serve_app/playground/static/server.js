@@ -9,7 +9,8 @@ import { find, inWords, pause } from "./page.js";
 /** @typedef {import("./api.js").Status} Status */
 
 const LOOK_MS = 2000;
-const LONGEST_MS = 10_000;
+const LONGEST_LOOK_MS = 10_000;
+const LONGEST_UNLOAD_MS = 60_000;
 
 export class Server {
   /** @type {Health | null} */
@@ -53,29 +54,33 @@ export class Server {
       return;
     }
     this.#showStages(this.#health);
-    if (this.#refused === key()) return;
+    if (this.#refused === key()) return this.#showLocked();
     try {
       const status = /** @type {Status} */ (await look("v1/internal/status"));
       show(...this.#doing(status));
     } catch (error) {
       if (error instanceof ServerError && error.status === 401) {
         this.#refused = key();
-        show("locked", "Needs a key", "What it is doing is told to those who have an API key.");
+        this.#showLocked();
       } else show("away", "Not reached", inWords(error));
     }
+  }
+
+  #showLocked() {
+    show("locked", "Needs a key", "What it is doing is told to those who have an API key.");
   }
 
   /**
    * @param {Status} status
    * @returns {[string, string, string]} a word for the style, one for people, and more of them
    */
-  #doing({ status, queue_length, units }) {
-    const running = units.length - queue_length;
-    const waiting = queue_length ? `, ${queue_length} waiting` : "";
+  #doing({ status, jobs_queued, units }) {
+    const running = units.filter(({ stage }) => stage !== "waiting").length;
+    const queued = units.length - running + jobs_queued;
+    const waiting = queued ? `, ${queued} waiting` : "";
     const stages = Object.values(this.#health?.models ?? {}).flatMap((model) => Object.values(model));
     if (status === "generating") {
-      const words = running ? `${running === 1 ? "An image is" : `${running} images are`} being made` : "Images wait";
-      return ["generating", `Generating${waiting}`, `${words}${waiting}.`];
+      return ["generating", `Generating${waiting}`, `Images: ${running} being made${waiting}.`];
     }
     if (status === "loading") return ["loading", `Loading${waiting}`, `A model is being loaded${waiting}.`];
     if (stages.some(isLoaded)) return ["ready", "Ready", "Ready, and nothing to do."];
@@ -95,14 +100,23 @@ export class Server {
   /** @param {boolean} force whether running images are stopped */
   async #unload(force) {
     const [problem, anyway] = [find("#unload-problem"), find("#unload-anyway")];
+    /** @type {HTMLButtonElement} */
+    const button = find("#unload");
     problem.textContent = "";
-    anyway.hidden = true;
+    button.disabled = true;
     try {
-      await ask(`v1/internal/unload${force ? "?force=true" : ""}`, { method: "POST" });
+      await ask(`v1/internal/unload${force ? "?force=true" : ""}`, {
+        method: "POST",
+        signal: AbortSignal.timeout(LONGEST_UNLOAD_MS),
+      });
+      anyway.hidden = true;
     } catch (error) {
-      problem.textContent = inWords(error);
-      anyway.hidden = !(error instanceof ServerError && error.status === 409);
+      const isBusy = error instanceof ServerError && error.code === "generating";
+      problem.textContent = isBusy ? "Images are being made or wait for it; they would fail." : inWords(error);
+      anyway.hidden = !isBusy;
     }
+    button.disabled = false;
+    if (force) button.focus();
     await this.#look();
   }
 }
@@ -112,7 +126,7 @@ export class Server {
  * @returns {Promise<unknown>}
  */
 async function look(path) {
-  return (await ask(path, { quietly: true, signal: AbortSignal.timeout(LONGEST_MS) })).json();
+  return (await ask(path, { quietly: true, signal: AbortSignal.timeout(LONGEST_LOOK_MS) })).json();
 }
 
 /** @param {Stage} stage */

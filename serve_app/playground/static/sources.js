@@ -20,9 +20,10 @@ export class Sources extends EventTarget {
       input.value = "";
     });
     document.addEventListener("paste", (event) => {
-      if (!event.clipboardData?.files.length) return;
+      const data = event.clipboardData;
+      if (!data?.files.length || data.types.includes("text/plain")) return; // of text an office adds a picture
       event.preventDefault();
-      this.add(event.clipboardData.files);
+      this.add(data.files);
     });
     document.addEventListener("dragover", (event) => {
       if (!event.dataTransfer?.types.includes("Files")) return;

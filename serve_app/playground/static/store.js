@@ -20,16 +20,16 @@
 
 const STORE = "entries";
 
-/** @type {Promise<IDBDatabase> | undefined} */
+/** @type {Promise<IDBDatabase | null> | undefined} */
 let opened;
 
-/** @returns {Promise<IDBDatabase>} */
+/** @returns {Promise<IDBDatabase | null>} null where the browser keeps nothing, or is not allowed to */
 function database() {
-  opened ??= new Promise((resolve, reject) => {
+  opened ??= new Promise((resolve) => {
     const opening = indexedDB.open("playground", 1);
     opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id" });
     opening.onsuccess = () => resolve(opening.result);
-    opening.onerror = () => reject(opening.error);
+    opening.onerror = () => resolve(null);
   });
   return opened;
 }
@@ -38,10 +38,11 @@ function database() {
  * @template T
  * @param {IDBTransactionMode} mode
  * @param {(store: IDBObjectStore) => IDBRequest<T>} what
- * @returns {Promise<T>}
+ * @returns {Promise<T | undefined>}
  */
 async function run(mode, what) {
-  const transaction = (await database()).transaction(STORE, mode);
+  const transaction = (await database())?.transaction(STORE, mode);
+  if (!transaction) return undefined;
   const request = what(transaction.objectStore(STORE));
   return new Promise((resolve, reject) => {
     transaction.oncomplete = () => resolve(request.result);
@@ -51,13 +52,25 @@ async function run(mode, what) {
 
 /** @returns {Promise<Entry[]>} the oldest first */
 export async function entries() {
-  const all = /** @type {Entry[]} */ (await run("readonly", (store) => store.getAll()));
-  return all.sort((one, other) => one.created - other.created);
+  const all = /** @type {Entry[] | undefined} */ (await run("readonly", (store) => store.getAll()));
+  return (all ?? []).sort((one, other) => one.created - other.created);
 }
 
-/** @param {Entry} entry */
+/** @param {Entry} entry a new one */
 export async function keep(entry) {
-  await run("readwrite", (store) => store.put(entry));
+  await run("readwrite", (store) => store.add(entry));
+}
+
+/**
+ * Note how it is now; of one that was forgotten meanwhile, in another tab say, nothing is kept.
+ * @param {Entry} entry
+ */
+export async function update(entry) {
+  await run("readwrite", (store) => {
+    const looking = store.getKey(entry.id);
+    looking.onsuccess = () => looking.result !== undefined && store.put(entry);
+    return looking;
+  });
 }
 
 /** @param {string} id */

@@ -1,5 +1,6 @@
 /** One image, large: how it was made, and what can be done with it. */
 
+import { ask } from "./api.js";
 import { key } from "./key.js";
 import { find } from "./page.js";
 import { snippet } from "./snippets.js";
@@ -34,8 +35,12 @@ export class Viewer {
     find("#use").addEventListener("click", async () => {
       const { href, download } = this.#download;
       this.#dialog.close();
-      const file = await (await fetch(href)).blob();
-      form.addSource(new File([file], download, { type: file.type }));
+      try {
+        const file = await (await ask(href)).blob();
+        form.addSource(new File([file], download, { type: file.type }));
+      } catch (error) {
+        form.refuse(error);
+      }
     });
     const copy = find("#copy");
     copy.hidden = !navigator.clipboard; // which there is by https and on this machine only
