@@ -8,6 +8,8 @@ import { snippet } from "./snippets.js";
 /** @typedef {import("./store.js").Entry} Entry */
 /** @typedef {import("./store.js").Made} Made */
 
+const LONGEST_DOWNLOAD_MS = 600_000;
+
 export class Viewer {
   /** @type {HTMLDialogElement} */
   #dialog = find("#viewer");
@@ -36,7 +38,7 @@ export class Viewer {
       const { href, download } = this.#download;
       this.#dialog.close();
       try {
-        const file = await (await ask(href)).blob();
+        const file = await (await ask(href, { signal: AbortSignal.timeout(LONGEST_DOWNLOAD_MS) })).blob();
         form.addSource(new File([file], download, { type: file.type }));
       } catch (error) {
         form.refuse(error);
