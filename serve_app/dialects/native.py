@@ -64,7 +64,8 @@ class Status(BaseModel):
     status: Literal["idle", "loading", "generating"]
     queue_length: int = Field(description="Images that wait for a stage.")
     jobs_queued: int = Field(
-        description="Jobs that have not begun, whichever ingress is to run them; up to five seconds old."
+        description="Jobs that have not begun, whichever ingress is to run them: counted every five seconds, "
+        "while the database can be reached."
     )
     units: list[Unit]
 

@@ -1,8 +1,8 @@
 /** One request: how far it is, or its images, or why there are none. */
 
-import { ServerError } from "./api.js";
+import { ServerError, ask } from "./api.js";
 import { cancel, filePath, follow, hasEnded, look, purge, submit } from "./jobs.js";
-import { announce, copyOf, duration, find, inWords, pause } from "./page.js";
+import { FIRST_PAUSE_MS, announce, copyOf, duration, find, inWords, longer, pause } from "./page.js";
 import { update } from "./store.js";
 
 /** @typedef {import("./jobs.js").Job} Job */
@@ -10,8 +10,6 @@ import { update } from "./store.js";
 /** @typedef {import("./store.js").Made} Made */
 
 const SECOND_MS = 1000;
-const FIRST_PAUSE_MS = 1000;
-const LONGEST_PAUSE_MS = 10_000;
 /** What the same request would be answered another time, with another key, or when there is room. */
 const PASSING = [401, 408, 429];
 
@@ -67,17 +65,17 @@ export class Card {
     for (let tries = 0, wait = FIRST_PAUSE_MS; !this.entry.job && !this.#isGone; tries += 1) {
       try {
         this.#job = await submit(this.entry, { quietly: tries > 0 });
-        this.entry.job = this.#job.id;
-        this.#trouble = "";
-        if (this.#isGone) await cancel(this.#job.id);
-        else await update(this.entry);
       } catch (error) {
         if (error instanceof ServerError && error.status < 500 && !PASSING.includes(error.status)) return error;
         this.#trouble = `Not sent yet. ${inWords(error)} It is sent again by itself.`;
         this.#show();
         await pause(wait);
-        wait = Math.min(wait * 2, LONGEST_PAUSE_MS);
+        wait = longer(wait);
+        continue;
       }
+      this.entry.job = this.#job.id;
+      this.#trouble = "";
+      await (this.#isGone ? cancel(this.entry.job) : update(this.entry));
     }
     this.#show();
     return null;
@@ -93,7 +91,8 @@ export class Card {
         if (!(told instanceof Error)) await this.#hear(told);
         this.#show();
       }
-    } catch {
+    } catch (error) {
+      if (!(error instanceof ServerError)) throw error;
       this.#isUnknown = true;
       this.#trouble = "The server does not know this request, or no more, or it belongs to another API key.";
       this.#show();
@@ -103,12 +102,10 @@ export class Card {
   /** Show how far it is now. */
   async look() {
     if (this.#hasEnded) return;
-    try {
-      await this.#hear(await look(this.entry.job ?? ""));
-      this.#show();
-    } catch {
-      // It is followed before long, which tells what is the matter.
-    }
+    const job = await look(this.entry.job ?? "").catch(() => null); // to follow it tells what is the matter
+    if (!job) return;
+    await this.#hear(job);
+    this.#show();
   }
 
   /**
@@ -279,8 +276,11 @@ export class Card {
     image.addEventListener("error", async () => {
       image.hidden = open.hidden = true;
       note.textContent = "It could not be fetched. Reload the page to try again.";
-      const { status } = await fetch(made.path, { method: "HEAD" });
-      if (status === 404) note.textContent = "The server does not have it any more. “Again” makes the same.";
+      const isGone = await ask(made.path, { method: "HEAD" }).then(
+        () => false,
+        (error) => error instanceof ServerError && error.status === 404,
+      );
+      if (isGone) note.textContent = "The server does not have it any more. “Again” makes the same.";
     });
     image.loading = "lazy";
     image.src = made.path;

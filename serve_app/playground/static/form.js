@@ -41,6 +41,7 @@ export class Form {
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#say("");
+      this.#save();
       generate(this.#request(), [...this.#sources.files]).catch((error) => this.refuse(error));
     });
     this.#form.addEventListener("input", () => {

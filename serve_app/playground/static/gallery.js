@@ -98,10 +98,10 @@ export class Gallery {
     }
   }
 
-  /** Look now and then at those that are not followed. */
+  /** Look now and then, while somebody sees the page, at those that are not followed. */
   async #lookAtOthers() {
     for (;;) {
-      for (const card of this.#waiting) await card.look();
+      for (const card of document.hidden ? [] : this.#waiting) await card.look();
       await pause(LOOK_MS);
     }
   }

@@ -1,7 +1,7 @@
 /** Requests as jobs of the server, which go on whatever becomes of this page and its connection. */
 
 import { ServerError, ask } from "./api.js";
-import { pause } from "./page.js";
+import { FIRST_PAUSE_MS, longer, pause } from "./page.js";
 
 /** @typedef {import("./store.js").Entry} Entry */
 
@@ -26,8 +26,6 @@ import { pause } from "./page.js";
 const PATH = "v1/images/jobs";
 const PREVIEWS = 3;
 const LONGEST_UPLOAD_MS = 600_000;
-const FIRST_PAUSE_MS = 500;
-const LONGEST_PAUSE_MS = 10_000;
 /** The server says something every 15 seconds; a line that is silent for longer is dead, and nobody has told. */
 const SILENCE_MS = 40_000;
 
@@ -94,7 +92,7 @@ export async function purge(id) {
  * @throws {ServerError} 404, there is no such job, or for another key only
  */
 export async function* follow(id) {
-  for (let wait = FIRST_PAUSE_MS; ; wait = Math.min(wait * 2, LONGEST_PAUSE_MS)) {
+  for (let wait = FIRST_PAUSE_MS; ; wait = longer(wait)) {
     await visible();
     const line = new AbortController();
     const { signal } = line;

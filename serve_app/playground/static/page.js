@@ -47,6 +47,17 @@ export function pause(milliseconds) {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
+/** The first pause before something is tried again. */
+export const FIRST_PAUSE_MS = 500;
+
+/**
+ * @param {number} milliseconds that the last pause took
+ * @returns {number} those of the next one, ten seconds at most
+ */
+export function longer(milliseconds) {
+  return Math.min(milliseconds * 2, 10_000);
+}
+
 /**
  * @param {unknown} error
  * @returns {string}

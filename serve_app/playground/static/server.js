@@ -147,7 +147,7 @@ function inShort({ state, progress }) {
 function row(model, stage, is) {
   const line = document.createElement("tr");
   const replicas = (is.replicas ?? 0) > 1 ? ` ×${is.replicas}` : "";
-  const state = `${is.state === "loading" ? `loading ${is.progress === undefined ? "" : inShort(is)}` : is.state}`;
+  const state = is.state === "loading" && is.progress !== undefined ? `loading ${inShort(is)}` : is.state;
   for (const text of [model, stage, `${state}${replicas}${is.reason ? `: ${is.reason}` : ""}`]) {
     line.insertCell().textContent = text;
   }
