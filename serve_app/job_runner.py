@@ -252,9 +252,11 @@ class JobRunner:
             run.stop("not ours")
         return job
 
-    async def purge(self, owner: Owner, job_id: str) -> None:
+    async def purge(self, owner: Owner, job_id: str) -> Job:
         """Delete an ended job and its files now, see `JobStore.purge`."""
-        await self._files.delete((await self._store.purge(owner, job_id)).files)
+        job = await self._store.purge(owner, job_id)
+        await self._files.delete(job.files)
+        return job
 
     async def _begin_some(self) -> None:
         """Begin with jobs while there is room; then wait until there may be some again."""

@@ -345,10 +345,10 @@ def router(
         job = await runner.cancel(owner(request), job_id)
         return await views.whole(job, links.base(request))
 
-    @routes.post(PATH + "/{job_id}/purge", status_code=204, responses=errors(404, 409, 503))
-    async def purge_job(job_id: str, request: Request) -> None:
+    @routes.post(PATH + "/{job_id}/purge", response_model_exclude_none=True, responses=errors(404, 409, 503))
+    async def purge_job(job_id: str, request: Request) -> JobSummary:
         """Delete a job that has ended, and its images, now; they would be kept until it expires."""
-        await runner.purge(owner(request), job_id)
+        return summary(await runner.purge(owner(request), job_id))
 
     @routes.get("/.well-known/jwks.json", responses=errors(503))
     async def signing_keys() -> dict[str, Any]:
