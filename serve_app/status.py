@@ -113,6 +113,8 @@ class StatusReader:
             self._statuses = {
                 model: {
                     stage: self._status(one, overviews[one.name], reports.get(one.name, []))
+                    if one.name in overviews
+                    else self._last(model, stage)
                     for stage, one in stages.items()
                 }
                 for model, stages in self._deployments.items()
@@ -122,13 +124,20 @@ class StatusReader:
             self._reading = None
 
     async def replicas(self, models: Iterable[str]) -> int:
-        """How many replicas of these models there are now, in any state."""
+        """How many replicas of these models there are now, in any state; one, where Serve does not say."""
         overviews = await self._overviews()
         names = [stage.name for model in models for stage in self._deployments[model].values()]
-        return sum(sum(overviews[name].replica_states.values()) for name in names)
+        return sum(sum(overviews[name].replica_states.values()) if name in overviews else 1 for name in names)
+
+    def _last(self, model: str, stage: str) -> StageStatus:
+        """What was known of a stage last."""
+        return self._statuses.get(model, {}).get(stage, {"state": "unloaded"})
 
     async def _overviews(self) -> dict[str, DeploymentStatusOverview]:
-        """Serve's word on each deployment; it takes 20 to 50 ms."""
+        """Serve's word on each deployment; it takes 20 to 50 ms.
+
+        While Serve makes an update ready it may know nothing of some.
+        """
         status = await asyncio.to_thread(serve.status)
         return status.applications[self._app_name].deployments
 

@@ -101,8 +101,9 @@ class Site:
 
     def decoders(self, http: httpx.Client) -> int:
         """How many are ready."""
-        stage = http.get("/health").json()["models"]["glm-image"]["decoder"]
-        return int(stage.get("replicas", 0))
+        answer = http.get("/health")
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["models"]["glm-image"]["decoder"].get("replicas", 0))
 
     def add(self, kind: str) -> None:
         gpus = 0 if kind == "ingress" else 1

@@ -35,6 +35,7 @@ class Serve:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.replicas: dict[str, int] = {}
         self.health = "HEALTHY"
+        self.updating = False
         self.asked = 0
         monkeypatch.setattr(serve, "status", self._status)
 
@@ -42,7 +43,8 @@ class Serve:
         self.asked += 1
         of_a_deployment: Any = DeploymentStatusOverview
         overview = of_a_deployment(self.health, "AUTOSCALING", self.replicas, "")
-        return SimpleNamespace(applications={"app": SimpleNamespace(deployments={"d": overview})})
+        deployments = {} if self.updating else {"d": overview}
+        return SimpleNamespace(applications={"app": SimpleNamespace(deployments=deployments)})
 
 
 @pytest.fixture
@@ -140,3 +142,20 @@ def test_who_asks_again_and_again_does_not_wait_and_serve_is_asked_once_a_second
 def test_replicas_are_counted_in_any_state(controller: Serve) -> None:
     controller.replicas = {"RUNNING": 2, "STARTING": 1, "STOPPING": 3}
     assert asyncio.run(reader([]).replicas(["m"])) == 6
+
+
+def test_while_serve_makes_an_update_ready_the_last_word_holds(controller: Serve) -> None:
+    controller.replicas = {"RUNNING": 1}
+    stages = reader([READY])
+
+    async def read() -> list[str]:
+        controller.updating = True
+        states = [(await stages.read(fresh=True))["m"]["prior"]["state"]]
+        controller.updating = False
+        states.append((await stages.read(fresh=True))["m"]["prior"]["state"])
+        controller.updating = True
+        states.append((await stages.read(fresh=True))["m"]["prior"]["state"])
+        assert await stages.replicas(["m"]) > 0, "nobody has said that they are gone"
+        return states
+
+    assert asyncio.run(read()) == ["unloaded", "ready", "ready"]
