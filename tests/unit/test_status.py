@@ -150,7 +150,7 @@ def test_while_serve_makes_an_update_ready_the_last_word_holds(controller: Serve
 
     async def read() -> list[str]:
         controller.updating = True
-        states = [(await stages.read(fresh=True))["m"]["prior"]["state"]]
+        states: list[str] = [(await stages.read(fresh=True))["m"]["prior"]["state"]]
         controller.updating = False
         states.append((await stages.read(fresh=True))["m"]["prior"]["state"])
         controller.updating = True
