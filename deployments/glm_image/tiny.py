@@ -113,24 +113,43 @@ def _pipeline(sizes: Sizes) -> GlmImagePipeline:
             vision_language_encoder=_prior(sizes, processor),
             vae=_vae(sizes),
             transformer=_dit(sizes),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                base_shift=0.25,
-                max_shift=0.75,
-                base_image_seq_len=256,
-                use_dynamic_shifting=True,
-                time_shift_type="linear",
-            ),
+            scheduler=scheduler(),
         )
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The released one."""
+    return FlowMatchEulerDiscreteScheduler(
+        base_shift=0.25,
+        max_shift=0.75,
+        base_image_seq_len=256,
+        use_dynamic_shifting=True,
+        time_shift_type="linear",
+    )
 
 
 def _processor(sizes: Sizes) -> GlmImageProcessor:
     """Ids: image tokens, then single bytes (a BPE without merges), then the control tokens."""
-    vision = [f"<|dit_token_{i}|>" for i in range(sizes.codebook + VISION_SPECIAL_TOKENS)]
-    image_start, image_end = vision[sizes.codebook :]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({token: id_ for id_, token in enumerate([*vision, *alphabet])}, merges=[]))
+    tokens = [*vision_tokens(sizes.codebook), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(BPE({token: id_ for id_, token in enumerate(tokens)}, merges=[]))
+    return processor(tokenizer, sizes.codebook)
+
+
+def vision_tokens(codebook: int) -> list[str]:
+    """What stands for the ids of images, start and end last."""
+    return [f"<|dit_token_{i}|>" for i in range(codebook + VISION_SPECIAL_TOKENS)]
+
+
+def processor(tokenizer: Tokenizer, codebook: int) -> GlmImageProcessor:
+    """A processor as the released one is.
+
+    Args:
+        tokenizer: of bytes, whose first ids are those of `vision_tokens`.
+        codebook: image tokens.
+    """
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    image_start, image_end = vision_tokens(codebook)[codebook:]
     return GlmImageProcessor(
         image_processor=GlmImageImageProcessorPil(
             patch_size=16,
@@ -143,6 +162,7 @@ def _processor(sizes: Sizes) -> GlmImageProcessor:
             bos_token=image_start,
             eos_token=image_end,
             pad_token="<|endoftext|>",  # noqa: S106 - a token of text, not a secret
+            padding_side="left",
             extra_special_tokens={
                 "image_token": "<|image|>",
                 "grid_bos_token": "<sop>",

@@ -1,0 +1,1 @@
+"""The demo checkpoint: what it knows, and what trains it."""

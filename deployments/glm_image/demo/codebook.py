@@ -1,0 +1,186 @@
+"""The image tokenizer: a vision encoder without layers, and its codebook.
+
+A code is a cell of one colour, or of two: one inside, one outside of one of a few dozen geometries. So the
+models can learn colours and geometries apart. The encoder's features are a cell's principal components, and
+codes are compared by angle, as the model does it.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+
+from deployments.glm_image.demo.model import CODEBOOK, GEOMETRIES, PAIRS, PLAIN, VISION_WIDTH
+from deployments.glm_image.demo.scenes import (
+    CELL,
+    COLOURS,
+    Frame,
+    backgrounds,
+    objects,
+    random_scene,
+    shifted,
+)
+
+if TYPE_CHECKING:
+    from transformers import GlmImageForConditionalGeneration
+
+    from deployments.glm_image.demo.scenes import Scene
+    from deployments.glm_image.demo.trainer import Workshop
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+PATCH = 16
+COMPONENTS = VISION_WIDTH // 3
+"""Of each colour channel; what is left of the width is a constant."""
+
+BATCHES = 60
+BATCH = 32
+SIDES = (11, 13, 16, 18, 24, 32)
+"""Cells a side of the pictures that the geometries are taken from."""
+UNALIGNED_EVERY = 4
+TRACE = 0.06
+"""A cell of which less than this shows a second colour anywhere is one of one colour."""
+ROUNDS = 30
+
+
+@torch.no_grad()
+def train(shop: Workshop) -> None:
+    """Find the components and the geometries; takes seconds on a GPU, minutes on two cores."""
+    torch.manual_seed(shop.seed)
+    chance = random.Random(f"codebook {shop.seed}")
+    kept = []
+    for number in range(BATCHES):
+        side = CELL * chance.choice(SIDES)
+        scenes = [shifted(random_scene(chance), chance) for _ in range(BATCH)]
+        masks, _ = _masks(scenes, Frame(side, side, number % UNALIGNED_EVERY > 0), shop.device)
+        kept.append(masks[~_is_plain(masks)])
+    masks = torch.cat(kept)
+    geometries = _k_means(masks)
+    flat = torch.full((1, PATCH * PATCH), 1 / PATCH, device=masks.device)
+    uneven = masks - masks.mean(1, keepdim=True)
+    _, directions = torch.linalg.eigh(uneven.T.double() @ uneven.double())
+    components = torch.cat([flat, directions.float().T.flip(0)[: COMPONENTS - 1]])
+    error = (masks - geometries[torch.cdist(masks, geometries).argmin(1)]).square().mean().sqrt()
+    shop.tell("codebook", f"{len(masks)} cells, {GEOMETRIES} geometries, error {error:.4f}")
+    torch.save({"components": components.cpu(), "geometries": geometries.cpu()}, shop.folder / "codebook.pt")
+
+
+def _k_means(masks: torch.Tensor) -> torch.Tensor:
+    centers = masks[torch.randperm(len(masks), device=masks.device)[:GEOMETRIES]]
+    for done in range(ROUNDS):
+        distances, nearest = torch.cdist(masks, centers).min(1)
+        counts = torch.bincount(nearest, minlength=GEOMETRIES)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, masks)
+        centers = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(1), centers)
+        if done < ROUNDS // 2:  # one that few need goes where one is needed most
+            rare = (counts < len(masks) / GEOMETRIES / 20).nonzero().flatten()
+            centers[rare] = masks[torch.multinomial(distances.square(), max(1, len(rare)))[: len(rare)]]
+    return centers
+
+
+def _is_plain(masks: torch.Tensor) -> torch.Tensor:
+    return (masks.amax(-1) < TRACE) | (masks.amin(-1) > 1 - TRACE)
+
+
+def _masks(scenes: list[Scene], frame: Frame, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each cell what its object covers, shape (scenes, rows, columns, 16 × 16), and that one's colour."""
+    covered = torch.zeros(len(scenes), *frame.shape, device=device)
+    rows, columns = (side // CELL for side in frame.shape)
+    colours = backgrounds(scenes, device)[:, None, None].repeat(1, rows, columns)
+    for drawn in objects(scenes, frame, device):
+        covered[drawn.scenes] = torch.maximum(covered[drawn.scenes], drawn.coverage)
+        most = functional.max_pool2d(drawn.coverage[:, None], CELL)[:, 0]
+        colours[drawn.scenes] = torch.where(
+            most > TRACE / 2, drawn.colours[:, None, None], colours[drawn.scenes]
+        )
+    half = functional.avg_pool2d(covered[:, None], 2)[:, 0]
+    return half.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3), colours
+
+
+class Codes:
+    """The codebook, and what it makes of scenes and of pictures."""
+
+    def __init__(self, shop: Workshop) -> None:
+        state = torch.load(shop.folder / "codebook.pt", map_location=shop.device, weights_only=True)
+        self._geometries = state["geometries"]
+        mean, std = (torch.tensor(values, device=shop.device) for values in (MEAN, STD))
+        palette = (torch.tensor(list(COLOURS.values()), device=shop.device) / 255 - mean) / std
+        inside, outside = (palette[numbers.to(shop.device)] for numbers in PAIRS.T)
+        shares = self._geometries[None, :, None, :]
+        cells = torch.lerp(outside[:, None, :, None], inside[:, None, :, None], shares).flatten(0, 1)
+        plain = palette[:, :, None].expand(-1, -1, PATCH * PATCH)
+        features = torch.cat([plain, cells]) @ state["components"].T
+        constant = features.flatten(1).norm(dim=1).mean()
+        width = 3 * COMPONENTS
+        self.weight = torch.zeros(VISION_WIDTH, 3, PATCH * PATCH, device=shop.device)
+        for channel in range(3):
+            self.weight[channel * COMPONENTS : (channel + 1) * COMPONENTS, channel] = state["components"]
+        self.weight = self.weight.flatten(1).half().float()  # as it is written
+        self.bias = functional.pad(constant[None], (width, VISION_WIDTH - width - 1))
+        vectors = functional.pad(features.flatten(1), (0, VISION_WIDTH - width)) + self.bias
+        self.vectors = functional.normalize(vectors, dim=1).half().float()
+
+    @torch.no_grad()
+    def of_scenes(self, scenes: list[Scene], frame: Frame) -> torch.Tensor:
+        """Ids of what scenes look like, the object always inside: shape (scenes, rows, columns)."""
+        masks, inside = _masks(scenes, frame, self.weight.device)
+        outside = backgrounds(scenes, self.weight.device)[:, None, None]
+        geometry = torch.cdist(masks.flatten(0, 2), self._geometries).argmin(1).view(inside.shape)
+        pair = inside * (len(COLOURS) - 1) + outside - (outside > inside).long()
+        mixed = PLAIN + pair * GEOMETRIES + geometry
+        plain = torch.where(masks.mean(-1) > 0.5, inside, outside.expand_as(inside))
+        return torch.where(_is_plain(masks), plain, mixed)
+
+    @torch.no_grad()
+    def of_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Ids that the vision encoder and the codebook give: shape (pictures, rows, columns)."""
+        half = functional.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
+        half = ((half + 1) * 127.5).round() / 255
+        mean, std = (torch.tensor(values, device=half.device)[None, :, None, None] for values in (MEAN, STD))
+        cut = ((half - mean) / std).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
+        features = cut.permute(0, 2, 3, 1, 4, 5).flatten(3) @ self.weight.T + self.bias
+        vectors = functional.normalize(self.vectors, dim=1)
+        return (functional.normalize(features, dim=-1) @ vectors.T).argmax(-1)
+
+
+class SumsOfParts(nn.Module):
+    """A parametrisation of a table with a row for each code: sums of rows for colours and geometries.
+
+    What a model learns of a red circle's edge it knows of a blue one's, too. Rows after them are their own.
+    """
+
+    def forward(self, parts: torch.Tensor) -> torch.Tensor:
+        """The table, from its parts."""
+        plain, inside, outside, geometries, rest = parts.split(
+            [*[PLAIN] * 3, GEOMETRIES, len(parts) - 3 * PLAIN - GEOMETRIES]
+        )
+        first, second = PAIRS.to(parts.device).T
+        mixed = (inside[first] + outside[second])[:, None] + geometries
+        return torch.cat([plain, mixed.flatten(0, 1), rest])
+
+    def right_inverse(self, table: torch.Tensor) -> torch.Tensor:
+        """The parts whose sums are nearest to a table."""
+        parts = 2 * PLAIN + GEOMETRIES
+        ones = torch.eye(3 * PLAIN + GEOMETRIES, device=table.device)
+        sums = self.forward(ones)[PLAIN:, -parts:]
+        nearest = torch.linalg.pinv(sums) @ table[PLAIN:CODEBOOK]
+        return torch.cat([table[:PLAIN], nearest, table[CODEBOOK:]])
+
+
+@torch.no_grad()
+def put_into(prior: GlmImageForConditionalGeneration, codes: Codes) -> None:
+    """Make it the autoregressive model's."""
+    visual, vq = prior.model.visual, prior.model.vqmodel
+    visual.patch_embed.proj.weight.copy_(codes.weight.view(-1, 3, PATCH, PATCH))
+    visual.patch_embed.proj.bias.copy_(codes.bias)
+    visual.embeddings.position_embedding.weight.zero_()
+    vq.quantize.embedding.weight.copy_(codes.vectors)
+    for convolution in (vq.quant_conv, vq.post_quant_conv):
+        convolution.weight.copy_(torch.eye(VISION_WIDTH)[:, :, None, None])
+        convolution.bias.zero_()
+    for part in (visual, vq):
+        part.requires_grad_(requires_grad=False)

@@ -1,0 +1,145 @@
+"""What trains the demo checkpoint: scenes, codes, requests, and the loop."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from diffusers import GlmImagePipeline
+from torch.nn.utils import parametrize
+
+from deployments.glm_image.demo import codebook, decoder, model, prior, samples, trainer, vae
+from deployments.glm_image.demo.codebook import Codes, SumsOfParts
+from deployments.glm_image.demo.scenes import COLOURS, Frame, Scene, draw, random_scene
+from deployments.glm_image.demo.trainer import Workshop
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codebook, "BATCHES", 6)
+        shop = Workshop(tmp_path_factory.mktemp("demo"), torch.device("cpu"), minutes=0.02, workers=0)
+        codebook.train(shop)
+    return shop
+
+
+@pytest.fixture(scope="module")
+def codes(shop: Workshop) -> Codes:
+    return Codes(shop)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return model.processor()
+
+
+@pytest.fixture(scope="module")
+def net(processor: Any, codes: Codes) -> Any:
+    net = model.prior(processor)
+    codebook.put_into(net, codes)
+    return net
+
+
+def some_scenes(count: int) -> list[Scene]:
+    chance = random.Random("tests of the training")
+    return [random_scene(chance) for _ in range(count)]
+
+
+def test_a_crop_is_cut_from_the_picture() -> None:
+    scenes = some_scenes(8)
+    whole = draw(scenes, Frame(512, 768))
+    corners = tuple((32 * number, 64 * number) for number in range(8))
+    crops = draw(scenes, Frame(512, 768, crop=256, corners=corners))
+    for picture, crop, (top, left) in zip(whole, crops, corners, strict=True):
+        assert torch.allclose(picture[:, top : top + 256, left : left + 256], crop, atol=1e-4)
+
+
+def test_cells_of_one_colour_have_the_first_codes(codes: Codes) -> None:
+    for number, colour in enumerate(COLOURS):
+        scene = Scene(colour, some_scenes(1)[0].things[:0], "")
+        assert set(codes.of_pictures(draw([scene], Frame(512, 512))).flatten().tolist()) == {number}
+
+
+def test_a_scene_has_the_codes_that_its_picture_has_or_ones_that_look_alike(codes: Codes) -> None:
+    scenes = some_scenes(20)
+    drawn, seen = codes.of_scenes(scenes, Frame(512, 512)), codes.of_pictures(draw(scenes, Frame(512, 512)))
+    busy = drawn >= model.PLAIN
+    assert (drawn == seen)[~busy].float().mean() > 0.98
+    assert (drawn == seen)[busy].float().mean() > 0.5  # an edge is another one's, inside out
+    likeness = (codes.vectors[drawn] * codes.vectors[seen]).sum(-1)
+    assert likeness.min() > 0.8
+
+
+def test_the_model_reads_pictures_as_the_training_does(codes: Codes, net: Any, processor: Any) -> None:
+    picture = draw(some_scenes(1), Frame(512, 512))
+    pixels = ((picture[0] + 1) * 127.5).round().byte()
+    read = processor.image_processor(pixels, return_tensors="pt")
+    with torch.inference_mode():
+        features = net.get_image_features(read["pixel_values"], read["image_grid_thw"]).pooler_output
+        ids = net.get_image_tokens(torch.cat(features), read["image_grid_thw"])
+    assert torch.equal(ids.view(16, 16), codes.of_pictures(picture)[0])
+
+
+def test_a_table_is_the_sum_of_its_parts() -> None:
+    parts = torch.randn(3 * model.PLAIN + model.GEOMETRIES + 2, 5)
+    sums = SumsOfParts()
+    table = sums(parts)
+    assert table.shape == (model.CODEBOOK + 2, 5)
+    assert torch.allclose(sums(sums.right_inverse(table)), table, atol=1e-4)
+
+
+@pytest.mark.parametrize("editing", [False, True])
+@pytest.mark.parametrize("size", [(512, 512), (512, 768), (1024, 768)])
+def test_requests_are_those_that_the_processor_makes(
+    editing: bool, size: tuple[int, int], net: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prior, "EDITS", float(editing))
+    monkeypatch.setattr(prior, "PREVIEWS", 0.0)
+    monkeypatch.setattr(prior, "pick_size", lambda _: size)
+    batch = prior.make_batch(processor.tokenizer, 4000, random.Random(0))
+    height, width = size
+    for line, scene in enumerate(batch.scenes):
+        content: list[dict[str, Any]] = [{"type": "text", "text": scene.sentence}]
+        if editing:
+            content.insert(0, {"type": "image", "image": torch.zeros(3, height, width, dtype=torch.uint8)})
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"target_h": height, "target_w": width},
+        )
+        (ids,) = inputs["input_ids"]
+        assert batch.prompts[line][-len(ids) :].tolist() == ids.tolist()
+        assert (batch.valid[line][: batch.prompts.shape[1]].sum()) == len(ids)
+        positions, _ = net.model.get_rope_index(
+            inputs["input_ids"],
+            image_grid_thw=inputs["image_grid_thw"],
+            images_per_sample=inputs.get("images_per_sample"),
+        )
+        begins = batch.prompts.shape[1] - len(ids)
+        assert torch.equal(batch.positions[:, line, begins : batch.prompts.shape[1]], positions[:, 0])
+
+
+def test_training_goes_on_and_ends_with_a_checkpoint(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prior, "TOKENS", {"cpu": 700})
+    monkeypatch.setattr(decoder, "BATCH", {"cpu": 1})
+    monkeypatch.setattr(vae, "BATCH", {"cpu": 1})
+    monkeypatch.setattr(vae, "MEASURED", 1)
+    monkeypatch.setattr(trainer, "TELL_EVERY_S", 0)
+    monkeypatch.setattr(samples, "COLUMNS", 1)
+    for part in (vae, prior, decoder):
+        part.train(shop)
+    told = capsys.readouterr().out
+    assert all(f"{part}: step 1, " in told for part in ("vae", "prior", "decoder"))
+    longer = Workshop(shop.folder, shop.device, minutes=2 * shop.minutes, workers=0)
+    prior.train(longer)
+    assert "prior: goes on at step" in capsys.readouterr().out
+    samples.paint(longer)
+    assert (shop.folder / "samples.png").exists()
+    pipeline = GlmImagePipeline.from_pretrained(shop.checkpoint)
+    table = pipeline.transformer.prior_token_embedding
+    assert not parametrize.is_parametrized(table)
+    assert table.weight.shape[0] == model.CODEBOOK
