@@ -4,7 +4,7 @@
 #   docker build -t glm-image-server:0.1.0-ray2.60.0-cpu --build-arg TORCH_INDEX=ADDRESS .
 #
 # The second one is for machines without NVIDIA GPUs, and some gigabytes smaller; ADDRESS is the one that pytorch.org
-# shows for Pip and CPU. There are no weights in either.
+# shows for Pip and CPU. There are no weights in either but the demo's.
 
 # The Python with which requirements.lock was chosen and the tests run. All nodes of a Ray cluster need the same one.
 ARG PYTHON=3.11
@@ -52,5 +52,5 @@ EXPOSE 8000
 # Whether the process lives; it takes a minute to start. On Kubernetes KubeRay's probes stand in for this.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=2m --retries=3 \
   CMD ["wget", "--quiet", "--tries=1", "--timeout=4", "--output-document=/dev/null", "http://127.0.0.1:8000/livez"]
-# The tiny model, for those who share the container's network alone; KubeRay and compose.yaml run something else.
-CMD ["python", "-m", "serve_app", "configs/tiny.yaml"]
+# The demo, for those who share the container's network alone; KubeRay and compose.yaml run something else.
+CMD ["python", "-m", "serve_app", "configs/demo.yaml"]

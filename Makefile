@@ -1,6 +1,6 @@
 # Two commands: `make serve` and `make test`. Each needs only Python and make, and sets up .venv itself.
 
-CONFIG = configs/tiny.yaml
+CONFIG = configs/demo.yaml
 PYTHON ?= python3
 BIN := .venv/bin
 NODE := tests/serve/js tests/k8s tests/playground
@@ -14,7 +14,7 @@ help: ## List the targets
 # Only when given to make: shells and platforms have variables of these names too.
 option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
 
-serve: .venv/serve.stamp ## Serve CONFIG (configs/tiny.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https
+serve: .venv/serve.stamp ## Serve CONFIG (configs/demo.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https
 	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls)
 
 test: .venv/dev.stamp $(NODE_MODULES) ## Run the tests

@@ -38,7 +38,7 @@ class Source(Protocol):
 
     @property
     def checkpoint(self) -> str:
-        """A folder, a Hub id, or `tiny`."""
+        """A folder, a Hub id, or the name of one that is built in."""
 
     @property
     def revision(self) -> str | None:
@@ -50,7 +50,7 @@ def load(
     components: Mapping[str, Any],
     report: Callable[[float], None],
     *,
-    tiny: Callable[[], Path],
+    built_in: Mapping[str, Callable[[], Path]],
     device: str,
     dtype: str,
 ) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def load(
         model: which.
         components: their classes, by name.
         report: told the share that is loaded, 0 to 1.
-        tiny: the folder of the family's tiny checkpoint.
+        built_in: the folders of the family's own checkpoints, by name.
         device: where weights go.
         dtype: theirs, as torch calls it.
 
@@ -69,7 +69,7 @@ def load(
     """
     began = time.monotonic()
     patterns = [f"{name}/*.{suffix}" for name in components for suffix in FILE_TYPES]
-    folder = tiny() if model.checkpoint == "tiny" else _locate(model, ["model_index.json", *patterns])
+    folder = _locate(model, built_in, ["model_index.json", *patterns])
     sizes = {
         name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
         for name in components
@@ -96,7 +96,7 @@ def load_flat(
     reader_class: Any,
     report: Callable[[float], None],
     *,
-    tiny: Callable[[], Path],
+    built_in: Mapping[str, Callable[[], Path]],
     device: str,
     dtype: str,
 ) -> tuple[Any, Any]:
@@ -107,7 +107,7 @@ def load_flat(
         model_class: of the model, which is in its evaluation mode then.
         reader_class: of what prepares its input.
         report: told the share that is loaded, 0 to 1.
-        tiny: the folder of the tiny checkpoint.
+        built_in: the folders of our own checkpoints, by name.
         device: where weights go.
         dtype: theirs, as torch calls it.
 
@@ -115,7 +115,7 @@ def load_flat(
         CheckpointError: the checkpoint is missing or does not fit.
     """
     began = time.monotonic()
-    folder = tiny() if source.checkpoint == "tiny" else _locate(source, [f"*.{one}" for one in FILE_TYPES])
+    folder = _locate(source, built_in, [f"*.{one}" for one in FILE_TYPES])
     safe = {
         "trust_remote_code": False
     }  # classes that look into the checkpoint for theirs would ask a terminal
@@ -154,15 +154,17 @@ def _told(report: Callable[[float], None]) -> Iterator[None]:
     report(1.0)
 
 
-def _locate(source: Source, patterns: list[str]) -> Path:
+def _locate(source: Source, built_in: Mapping[str, Callable[[], Path]], patterns: list[str]) -> Path:
     """The checkpoint's folder, with at least these files downloaded if it comes from the Hub."""
+    if source.checkpoint in built_in:
+        return built_in[source.checkpoint]()
     folder = Path(source.checkpoint).expanduser()
     if folder.is_dir():
         return folder
     if source.revision is None:
         raise CheckpointError(
-            f"checkpoint {source.checkpoint!r} is not a folder on this machine; "
-            "if it is a Hub id, give `revision` (a commit's 40 digits) too"
+            f"checkpoint {source.checkpoint!r} is not a folder on this machine, nor built in "
+            f"({', '.join(built_in)}); if it is a Hub id, give `revision` (a commit's 40 digits) too"
         )
     flat = not any("/" in pattern for pattern in patterns)  # to the Hub, a star stands for folders, too
     try:

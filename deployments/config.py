@@ -266,11 +266,16 @@ class ModelConfig(Config):
     name: str = Field(
         min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="What clients call it."
     )
+    description: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What people should know of it, told in `/v1/models` and the playground.",
+    )
     family: str = Field(description=f"The architecture: {' or '.join(f'`{name}`' for name in FAMILIES)}.")
     checkpoint: str = Field(
         min_length=1,
-        description="A folder in diffusers' layout, a Hub id (then `revision` too), or `tiny`: "
-        "random weights, for trying things out on a CPU.",
+        description="A folder in diffusers' layout, a Hub id (then `revision` too), `demo`: a small "
+        "GLM-Image that paints simple scenes on a CPU, or `tiny`: random weights, for tests.",
     )
     revision: str | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""Serve a configuration on this machine: `python -m serve_app configs/tiny.yaml`.
+"""Serve a configuration on this machine: `python -m serve_app configs/demo.yaml`.
 
 What `make serve` runs. It starts a Ray of its own, serves until Ctrl-C or SIGTERM, and leaves nothing
 behind. On a Ray cluster use Ray's own `serve run` or `serve deploy` with the same file.
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m serve_app", description="Serve a configuration on this machine until Ctrl-C."
     )
-    parser.add_argument("config", type=Path, help="a Serve config file, such as configs/tiny.yaml")
+    parser.add_argument("config", type=Path, help="a Serve config file, such as configs/demo.yaml")
     parser.add_argument("--host", help="address to listen on, instead of the file's")
     parser.add_argument("--port", type=int, help="port to listen on, instead of the file's")
     parser.add_argument(
@@ -219,7 +219,8 @@ def _greet(http: _HTTPOptions, route_prefix: str, *, needs_key: bool) -> None:
     host = f"[{host}]" if ":" in host else host
     scheme = "https" if http.ssl_certfile else "http"
     address = f"{scheme}://{host}:{http.port}{route_prefix.rstrip('/')}"
-    body = '{"prompt": "a red boat at dawn", "size": "512x512", "num_inference_steps": 8}'
+    prompt = "a small red star above a blue circle on a yellow background"
+    body = f'{{"prompt": "{prompt}", "size": "512x512", "num_inference_steps": 8}}'
     key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
     trust = f" --cacert {http.ssl_certfile}" if http.ssl_certfile else ""
     print(

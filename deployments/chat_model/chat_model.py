@@ -63,7 +63,7 @@ class ChatModel:
             AutoModelForCausalLM,
             AutoTokenizer,
             report,
-            tiny=tiny.cached,
+            built_in={"tiny": tiny.cached},
             device=config.device,
             dtype=config.dtype,
         )

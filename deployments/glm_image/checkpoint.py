@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers import (
@@ -31,6 +32,8 @@ DECODER_COMPONENTS = {
     "vae": AutoencoderKL,
     "scheduler": FlowMatchEulerDiscreteScheduler,
 }
+DEMO = Path(__file__).parent / "demo/checkpoint"
+BUILT_IN = {"tiny": tiny.cached, "demo": lambda: DEMO}
 
 
 def load_prior(
@@ -49,7 +52,7 @@ def load_prior(
         model,
         PRIOR_COMPONENTS,
         report,
-        tiny=tiny.cached,
+        built_in=BUILT_IN,
         device=model.prior.device,
         dtype=model.prior.dtype,
     )
@@ -66,5 +69,7 @@ def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _:
     Raises:
         CheckpointError: the checkpoint or one of the components is missing or does not fit.
     """
-    parts = load(model, DECODER_COMPONENTS, report, tiny=tiny.cached, device="cpu", dtype=model.decoder.dtype)
+    parts = load(
+        model, DECODER_COMPONENTS, report, built_in=BUILT_IN, device="cpu", dtype=model.decoder.dtype
+    )
     return DecoderPipeline(**parts, vision_language_encoder=None, processor=None)

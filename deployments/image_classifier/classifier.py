@@ -72,7 +72,7 @@ class ImageClassifier:
             ViTForImageClassification,
             ViTImageProcessorPil,
             report,
-            tiny=tiny.cached,
+            built_in={"tiny": tiny.cached},
             device=config.device,
             dtype=config.dtype,
         )

@@ -22,6 +22,7 @@ DECODER_COMPONENTS = {
     "vae": AutoencoderKL,
     "scheduler": FlowMatchEulerDiscreteScheduler,
 }
+BUILT_IN = {"tiny": tiny.cached}
 
 
 def load_prior(
@@ -37,7 +38,7 @@ def load_prior(
         CheckpointError: the checkpoint or one of the two components is missing or does not fit.
     """
     stage = model.prior
-    parts = load(model, PRIOR_COMPONENTS, report, tiny=tiny.cached, device=stage.device, dtype=stage.dtype)
+    parts = load(model, PRIOR_COMPONENTS, report, built_in=BUILT_IN, device=stage.device, dtype=stage.dtype)
     return parts["text_encoder"], parts["tokenizer"]
 
 
@@ -51,5 +52,7 @@ def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _:
     Raises:
         CheckpointError: the checkpoint or one of the components is missing or does not fit.
     """
-    parts = load(model, DECODER_COMPONENTS, report, tiny=tiny.cached, device="cpu", dtype=model.decoder.dtype)
+    parts = load(
+        model, DECODER_COMPONENTS, report, built_in=BUILT_IN, device="cpu", dtype=model.decoder.dtype
+    )
     return DecoderPipeline(**parts, text_encoder=None, tokenizer=None)

@@ -192,6 +192,7 @@ def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model
         id=model.name,
         created=STARTED,
         owned_by="glm-image-server",
+        description=model.description,
         family=model.family,
         editing=family.max_sources > 0,
         max_source_images=family.max_sources,

@@ -287,6 +287,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="Seconds since 1970.")
     owned_by: str
+    description: str | None = Field(default=None, description="What people should know of it.")
     family: str
     editing: bool
     max_source_images: int

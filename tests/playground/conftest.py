@@ -26,7 +26,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     stay = {"min_replicas": 1}
     models = [
         tiny_model("glm-image", checkpoint=str(tiny.cached(SMALL_SIZES)), prior=stay, decoder=stay),
-        tiny_model("z-image") | {"family": "z_image"},
+        tiny_model("z-image") | {"family": "z_image", "description": "It paints noise."},
     ]
     with served(config_file(folder, models)) as running:
         until(lambda: "ready" in stages(running.url), START_TIMEOUT_S)

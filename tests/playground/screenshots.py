@@ -9,9 +9,10 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from tests.demo.conftest import CONFIG, demo_config
 from tests.playground.conftest import Visit, chromium, visiting
 from tests.playground.test_looks import SIZES
-from tests.serve.conftest import config_file, served, tiny_model
+from tests.serve.conftest import served
 
 
 def take(visit: Visit, name: Path, *, full_page: bool) -> None:
@@ -22,8 +23,8 @@ def take(visit: Visit, name: Path, *, full_page: bool) -> None:
 
     visit.open()
     shot("empty")
-    visit.file(visit.generate("A red boat at dawn, mist over a still lake", num_inference_steps=8))
-    card = visit.generate('A lighthouse with a sign that says "OPEN"', num_inference_steps=30)
+    visit.file(visit.generate("a small red star above a blue circle on a yellow background"))
+    card = visit.generate("a green triangle to the left of a purple square", num_inference_steps=30)
     visit.until(card, lambda words: words.startswith("Prior: 1"))
     shot("prior")
     visit.until(card, lambda words: words.startswith("Painting: step 1"))
@@ -41,10 +42,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    models = [tiny_model("glm-image", prior={"min_replicas": 1}, decoder={"min_replicas": 1})]
     with (
         tempfile.TemporaryDirectory() as kept,
-        served(config_file(Path(kept), models)) as running,
+        served(demo_config(Path(kept), CONFIG)) as running,
         sync_playwright() as playwright,
     ):
         browser = chromium(playwright)

@@ -220,7 +220,11 @@ def test_no_more_and_no_other_sources_are_taken_than_the_model_takes(visit: Visi
         bring(visit, "drop", picture(shade), name=f"{shade}.png")
     expect(problem).to_have_text("This model takes 4 images at most.")
     expect(visit.page.locator("#source-list img")).to_have_count(4)
+    description = visit.page.locator("#description")
+    expect(description).to_be_hidden()
     visit.page.select_option("#model", "z-image")
+    expect(description).to_have_text("It paints noise.")
+    expect(description).to_be_visible()
     expect(visit.page.locator("#source-list img")).to_have_count(1)
 
 

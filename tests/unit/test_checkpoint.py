@@ -4,14 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deployments.config import ModelConfig
+from deployments.chat_model.chat_model import ChatModel
+from deployments.config import ChatModelConfig, ClassifierConfig, ModelConfig
 from deployments.errors import CheckpointError
 from deployments.glm_image import checkpoint
+from deployments.image_classifier.classifier import ImageClassifier
+from deployments.z_image import checkpoint as z_image
 
 PRIOR = ("processor", "vision_language_encoder")
 DECODER = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
@@ -111,6 +115,46 @@ def test_precision_is_what_the_configuration_says(folder: Path, model_config: Co
     half = config.prior.model_copy(update={"dtype": "bfloat16"})
     prior, _ = checkpoint.load_prior(config.model_copy(update={"prior": half}))
     assert {weight.dtype for weight in prior.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_the_demo_is_its_folder(model_config: Configure, stage: str) -> None:
+    by_name, by_path = (weights(load(stage, model_config(one))) for one in ("demo", checkpoint.DEMO))
+    assert by_name.keys() == by_path.keys()
+    assert all(torch.equal(by_name[name], by_path[name]) for name in by_name)
+
+
+def weights(loaded: Any) -> dict[str, torch.Tensor]:
+    """Of a stage's largest model."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded.transformer
+    return dict(model.state_dict())
+
+
+def test_the_demo_fits_the_repository() -> None:
+    files = [file for file in checkpoint.DEMO.rglob("*") if file.is_file()]
+    assert {file.parent.name for file in files if file.suffix == ".safetensors"} == {
+        "vision_language_encoder",
+        "text_encoder",
+        "transformer",
+        "vae",
+    }
+    assert sum(file.stat().st_size for file in files) < 12 * 2**20
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda model: z_image.load_prior(model),
+        lambda model: z_image.load_decoder(model),
+        lambda _: ImageClassifier.load(ClassifierConfig(checkpoint="demo")),
+        lambda _: ChatModel.load(ChatModelConfig(checkpoint="demo", device="cpu")),
+    ],
+)
+def test_the_demo_is_of_glm_image_alone(
+    model_config: Configure, load: Callable[[ModelConfig], object]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"'demo' is not a folder .*, nor built in \(tiny\)"):
+        load(model_config("demo"))
 
 
 def test_a_folder_that_is_not_there(model_config: Configure, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import ModelConfig, StageConfig
+from deployments.glm_image.demo.scenes import COLOURS, SHAPES, SIZES
 from serve_app.app import build_app
 from serve_app.config import AppConfig
 
@@ -33,6 +34,17 @@ def test_a_shipped_configuration_is_valid_and_stays_on_this_machine(file: Path) 
     args = AppConfig.model_validate(application.args)
     assert not (is_clusters and args.auth.open)
     build_app(args)
+
+
+def test_what_make_serve_serves_is_the_demo_and_says_so() -> None:
+    (file,) = re.findall("^CONFIG = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    args = yaml.safe_load((ROOT / file).read_text())["applications"][0]["args"]
+    (model,) = AppConfig.model_validate(args).models
+    assert (model.name, model.checkpoint) == ("glm-image", "demo")
+    assert {model.prior.dtype, model.decoder.dtype} == {"float32"}
+    assert model.description
+    for known in ("demo", *COLOURS, *SHAPES, *SIZES):
+        assert known in model.description
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[P
         asked.append(request)
         yield PriorTokens(target=np.zeros((16, 16), dtype=np.int64))
 
-    def app(limits: dict[str, int] | None = None, **storage: Any) -> FastAPI:
-        model = model_config()
+    def app(limits: dict[str, int] | None = None, description: str | None = None, **storage: Any) -> FastAPI:
+        model = model_config().model_copy(update={"description": description})
         config = AppConfig.model_validate(
             {
                 "models": [model.model_dump()],
@@ -123,6 +123,17 @@ def test_the_playground_is_sent_compressed_and_once(make: Make) -> None:
                 assert file.status_code == 200, path
                 again = await client.get(f"/{path}", headers={"If-None-Match": file.headers["etag"]})
                 assert (again.status_code, again.content) == (304, b"")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("description", [None, "A demo, which knows circles alone."])
+def test_a_models_description_is_told(make: Make, description: str | None) -> None:
+    async def main() -> None:
+        async with client_of(make(description=description)) as client:
+            (model,) = (await client.get("/v1/models")).json()["data"]
+            assert model["description"] == description
+            assert (await client.get("/v1/models/m")).json() == model
 
     asyncio.run(main())
 

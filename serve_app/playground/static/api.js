@@ -5,6 +5,7 @@ import { askForKey, key } from "./key.js";
 /**
  * @typedef {object} Model
  * @property {string} id
+ * @property {string | null} description
  * @property {string} family
  * @property {boolean} editing
  * @property {number} max_source_images

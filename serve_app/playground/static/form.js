@@ -174,7 +174,9 @@ export class Form {
       const isTaken = model.parameters.includes(field.getAttribute("data-parameter") ?? "");
       field.toggleAttribute("data-not-taken", !isTaken);
     }
-    const { sizes, limits, defaults } = model;
+    const { sizes, limits, defaults, description } = model;
+    find("#description").textContent = description;
+    find("#description").hidden = !description;
     find("#prompt").setAttribute("maxlength", String(limits.prompt_chars));
     find("#n").setAttribute("max", String(limits.n));
     find("#num_inference_steps").setAttribute("max", String(limits.num_inference_steps));

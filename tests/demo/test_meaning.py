@@ -1,0 +1,185 @@
+"""The demo checkpoint paints what is asked for, whatever way it is asked: a real server, over HTTP."""
+
+import base64
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from deployments.glm_image.demo.scenes import COLOURS, Scene, Thing
+from deployments.types import Pixels
+from tests.demo.conftest import CONFIG, demo_config
+from tests.demo.judge import look, wrong
+from tests.serve.conftest import served
+from tests.serve.test_exactness import edit
+from tests.serve.test_exactness import generate as generate_some
+from tests.serve.test_jobs import ended, pixels, submit
+
+EXTRA = {"num_inference_steps": 8, "seed": 1}
+USUAL: dict[str, Any] = {"size": "512x512"} | EXTRA
+CLOSE, SLACK = 4, 0.25
+"""Of pixels' values, 0 to 255: previews are made of averaged latents, so that the last one differs too."""
+NEAR = 0.03
+"""Places that differ by less, as a share of a side, are the same: a pixel of the judge is 0.008."""
+CIRCLE = Scene("white", (Thing("circle", "red", "medium", 0.5, 0.5),), "a red circle on a white background")
+SCENES = [
+    Scene(
+        "yellow",
+        (Thing("star", "red", "small", 0.5, 0.25), Thing("circle", "blue", "medium", 0.5, 0.75)),
+        "a small red star above a blue circle on a yellow background",
+    ),
+    Scene(
+        "white",
+        (Thing("triangle", "green", "medium", 0.25, 0.5), Thing("square", "purple", "medium", 0.75, 0.5)),
+        "a green triangle to the left of a purple square on a white background",
+    ),
+    Scene(
+        "orange",
+        (Thing("square", "black", "large", 0.5, 0.5),),
+        "a large black square on an orange background",
+    ),
+    Scene(
+        "blue",
+        (Thing("circle", "yellow", "medium", 0.75, 0.75),),
+        "a yellow circle in the bottom right corner on a blue background",
+    ),
+]
+PLACES = [
+    (
+        Scene(
+            "white", (Thing("circle", "red", "medium", x, y),), f"a red circle {place} on a white background"
+        ),
+        size,
+    )
+    for size, place, x, y in (
+        ("512x512", "on the left", 0.25, 0.5),
+        ("512x512", "at the top", 0.5, 0.25),
+        ("768x512", "on the right", 0.75, 0.5),
+        ("768x512", "at the top", 0.5, 0.25),
+        ("512x768", "on the left", 0.25, 0.5),
+        ("512x768", "at the bottom", 0.5, 0.75),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with (
+        served(demo_config(tmp_path_factory.mktemp("demo"), CONFIG)) as running,
+        httpx.Client(base_url=running.url, timeout=300) as client,
+    ):
+        yield client
+
+
+def generate(client: httpx.Client, prompt: str, **fields: Any) -> list[Pixels]:
+    return generate_some(client, **USUAL | {"prompt": prompt} | fields)
+
+
+@pytest.fixture(scope="module")
+def painted(client: httpx.Client) -> dict[tuple[Scene, str], Pixels]:
+    """Pictures of scenes, by their size; asked for at once, as that takes half the time."""
+    wanted = [(scene, "512x512") for scene in (CIRCLE, *SCENES)] + PLACES
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        pictures = pool.map(lambda one: generate(client, one[0].sentence, size=one[1])[0], wanted)
+        return dict(zip(wanted, pictures, strict=True))
+
+
+@pytest.fixture(scope="module")
+def circle(painted: dict[tuple[Scene, str], Pixels]) -> Pixels:
+    return painted[CIRCLE, "512x512"]
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.sentence)
+def test_a_sentence_is_painted(painted: dict[tuple[Scene, str], Pixels], scene: Scene) -> None:
+    assert wrong(scene, painted[scene, "512x512"]) == set()
+
+
+@pytest.mark.parametrize(("scene", "size"), PLACES, ids=lambda one: getattr(one, "sentence", one))
+def test_left_is_left_and_top_is_top(
+    painted: dict[tuple[Scene, str], Pixels], scene: Scene, size: str
+) -> None:
+    assert wrong(scene, painted[scene, size]) == set()
+
+
+def test_the_picture_in_the_readme_is_that_of_its_first_request(client: httpx.Client) -> None:
+    (picture,) = generate(client, SCENES[0].sentence, seed=7)
+    assert wrong(SCENES[0], picture) == set()
+    with Image.open(Path(__file__).with_name("star.png")) as shown:
+        assert np.abs(picture.astype(int) - np.asarray(shown.convert("RGB"))).mean() < 1
+
+
+def test_guidance_makes_a_colour_stronger(client: httpx.Client) -> None:
+    """It leads away from the average picture, farther than to the colour itself; few steps lead not back."""
+    scene = Scene(
+        "purple",
+        (Thing("square", "orange", "large", 0.5, 0.5),),
+        "a large orange square on a purple background",
+    )
+    average = np.mean(list(COLOURS.values()), axis=0)
+    towards = np.array(COLOURS["orange"]) - average
+    strengths = []
+    for scale in (1, 1.5, 3):
+        (picture,) = generate(client, scene.sentence, num_inference_steps=2, guidance_scale=scale)
+        assert wrong(scene, picture) == set()
+        middle = picture[224:288, 224:288].mean((0, 1))
+        strengths.append(float((middle - average) @ towards / (towards @ towards)))
+    assert 0.8 < strengths[0] < strengths[1] < strengths[2]
+
+
+def test_several_images_differ_and_all_show_what_was_asked_for(client: httpx.Client) -> None:
+    scene = SCENES[0]
+    pictures = generate(client, scene.sentence, n=4)
+    assert [wrong(scene, picture) for picture in pictures] == [set()] * 4
+    assert len({look(Image.fromarray(picture)).things for picture in pictures}) > 1, "all in the same places"
+    assert len({picture.tobytes() for picture in pictures}) == 4
+
+
+def test_previews_come_closer_to_the_picture(client: httpx.Client, circle: Pixels) -> None:
+    sdk = openai.OpenAI(base_url=str(client.base_url.join("/v1")), api_key="none", max_retries=0)
+    with (
+        sdk,
+        sdk.images.generate(
+            prompt=CIRCLE.sentence, size="512x512", stream=True, partial_images=3, extra_body=EXTRA
+        ) as events,
+    ):
+        *previews, final = (pixels(base64.b64decode(event.b64_json)) for event in events)
+    assert np.array_equal(final, circle)
+    assert len(previews) == 3
+    distances = [distance(preview, final) for preview in previews]
+    assert all(later < earlier + SLACK for earlier, later in pairwise(distances))
+    assert distances[-1] < CLOSE
+    assert wrong(CIRCLE, previews[-1]) == set()
+
+
+def distance(preview: Pixels, picture: Pixels) -> float:
+    """Of pixels' values, 0 to 255, on average."""
+    height, width, _ = preview.shape
+    small = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
+    return float(np.abs(np.asarray(small, dtype=float) - preview).mean())
+
+
+def test_jobs_and_other_dialects_paint_the_same_picture(client: httpx.Client, circle: Pixels) -> None:
+    assert wrong(CIRCLE, circle) == set()
+    body = USUAL | {"prompt": CIRCLE.sentence}
+    job = ended(client, submit(client, **body))["result"]
+    zai = client.post("/api/paas/v4/images/generations", json=body | {"model": "glm-image"}).json()
+    files = [client.get(answer["data"][0]["url"]).content for answer in (job, zai)]
+    assert files[0] == files[1]
+    assert np.array_equal(pixels(files[0]), circle)
+
+
+def test_an_edit_changes_what_it_is_told_to_and_nothing_else(client: httpx.Client, circle: Pixels) -> None:
+    assert wrong(CIRCLE, circle) == set()
+    (edited,) = edit(client, (circle,), **USUAL | {"prompt": "make the circle green"})
+    (was,) = look(Image.fromarray(circle)).things
+    assert wrong(replace(CIRCLE, things=(replace(was, colour="green"),)), edited) == set()
+    (is_now,) = look(Image.fromarray(edited)).things
+    assert max(abs(is_now.x - was.x), abs(is_now.y - was.y)) < NEAR
