@@ -100,6 +100,6 @@ def test_outside_of_a_familys_folder_one_map_alone_names_it(name: str) -> None:
         str(file.relative_to(ROOT))
         for plane in ("deployments", "serve_app")
         for file in (ROOT / plane).rglob("*.py")
-        if name in file.read_text() and file.parent.name != name
+        if name in file.read_text() and name not in file.relative_to(ROOT).parts
     }
     assert naming == {"deployments/families.py"}
