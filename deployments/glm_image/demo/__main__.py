@@ -32,7 +32,11 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="for the checkpoint, logs, and samples")
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order"
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="all by default, in this order; each needs those before it",
     )
     parser.add_argument(
         "--minutes", type=float, default=6, help="of training for each part, interruptions not counted"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as functional
 from torch import nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from deployments.glm_image.demo.model import CODEBOOK, GEOMETRIES, PAIRS, PLAIN, VISION_WIDTH
 from deployments.glm_image.demo.scenes import (
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from deployments.glm_image.demo.scenes import Scene
     from deployments.glm_image.demo.trainer import Workshop
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 PATCH = 16
 COMPONENTS = VISION_WIDTH // 3
 """Of each colour channel; what is left of the width is a constant."""
@@ -107,8 +106,10 @@ class Codes:
     def __init__(self, shop: Workshop) -> None:
         state = torch.load(shop.folder / "codebook.pt", map_location=shop.device, weights_only=True)
         self._geometries = state["geometries"]
-        mean, std = (torch.tensor(values, device=shop.device) for values in (MEAN, STD))
-        palette = (torch.tensor(list(COLOURS.values()), device=shop.device) / 255 - mean) / std
+        self._mean, self._std = (
+            torch.tensor(values, device=shop.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        )
+        palette = (torch.tensor(list(COLOURS.values()), device=shop.device) / 255 - self._mean) / self._std
         inside, outside = (palette[numbers.to(shop.device)] for numbers in PAIRS.T)
         shares = self._geometries[None, :, None, :]
         cells = torch.lerp(outside[:, None, :, None], inside[:, None, :, None], shares).flatten(0, 1)
@@ -140,7 +141,7 @@ class Codes:
         """Ids that the vision encoder and the codebook give: shape (pictures, rows, columns)."""
         half = functional.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
         half = ((half + 1) * 127.5).round() / 255
-        mean, std = (torch.tensor(values, device=half.device)[None, :, None, None] for values in (MEAN, STD))
+        mean, std = (values[:, None, None] for values in (self._mean, self._std))
         cut = ((half - mean) / std).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
         features = cut.permute(0, 2, 3, 1, 4, 5).flatten(3) @ self.weight.T + self.bias
         vectors = functional.normalize(self.vectors, dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as functional
 from diffusers import AutoencoderKL, GlmImageTransformer2DModel
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from diffusers.pipelines.glm_image.pipeline_glm_image import calculate_shift
 from torch.nn.utils import parametrize
 
 from deployments.glm_image.demo import model
@@ -19,6 +19,7 @@ from deployments.glm_image.demo.prior import ALIGNED, make_scenes
 from deployments.glm_image.demo.scenes import CELL, Frame, draw
 from deployments.glm_image.demo.trainer import pick_size
 from deployments.glm_image.demo.trainer import train as train_part
+from deployments.glm_image.tiny import scheduler
 
 if TYPE_CHECKING:
     import random
@@ -117,6 +118,7 @@ class _Loss:
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         self._codes = Codes(shop)
+        self._scheduler = scheduler()
         # Upstream makes these on the CPU for every pass.
         self._rotary = lru_cache(
             lambda *side: tuple(table.to(shop.device) for table in net.rope(torch.empty(1, 1, *side)))
@@ -133,16 +135,19 @@ class _Loss:
             torch.full((count,), float(side), device=clean.device) for side in (frame.height, frame.width)
         ]
         size = torch.stack(sides, 1)
+        caches = GlmImageKVCache(self._net.config.num_layers) if batch.sources else None
         shared = {
             "target_size": size,
             "crop_coords": torch.zeros_like(size),
             "image_rotary_emb": self._rotary(*clean.shape[2:]),
-            "kv_caches": GlmImageKVCache(self._net.config.num_layers) if batch.sources else None,
+            "kv_caches": caches,
         }
         drop = (torch.rand(count, 1, device=clean.device) < DROPPED).expand(ids.shape)
         with self._shop.autocast():
-            if batch.sources:
+            if caches:
+                caches.set_mode("write")
                 self._read(batch.sources, frame, text, shared)
+                caches.set_mode("read")
             predicted = self._net(
                 at * noise + (1 - at) * clean, text, ids, drop, sigma * 1000 - 1, **shared
             ).sample.float()
@@ -171,10 +176,10 @@ class _Loss:
 
     def _sigmas(self, count: int, frame: Frame) -> torch.Tensor:
         """Shares of noise, shifted for the whole picture's size as the scheduler shifts them."""
-        tokens = frame.height * frame.width / 16**2
-        shift = 0.75 * math.sqrt(tokens / 256) + 0.25
         uniform = torch.rand(count, device=self._shop.device)
-        return shift * uniform / (1 + (shift - 1) * uniform)
+        shift = calculate_shift(frame.height * frame.width // 16**2)
+        shifted: torch.Tensor = self._scheduler.time_shift(shift, 1.0, uniform)
+        return shifted
 
     @torch.no_grad()
     def _text(self, letters: list[int]) -> torch.Tensor:
@@ -186,12 +191,8 @@ class _Loss:
     def _read(
         self, sources: list[Scene], frame: Frame, text: torch.Tensor, shared: dict[str, object]
     ) -> None:
-        """Have the DiT keep what an edit may look at, as upstream's pipeline does."""
+        """Have the DiT write down what an edit may look at, as upstream's pipeline does."""
         latents, ids = self._prepared(sources, frame, by_look=True)
         latents = latents + SOURCE_NOISE * torch.randn_like(latents)
-        caches = shared["kv_caches"]
-        assert isinstance(caches, GlmImageKVCache)  # noqa: S101 - there are sources
-        caches.set_mode("write")
         nothing = torch.zeros_like(ids, dtype=torch.bool)
         self._net(latents, text[:, :0], ids, nothing, torch.zeros(len(ids), device=ids.device), **shared)
-        caches.set_mode("read")
