@@ -30,6 +30,8 @@ from tests.serve.conftest import served
 from tests.serve.test_exactness import edit, generate
 
 USUAL_SIZE = "512x512"
+EDITS, OWN_EDITS = "edits", "edits of its own"
+"""The sources are drawn by code, or painted by the demo."""
 SIZES = (USUAL_SIZE, "768x512", "512x768", "1024x1024")
 LESS = 8
 """So many times fewer are asked for of other sizes and of edits."""
@@ -67,21 +69,14 @@ def server(config: Path, url: str | None) -> Iterator[str]:
 
 def asked(kind: str, count: int) -> list[Asked]:
     chance = random.Random(f"held out: {kind}")
-    if kind != "edits":
+    if kind not in (EDITS, OWN_EDITS):
         return [Asked(random_scene(chance)) for _ in range(count)]
     return [Asked(after, before) for before, after in (random_edit(chance) for _ in range(count))]
 
 
-def paint(client: httpx.Client, one: Asked, size: str, seed: int) -> Pixels:
-    if one.source:
-        sources = (drawn(one.source, *map(int, size.split("x"))),)
-        (pixels,) = edit(
-            client, sources, prompt=one.scene.sentence, size=size, seed=seed, num_inference_steps=STEPS
-        )
-    else:
-        (pixels,) = generate(
-            client, prompt=one.scene.sentence, size=size, seed=seed, num_inference_steps=STEPS
-        )
+def paint(client: httpx.Client, scene: Scene, size: str, seed: int, source: Pixels | None = None) -> Pixels:
+    fields = {"prompt": scene.sentence, "size": size, "seed": seed, "num_inference_steps": STEPS}
+    (pixels,) = edit(client, (source,), **fields) if source is not None else generate(client, **fields)
     return pixels
 
 
@@ -91,24 +86,34 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
     Returns:
         Its row of the table.
     """
-    size = USUAL_SIZE if kind == "edits" else kind
+    size = USUAL_SIZE if kind in (EDITS, OWN_EDITS) else kind
+    width, height = map(int, size.split("x"))
     everything = asked(kind, count)
-    pictures, times = [], []
-    for seed, one in enumerate(everything[:ALONE]):
+    times = []
+
+    def one(seed: int) -> Pixels:
+        scene, source = everything[seed].scene, everything[seed].source
+        begun = None
+        if source:
+            own = kind == OWN_EDITS
+            begun = paint(client, source, size, seed) if own else drawn(source, width, height)
         began = time.perf_counter()
-        pictures.append(paint(client, one, size, seed))
+        painted = paint(client, scene, size, seed, begun)
         times.append(time.perf_counter() - began)
+        return painted
+
+    pictures = [one(seed) for seed in range(min(ALONE, count))]
+    seconds = statistics.median(times)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for first in range(ALONE, count, AT_ONCE):
-            seeds = range(first, min(first + AT_ONCE, count))
-            pictures += pool.map(lambda seed: paint(client, everything[seed], size, seed), seeds)
+            pictures += pool.map(one, range(first, min(first + AT_ONCE, count)))
     faults = [wrong(one.scene, picture) for one, picture in zip(everything, pictures, strict=True)]
     if sheets:
         write_sheet(sheets, kind, everything, pictures, faults)
     missed = Counter(fault for some in faults for fault in some)
     right = [count - missed[mark] for mark in MARKS] + [faults.count(set())]
     shares = " | ".join(f"{100 * number / count:.1f} %" for number in right)
-    return f"| {kind} | {count} | {shares} | {statistics.median(times):.1f} |"
+    return f"| {kind} | {count} | {shares} | {seconds:.1f} |"
 
 
 def write_sheet(
@@ -136,13 +141,13 @@ def write_sheet(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--count", type=int, default=200, help=f"prompts of {USUAL_SIZE}")
-    parser.add_argument("--size", nargs="+", default=SIZES, help="each as WIDTHxHEIGHT")
+    parser.add_argument("--size", nargs="*", default=SIZES, help="each as WIDTHxHEIGHT; none for edits alone")
     parser.add_argument("--edits", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--url", help="of a server that runs already, instead of a configuration")
     parser.add_argument("--sheets", type=Path, help="a folder for sheets of the first pictures")
     options = parser.parse_args()
-    kinds = [*options.size, *(["edits"] if options.edits else [])]
+    kinds = [*options.size, *([EDITS, OWN_EDITS] if options.edits else [])]
     with (
         server(options.config, options.url) as url,
         httpx.Client(base_url=url, timeout=600) as client,
