@@ -92,13 +92,13 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
     times = []
 
     def one(seed: int) -> Pixels:
-        scene, source = everything[seed].scene, everything[seed].source
-        begun = None
-        if source:
+        scene, before = everything[seed].scene, everything[seed].source
+        source = None
+        if before:
             own = kind == OWN_EDITS
-            begun = paint(client, source, size, seed) if own else drawn(source, width, height)
+            source = paint(client, before, size, seed) if own else drawn(before, width, height)
         began = time.perf_counter()
-        painted = paint(client, scene, size, seed, begun)
+        painted = paint(client, scene, size, seed, source)
         times.append(time.perf_counter() - began)
         return painted
 
