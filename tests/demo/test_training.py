@@ -1,16 +1,19 @@
 """What trains the demo checkpoint: scenes, codes, requests, and the loop."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from diffusers import GlmImagePipeline
+from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 
-from deployments.glm_image.demo import codebook, decoder, model, prior, samples, trainer, vae
+from deployments.glm_image.demo import codebook, decoder, model, prior, reading, samples, trainer, vae
 from deployments.glm_image.demo.codebook import Codes, SumsOfParts
-from deployments.glm_image.demo.scenes import COLOURS, Frame, Scene, draw, random_scene
+from deployments.glm_image.demo.scenes import CELL, COLOURS, Frame, Scene, Thing, draw, random_scene
 from deployments.glm_image.demo.trainer import Workshop
 
 
@@ -80,6 +83,22 @@ def test_the_model_reads_pictures_as_the_training_does(codes: Codes, net: Any, p
     assert torch.equal(ids.view(16, 16), codes.of_pictures(picture)[0])
 
 
+def test_a_scene_is_found_where_a_blurred_picture_of_it_has_its_objects() -> None:
+    things = (Thing("star", "red", "small", 0.25, 0.5), Thing("circle", "blue", "small", 0.75, 0.5))
+    scene = Scene("white", things, "")
+    cell = CELL / reading.SIDE
+    moved = replace(scene, things=(replace(things[0], x=0.25 + cell), replace(things[1], y=0.5 - cell)))
+    picture = functional.avg_pool2d(draw([moved], Frame(512, 512)), 9, 1, 4, count_include_pad=False)
+    assert reading.found(scene, picture[0]) == moved
+
+
+def test_the_reader_begins_as_the_tokenizer_is(codes: Codes) -> None:
+    pictures = draw(some_scenes(8), Frame(512, 512))
+    with torch.inference_mode():
+        ids = reading.Reader(codes)(codebook.cells_of(pictures)).argmax(-1)
+    assert (ids == codes.of_pictures(pictures)).float().mean() > 0.999
+
+
 def test_a_table_is_the_sum_of_its_parts() -> None:
     parts = torch.randn(3 * model.PLAIN + model.GEOMETRIES + 2, 5)
     sums = SumsOfParts()
@@ -121,6 +140,10 @@ def test_requests_are_those_that_the_processor_makes(
         assert torch.equal(batch.positions[:, line, begins : batch.prompts.shape[1]], positions[:, 0])
 
 
+def weights_of_the_prior(shop: Workshop) -> dict[str, torch.Tensor]:
+    return load_file(shop.checkpoint / "vision_language_encoder" / "model.safetensors")
+
+
 def test_training_goes_on_and_ends_with_a_checkpoint(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,10 +153,19 @@ def test_training_goes_on_and_ends_with_a_checkpoint(
     monkeypatch.setattr(vae, "MEASURED", 1)
     monkeypatch.setattr(trainer, "TELL_EVERY_S", 0)
     monkeypatch.setattr(samples, "COLUMNS", 1)
+    monkeypatch.setattr(reading, "PAINTED", 1)
     for part in (vae, prior, decoder):
         part.train(shop)
+    learnt = weights_of_the_prior(shop)
+    reading.train(shop)
     told = capsys.readouterr().out
-    assert all(f"{part}: step 1, " in told for part in ("vae", "prior", "decoder"))
+    assert all(f"{part}: step 1, " in told for part in ("vae", "prior", "decoder", "reading"))
+    changed = {name for name, weight in weights_of_the_prior(shop).items() if not weight.equal(learnt[name])}
+    assert changed == {
+        "model.visual.patch_embed.proj.weight",
+        "model.visual.patch_embed.proj.bias",
+        "model.vqmodel.quantize.embedding.weight",
+    }
     longer = Workshop(shop.folder, shop.device, minutes=2 * shop.minutes, workers=0)
     prior.train(longer)
     assert "prior: goes on at step" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from deployments.glm_image.demo import codebook, decoder, prior, samples, vae
+from deployments.glm_image.demo import codebook, decoder, prior, reading, samples, vae
 from deployments.glm_image.demo.trainer import Workshop
 
 PARTS = {
@@ -21,6 +21,7 @@ PARTS = {
     "vae": vae.train,
     "prior": prior.train,
     "decoder": decoder.train,
+    "reading": reading.train,
     "samples": samples.paint,
 }
 

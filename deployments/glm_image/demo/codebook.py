@@ -105,47 +105,60 @@ class Codes:
 
     def __init__(self, shop: Workshop) -> None:
         state = torch.load(shop.folder / "codebook.pt", map_location=shop.device, weights_only=True)
-        self._geometries = state["geometries"]
-        self._mean, self._std = (
-            torch.tensor(values, device=shop.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        )
-        palette = (torch.tensor(list(COLOURS.values()), device=shop.device) / 255 - self._mean) / self._std
-        inside, outside = (palette[numbers.to(shop.device)] for numbers in PAIRS.T)
-        shares = self._geometries[None, :, None, :]
-        cells = torch.lerp(outside[:, None, :, None], inside[:, None, :, None], shares).flatten(0, 1)
-        plain = palette[:, :, None].expand(-1, -1, PATCH * PATCH)
-        features = torch.cat([plain, cells]) @ state["components"].T
-        constant = features.flatten(1).norm(dim=1).mean()
-        width = 3 * COMPONENTS
+        self.geometries = state["geometries"]
         self.weight = torch.zeros(VISION_WIDTH, 3, PATCH * PATCH, device=shop.device)
         for channel in range(3):
             self.weight[channel * COMPONENTS : (channel + 1) * COMPONENTS, channel] = state["components"]
         self.weight = self.weight.flatten(1).half().float()  # as it is written
-        self.bias = functional.pad(constant[None], (width, VISION_WIDTH - width - 1))
-        vectors = functional.pad(features.flatten(1), (0, VISION_WIDTH - width)) + self.bias
-        self.vectors = functional.normalize(vectors, dim=1).half().float()
+        features = prototypes(self.geometries) @ self.weight.T
+        constant = features.norm(dim=1).mean()
+        self.bias = functional.pad(constant[None], (VISION_WIDTH - 1, 0))
+        self.vectors = functional.normalize(features + self.bias, dim=1).half().float()
 
     @torch.no_grad()
     def of_scenes(self, scenes: list[Scene], frame: Frame) -> torch.Tensor:
         """Ids of what scenes look like, the object always inside: shape (scenes, rows, columns)."""
         masks, inside = _masks(scenes, frame, self.weight.device)
         outside = backgrounds(scenes, self.weight.device)[:, None, None]
-        geometry = torch.cdist(masks.flatten(0, 2), self._geometries).argmin(1).view(inside.shape)
+        geometry = torch.cdist(masks.flatten(0, 2), self.geometries).argmin(1).view(inside.shape)
         pair = inside * (len(COLOURS) - 1) + outside - (outside > inside).long()
         mixed = PLAIN + pair * GEOMETRIES + geometry
         plain = torch.where(masks.mean(-1) > 0.5, inside, outside.expand_as(inside))
         return torch.where(_is_plain(masks), plain, mixed)
 
     @torch.no_grad()
+    def likeness(self, cells: torch.Tensor) -> torch.Tensor:
+        """The cosines between cells' features and the codes'."""
+        features = functional.normalize(cells @ self.weight.T + self.bias, dim=-1)
+        return features @ functional.normalize(self.vectors, dim=1).T
+
     def of_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         """Ids that the vision encoder and the codebook give: shape (pictures, rows, columns)."""
-        half = functional.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
-        half = ((half + 1) * 127.5).round() / 255
-        mean, std = (values[:, None, None] for values in (self._mean, self._std))
-        cut = ((half - mean) / std).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
-        features = cut.permute(0, 2, 3, 1, 4, 5).flatten(3) @ self.weight.T + self.bias
-        vectors = functional.normalize(self.vectors, dim=1)
-        return (functional.normalize(features, dim=-1) @ vectors.T).argmax(-1)
+        return self.likeness(cells_of(pictures)).argmax(-1)
+
+
+def cells_of(pictures: torch.Tensor) -> torch.Tensor:
+    """What the vision encoder sees of pictures, shape (pictures, rows, columns, 3 × 16 × 16)."""
+    half = functional.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
+    half = _normalized(((half + 1) * 127.5).round().movedim(1, -1)).movedim(-1, 1)
+    cut = half.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
+    return cut.permute(0, 2, 3, 1, 4, 5).flatten(3)
+
+
+def prototypes(geometries: torch.Tensor) -> torch.Tensor:
+    """The cells that codes stand for, as the vision encoder sees them: shape (codes, 3 × 16 × 16)."""
+    palette = _normalized(torch.tensor(list(COLOURS.values()), device=geometries.device))
+    inside, outside = (palette[numbers.to(geometries.device), None, :, None] for numbers in PAIRS.T)
+    mixed = torch.lerp(outside, inside, geometries[:, None]).flatten(0, 1)
+    return torch.cat([palette[:, :, None].expand(-1, -1, PATCH * PATCH), mixed]).flatten(1)
+
+
+def _normalized(colours: torch.Tensor) -> torch.Tensor:
+    """As the processor does it; the last dimension is red, green and blue, 0 to 255."""
+    mean, std = (
+        torch.tensor(values, device=colours.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
+    return (colours / 255 - mean) / std
 
 
 class SumsOfParts(nn.Module):

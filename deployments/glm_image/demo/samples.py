@@ -22,8 +22,8 @@ COLUMNS = 4
 SIDE = 256
 
 
-def paint(shop: Workshop) -> None:
-    """Write what upstream's pipeline wants besides the components, and `samples.png`, with its sentences."""
+def assembled(shop: Workshop) -> GlmImagePipeline:
+    """Upstream's pipeline of the components, with what it wants besides; this is written, too."""
     folder = shop.checkpoint
     ByT5Tokenizer().save_pretrained(folder / "tokenizer")
     scheduler().save_pretrained(folder / "scheduler")
@@ -38,10 +38,16 @@ def paint(shop: Workshop) -> None:
         transformer=GlmImageTransformer2DModel.from_pretrained(folder / "transformer"),
         scheduler=scheduler(),
     )
-    pipeline.save_config(folder)  # model_index.json
+    return pipeline.to(shop.device, torch.float32)
+
+
+def paint(shop: Workshop) -> None:
+    """Write the index of the components, and `samples.png`, with its sentences."""
+    pipeline = assembled(shop)
+    pipeline.save_config(shop.checkpoint)  # model_index.json
     chance = random.Random("samples")
     sentences = [random_scene(chance).sentence for _ in range(COLUMNS**2)]
-    images = pipeline.to(shop.device, torch.float32)(
+    images = pipeline(
         sentences,
         height=512,
         width=512,
