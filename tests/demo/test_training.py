@@ -95,8 +95,9 @@ def test_a_scene_is_found_where_a_blurred_picture_of_it_has_its_objects() -> Non
 def test_the_reader_begins_as_the_tokenizer_is(codes: Codes) -> None:
     pictures = draw(some_scenes(8), Frame(512, 512))
     with torch.inference_mode():
-        ids = reading.Reader(codes)(codebook.cells_of(pictures)).argmax(-1)
-    assert (ids == codes.of_pictures(pictures)).float().mean() > 0.999
+        cells = codebook.cells_of(pictures)
+        logits = reading.Reader(codes)(cells) / reading.SHARPNESS
+        assert torch.allclose(logits, codes.likeness(cells), atol=2e-3)  # which is in half precision
 
 
 def test_a_table_is_the_sum_of_its_parts() -> None:
