@@ -1,8 +1,8 @@
 """The image tokenizer: a vision encoder without layers, and its codebook.
 
 A code is a cell of one colour, or of two: one inside, one outside of one of a few dozen geometries. So the
-models can learn colours and geometries apart. The encoder's features are a cell's principal components, and
-codes are compared by angle, as the model does it.
+models can learn colours and geometries apart. The encoder's features are a cell's principal components, until
+`reading` trains them further, and codes are compared by angle, as the model does it.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ class Codes:
         for channel in range(3):
             self.weight[channel * COMPONENTS : (channel + 1) * COMPONENTS, channel] = state["components"]
         self.weight = self.weight.flatten(1).half().float()  # as it is written
-        features = prototypes(self.geometries) @ self.weight.T
-        constant = features.norm(dim=1).mean()
+        cells = prototypes(self.geometries)
+        constant = (cells @ self.weight.T).norm(dim=1).mean()
         self.bias = functional.pad(constant[None], (VISION_WIDTH - 1, 0))
-        self.vectors = functional.normalize(features + self.bias, dim=1).half().float()
+        self.vectors = directions(cells, self.weight, self.bias).half().float()
 
     @torch.no_grad()
     def of_scenes(self, scenes: list[Scene], frame: Frame) -> torch.Tensor:
@@ -128,8 +128,8 @@ class Codes:
 
     @torch.no_grad()
     def likeness(self, cells: torch.Tensor) -> torch.Tensor:
-        """The cosines between cells' features and the codes'."""
-        features = functional.normalize(cells @ self.weight.T + self.bias, dim=-1)
+        """The cosines between features: of cells, shape (..., 3 × 16 × 16), and of codes: (..., codes)."""
+        features = directions(cells, self.weight, self.bias)
         return features @ functional.normalize(self.vectors, dim=1).T
 
     def of_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -143,6 +143,11 @@ def cells_of(pictures: torch.Tensor) -> torch.Tensor:
     half = _normalized(((half + 1) * 127.5).round().movedim(1, -1)).movedim(-1, 1)
     cut = half.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
     return cut.permute(0, 2, 3, 1, 4, 5).flatten(3)
+
+
+def directions(cells: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Features of cells, shape (..., 3 × 16 × 16), by the vision encoder's weights, as long as one each."""
+    return functional.normalize(cells @ weight.T + bias, dim=-1)
 
 
 def prototypes(geometries: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers import GlmImageForConditionalGeneration
 
 from deployments.glm_image.demo import codebook, samples
 from deployments.glm_image.demo.model import PLAIN
+from deployments.glm_image.demo.prior import SOURCE_NOISE
 from deployments.glm_image.demo.scenes import CELL, Frame, draw, random_scene, shifted
 from deployments.glm_image.demo.trainer import train as train_part
 
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
 PAINTED = 160
 """Pictures that are painted first, ..."""
 AT_ONCE = 8
+"""... so many at once, ..."""
 SIDE = 512
+"""... of so many pixels a side."""
 BATCH = 8
 """Of these, and as many drawings."""
 PLAIN_SHARE = 0.1
 """Of cells of one colour, as many are learnt from: there are most of these."""
 ALIGNED = 0.5
 """Share of drawings whose objects lie where cells meet."""
-NOISE = 0.03
-"""In drawings."""
 SHARPNESS = 100.0
 """What cosines are multiplied with, at first."""
 
@@ -61,9 +62,9 @@ def train(shop: Workshop) -> None:
     )
     reader = Reader(codes)
 
-    def loss_of(batch: Batch) -> torch.Tensor:
+    def loss_of(batch: _Batch) -> torch.Tensor:
         drawings = draw(batch.scenes, batch.frame, shop.device)
-        noisy = (drawings + NOISE * torch.randn_like(drawings)).clamp(-1, 1)
+        noisy = (drawings + SOURCE_NOISE * torch.randn_like(drawings)).clamp(-1, 1)
         seen = torch.cat([codebook.cells_of(noisy), cells[batch.numbers]]).flatten(0, 2)
         true = torch.cat([codes.of_pictures(drawings), ids[batch.numbers]]).flatten()
         kept = (true >= PLAIN) | (torch.rand(true.shape, device=true.device) < PLAIN_SHARE)
@@ -88,18 +89,15 @@ class Reader(nn.Module):
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
         """Logits of the codes, of cells as the vision encoder sees them, shape (cells, 3 × 16 × 16)."""
-        return self.sharpness.exp() * self._features(cells) @ self.vectors().T
+        return self.sharpness.exp() * codebook.directions(cells, self.weight, self.bias) @ self.vectors().T
 
     def vectors(self) -> torch.Tensor:
-        """The codebook's."""
-        return self._features(codebook.prototypes(self.geometries))
-
-    def _features(self, cells: torch.Tensor) -> torch.Tensor:
-        return functional.normalize(cells @ self.weight.T + self.bias, dim=-1)
+        """The codebook's: shape (codes, features)."""
+        return codebook.directions(codebook.prototypes(self.geometries), self.weight, self.bias)
 
 
 @dataclass(frozen=True)
-class Batch:
+class _Batch:
     """What is read.
 
     Attributes:
@@ -113,8 +111,8 @@ class Batch:
     frame: Frame
 
 
-def _batch(chance: random.Random, _: int) -> Batch:
-    return Batch(
+def _batch(chance: random.Random, _: int) -> _Batch:
+    return _Batch(
         [chance.randrange(PAINTED) for _ in range(BATCH)],
         [shifted(random_scene(chance), chance) for _ in range(BATCH)],
         Frame(SIDE, SIDE, aligned=chance.random() < ALIGNED),
@@ -145,7 +143,12 @@ def painted(shop: Workshop) -> tuple[list[Scene], torch.Tensor]:
 
 
 def found(scene: Scene, picture: torch.Tensor) -> Scene:
-    """A scene whose objects are where a picture of it has them, at most a cell farther in any direction."""
+    """A scene whose objects are where a picture has them, at most a cell farther in any direction.
+
+    Args:
+        scene: what the picture shows.
+        picture: shape (3, 512, 512), values from -1 to 1.
+    """
     for position, thing in enumerate(scene.things):
         moved = [
             replace(thing, x=thing.x + across * CELL / SIDE, y=thing.y + down * CELL / SIDE)
