@@ -1,8 +1,8 @@
-"""The image tokenizer: a vision encoder without layers, and its codebook.
+"""The image tokenizer: a vision encoder whose layers do nothing yet, and its codebook.
 
 A code is a cell of one colour, or of two: one inside, one outside of one of a few dozen geometries. So the
 models can learn colours and geometries apart. The encoder's features are a cell's principal components, until
-`reading` trains them further, and codes are compared by angle, as the model does it.
+`reading` trains them further, and its layers; codes are compared by angle, as the model does it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from deployments.glm_image.demo.model import CODEBOOK, GEOMETRIES, PAIRS, PLAIN, VISION_WIDTH
+from deployments.glm_image.demo.model import CODEBOOK, GEOMETRIES, PAIRS, PATCH, PLAIN, VISION_WIDTH
 from deployments.glm_image.demo.scenes import (
     CELL,
     COLOURS,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from deployments.glm_image.demo.scenes import Scene
     from deployments.glm_image.demo.trainer import Workshop
 
-PATCH = 16
 COMPONENTS = VISION_WIDTH // 3
 """Of each colour channel; what is left of the width is a constant."""
 
@@ -140,7 +139,7 @@ class Codes:
 def cells_of(pictures: torch.Tensor) -> torch.Tensor:
     """What the vision encoder sees of pictures, shape (pictures, rows, columns, 3 × 16 × 16)."""
     half = functional.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
-    half = _normalized(((half + 1) * 127.5).round().movedim(1, -1)).movedim(-1, 1)
+    half = normalized(((half + 1) * 127.5).round().movedim(1, -1)).movedim(-1, 1)
     cut = half.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
     return cut.permute(0, 2, 3, 1, 4, 5).flatten(3)
 
@@ -152,13 +151,13 @@ def directions(cells: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
 
 def prototypes(geometries: torch.Tensor) -> torch.Tensor:
     """The cells that codes stand for, as the vision encoder sees them: shape (codes, 3 × 16 × 16)."""
-    palette = _normalized(torch.tensor(list(COLOURS.values()), device=geometries.device))
+    palette = normalized(torch.tensor(list(COLOURS.values()), device=geometries.device))
     inside, outside = (palette[numbers.to(geometries.device), None, :, None] for numbers in PAIRS.T)
     mixed = torch.lerp(outside, inside, geometries[:, None]).flatten(0, 1)
     return torch.cat([palette[:, :, None].expand(-1, -1, PATCH * PATCH), mixed]).flatten(1)
 
 
-def _normalized(colours: torch.Tensor) -> torch.Tensor:
+def normalized(colours: torch.Tensor) -> torch.Tensor:
     """As the processor does it; the last dimension is red, green and blue, 0 to 255."""
     mean, std = (
         torch.tensor(values, device=colours.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
@@ -197,6 +196,10 @@ def put_into(prior: GlmImageForConditionalGeneration, codes: Codes) -> None:
     visual.patch_embed.proj.weight.copy_(codes.weight.view(-1, 3, PATCH, PATCH))
     visual.patch_embed.proj.bias.copy_(codes.bias)
     visual.embeddings.position_embedding.weight.zero_()
+    for block in visual.blocks:
+        for last in (block.attn.proj, block.mlp.fc2):
+            last.weight.zero_()
+            last.bias.zero_()
     vq.quantize.embedding.weight.copy_(codes.vectors)
     for convolution in (vq.quant_conv, vq.post_quant_conv):
         convolution.weight.copy_(torch.eye(VISION_WIDTH)[:, :, None, None])

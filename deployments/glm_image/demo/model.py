@@ -30,6 +30,8 @@ CODEBOOK = PLAIN + len(PAIRS) * GEOMETRIES
 WORDS = 200
 LATENT_CHANNELS = 8
 VISION_WIDTH = 64
+PATCH = 16
+"""Pixels a side of a cell, as the vision encoder sees it."""
 
 
 def processor() -> GlmImageProcessor:
@@ -56,7 +58,7 @@ def processor() -> GlmImageProcessor:
 
 
 def prior(processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
-    """The autoregressive model, its vision encoder without layers."""
+    """The autoregressive model."""
     tokenizer = processor.tokenizer
     width, heads, layers = 192, 6, 6
     half = width // heads // 2
@@ -84,12 +86,13 @@ def prior(processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
                 },
             },
             vision_config={
-                "depth": 0,
+                "depth": 2,
                 "hidden_size": VISION_WIDTH,
-                "intermediate_size": VISION_WIDTH,
-                "num_heads": 1,
-                "patch_size": 16,
-                "image_size": 16,
+                "intermediate_size": 2 * VISION_WIDTH,
+                "num_heads": 4,
+                "patch_size": PATCH,
+                "image_size": 8 * PATCH,  # positions are learnt for so many cells, and interpolated
+                "initializer_range": VISION_WIDTH**-0.5,
             },
             vq_config={
                 "num_embeddings": CODEBOOK,

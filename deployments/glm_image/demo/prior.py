@@ -192,9 +192,7 @@ def _loss(
     drawn, weights = [], []
     for rows, columns in batch.grids:
         ids = codes.of_scenes(batch.scenes, Frame(CELL * rows, CELL * columns, aligned))
-        plain = (ids == backgrounds(batch.scenes, shop.device)[:, None, None]).float()
-        far = -functional.max_pool2d(-plain[:, None], 5, 1, 2) > 0
-        weights.append(torch.where(far, FAR_WEIGHT, 1.0).flatten(1))
+        weights.append(closeness(ids, backgrounds(batch.scenes, shop.device)).flatten(1))
         drawn.append(ids.flatten(1))
     target, weight = torch.cat(drawn, 1), torch.cat(weights, 1)
     with shop.autocast():
@@ -207,6 +205,18 @@ def _loss(
         logits = net.lm_head(hidden)
     error = functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
     return (error * weight.flatten()).sum() / weight.sum()
+
+
+def closeness(ids: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+    """What cells count, shape (pictures, rows, columns): little where there is nothing near.
+
+    Args:
+        ids: their codes, the same shape.
+        background: numbers of the backgrounds' colours, shape (pictures).
+    """
+    plain = (ids == background[:, None, None]).float()
+    far = -functional.max_pool2d(-plain[:, None], 5, 1, 2) > 0
+    return torch.where(far, FAR_WEIGHT, 1.0)[:, 0]
 
 
 def _mask(valid: torch.Tensor) -> torch.Tensor:

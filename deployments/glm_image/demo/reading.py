@@ -1,9 +1,9 @@
 """Further training of the image tokenizer: to read pictures that the demo has painted, as it reads drawings.
 
 In these, edges are blurred and somewhat ragged, so that their cells look most like ones of other colours or
-geometries. The tokenizer learns by which features it can tell nevertheless which cell a neat drawing would
-have: a metric is learnt, as in Goldberger et al., "Neighbourhood Components Analysis", NIPS 2004. The
-language model, which has learnt from drawings, stays as it is.
+geometries. Which cell a neat drawing would have there is told by what lies around: this the vision encoder's
+layers learn, which the other parts' training leaves without effect. As there are few painted pictures, they
+are shown in other colours, too. The language model, which has learnt from drawings, stays as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +20,22 @@ from torch import nn
 from transformers import GlmImageForConditionalGeneration
 
 from deployments.glm_image.demo import codebook, samples
-from deployments.glm_image.demo.model import PLAIN
-from deployments.glm_image.demo.prior import SOURCE_NOISE
-from deployments.glm_image.demo.scenes import CELL, Frame, draw, random_scene, shifted
+from deployments.glm_image.demo.prior import SOURCE_NOISE, closeness
+from deployments.glm_image.demo.scenes import (
+    CELL,
+    COLOURS,
+    Frame,
+    backgrounds,
+    draw,
+    random_scene,
+    shifted,
+)
+from deployments.glm_image.demo.trainer import pick_size
 from deployments.glm_image.demo.trainer import train as train_part
 
 if TYPE_CHECKING:
+    from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
+
     from deployments.glm_image.demo.codebook import Codes
     from deployments.glm_image.demo.scenes import Scene
     from deployments.glm_image.demo.trainer import Workshop
@@ -36,9 +47,9 @@ AT_ONCE = 8
 SIDE = 512
 """... of so many pixels a side."""
 BATCH = 8
-"""Of these, and as many drawings."""
-PLAIN_SHARE = 0.1
-"""Of cells of one colour, as many are learnt from: there are most of these."""
+"""Of these."""
+DRAWN = 5
+"""And as much as so many of the same size is drawn."""
 ALIGNED = 0.5
 """Share of drawings whose objects lie where cells meet."""
 SHARPNESS = 100.0
@@ -54,46 +65,60 @@ def train(shop: Workshop) -> None:
         [codebook.cells_of(some.to(shop.device) / 127.5 - 1) for some in pictures.split(AT_ONCE)]
     )
     neat = [found(scene, picture / 127.5 - 1) for scene, picture in zip(scenes, pictures, strict=True)]
-    ids = torch.cat(
-        [
-            codes.of_pictures(draw(neat[first : first + AT_ONCE], Frame(SIDE, SIDE), shop.device))
-            for first in range(0, PAINTED, AT_ONCE)
-        ]
-    )
-    reader = Reader(codes)
-
-    def loss_of(batch: _Batch) -> torch.Tensor:
-        drawings = draw(batch.scenes, batch.frame, shop.device)
-        noisy = (drawings + SOURCE_NOISE * torch.randn_like(drawings)).clamp(-1, 1)
-        seen = torch.cat([codebook.cells_of(noisy), cells[batch.numbers]]).flatten(0, 2)
-        true = torch.cat([codes.of_pictures(drawings), ids[batch.numbers]]).flatten()
-        kept = (true >= PLAIN) | (torch.rand(true.shape, device=true.device) < PLAIN_SHARE)
-        return functional.cross_entropy(reader(seen[kept]), true[kept])
-
-    trained = train_part(shop, "reading", reader, _batch, loss_of, rate=3e-4)
-    codes.weight, codes.bias, codes.vectors = trained.weight, trained.bias, trained.vectors()
     folder = shop.checkpoint / "vision_language_encoder"
     prior = GlmImageForConditionalGeneration.from_pretrained(folder)
     codebook.put_into(prior, codes)
-    prior.save_pretrained(folder)
+    reader = Reader(prior.model.visual.float().to(shop.device), codes)
+
+    def loss_of(batch: _Batch) -> torch.Tensor:
+        seen = [
+            in_colours(cells[number], neat[number], scene)
+            for number, scene in zip(batch.numbers, batch.painted, strict=True)
+        ]
+        neatly = codebook.cells_of(draw(batch.painted, Frame(SIDE, SIDE), shop.device))
+        drawn = codebook.cells_of(draw(batch.drawn, batch.frame, shop.device))
+        noisy = drawn + SOURCE_NOISE * torch.randn_like(drawn)
+        of_painted = error(torch.stack(seen), neatly, batch.painted)
+        return of_painted + error(noisy, drawn, batch.drawn)
+
+    def error(seen: torch.Tensor, true: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+        ids = codes.likeness(true).argmax(-1)
+        kept = torch.rand(ids.shape, device=ids.device) < closeness(ids, backgrounds(scenes, ids.device))
+        return functional.cross_entropy(reader(seen, kept), ids[kept])
+
+    trained = train_part(shop, "reading", reader, partial(_batch, neat), loss_of, rate=1.5e-3)
+    prior.model.visual.load_state_dict(trained.visual.state_dict())
+    prior.model.vqmodel.quantize.embedding.weight.data.copy_(trained.vectors())
+    prior.half().save_pretrained(folder)
 
 
 class Reader(nn.Module):
-    """The tokenizer, as it is learnt: the encoder's weights, and the geometries that codes are made of."""
+    """The tokenizer, as it is learnt: the vision encoder, and the geometries that codes are made of."""
 
-    def __init__(self, codes: Codes) -> None:
+    def __init__(self, visual: GlmImageVisionModel, codes: Codes) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(codes.weight.clone()), nn.Parameter(codes.bias.clone())
+        self.visual = visual.requires_grad_()
         self.geometries = nn.Parameter(codes.geometries.clone())
         self.sharpness = nn.Parameter(torch.tensor(SHARPNESS, device=codes.weight.device).log())
 
-    def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        """Logits of the codes, of cells as the vision encoder sees them, shape (cells, 3 × 16 × 16)."""
-        return self.sharpness.exp() * codebook.directions(cells, self.weight, self.bias) @ self.vectors().T
+    def forward(self, cells: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Logits of the codes.
+
+        Args:
+            cells: as the vision encoder sees them, shape (pictures, rows, columns, 3 × 16 × 16).
+            kept: whether logits are wanted of a cell, shape (pictures, rows, columns).
+
+        Returns:
+            Of the kept ones, shape (kept, codes).
+        """
+        grids = torch.tensor([[1, *cells.shape[1:3]]] * len(cells), device=cells.device)
+        features = self.visual(cells.flatten(0, 2), grids).last_hidden_state[kept.flatten()]
+        return self.sharpness.exp() * functional.normalize(features, dim=-1) @ self.vectors().T
 
     def vectors(self) -> torch.Tensor:
         """The codebook's: shape (codes, features)."""
-        return codebook.directions(codebook.prototypes(self.geometries), self.weight, self.bias)
+        embed = self.visual.patch_embed.proj
+        return codebook.directions(codebook.prototypes(self.geometries), embed.weight.flatten(1), embed.bias)
 
 
 @dataclass(frozen=True)
@@ -102,21 +127,58 @@ class _Batch:
 
     Attributes:
         numbers: of the painted pictures.
-        scenes: that are drawn.
-        frame: of the drawings.
+        painted: what they show, in the colours that they are shown in.
+        drawn: other scenes, that are drawn.
+        frame: of these.
     """
 
     numbers: list[int]
-    scenes: list[Scene]
+    painted: list[Scene]
+    drawn: list[Scene]
     frame: Frame
 
 
-def _batch(chance: random.Random, _: int) -> _Batch:
+def _batch(neat: list[Scene], chance: random.Random, _: int) -> _Batch:
+    numbers = [chance.randrange(len(neat)) for _ in range(BATCH)]
+    height, width = pick_size(chance)
+    count = max(1, DRAWN * SIDE**2 // (height * width))
     return _Batch(
-        [chance.randrange(PAINTED) for _ in range(BATCH)],
-        [shifted(random_scene(chance), chance) for _ in range(BATCH)],
-        Frame(SIDE, SIDE, aligned=chance.random() < ALIGNED),
+        numbers,
+        [recoloured(neat[number], chance) for number in numbers],
+        [shifted(random_scene(chance), chance) for _ in range(count)],
+        Frame(height, width, aligned=chance.random() < ALIGNED),
     )
+
+
+def recoloured(scene: Scene, chance: random.Random) -> Scene:
+    """A scene in other colours."""
+    old = {scene.background, *(thing.colour for thing in scene.things)}
+    new = dict(zip(sorted(old), chance.sample(list(COLOURS), len(old)), strict=True))
+    things = tuple(replace(thing, colour=new[thing.colour]) for thing in scene.things)
+    return replace(scene, background=new[scene.background], things=things)
+
+
+def in_colours(cells: torch.Tensor, before: Scene, after: Scene) -> torch.Tensor:
+    """A picture in other colours: what is a mixture of old ones becomes the same mixture of new ones.
+
+    Args:
+        cells: as the vision encoder sees them, shape (rows, columns, 3 × 16 × 16).
+        before: the scene that the picture shows.
+        after: that scene in the new colours.
+    """
+    old, new = (
+        codebook.normalized(
+            torch.tensor(
+                [COLOURS[scene.background], *(COLOURS[thing.colour] for thing in scene.things)],
+                device=cells.device,
+            )
+        )
+        for scene in (before, after)
+    )
+    turned: torch.Tensor = torch.linalg.pinv(old[1:] - old[0]) @ (new[1:] - new[0] - old[1:] + old[0])
+    mixing = torch.eye(3, device=cells.device) + turned
+    channels = cells.view(*cells.shape[:-1], 3, -1)
+    return (mixing.T @ (channels - old[0, :, None]) + new[0, :, None]).flatten(-2)
 
 
 def painted(shop: Workshop) -> tuple[list[Scene], torch.Tensor]:
