@@ -29,7 +29,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         tiny_model("z-image") | {"family": "z_image", "description": "It paints noise."},
     ]
     with served(config_file(folder, models)) as running:
-        until(lambda: "ready" in stages(running.url), START_TIMEOUT_S)
+        until(lambda: "ready" in (now := stages(running.url)) and "loading" not in now, START_TIMEOUT_S)
         yield running.url
 
 

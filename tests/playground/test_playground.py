@@ -24,8 +24,8 @@ SLOW: dict[str, str | int] = {"num_inference_steps": 100, "size": "1024x1024"}
 expect.set_options(timeout=WAIT_MS)
 
 
-def answered(url: str, prompt: str, seed: int, *sources: bytes, steps: int = 4) -> bytes:
-    """The file that the API answers with, of the small square or as large as the source."""
+def answered(url: str, prompt: str, seed: int, *sources: bytes, steps: int = 4, side: int = 512) -> bytes:
+    """The file that the API answers with: a square, or as large as the source."""
     fields: dict[str, Any] = {
         "model": "glm-image",
         "prompt": prompt,
@@ -37,7 +37,9 @@ def answered(url: str, prompt: str, seed: int, *sources: bytes, steps: int = 4) 
         files = [("image[]", source) for source in sources]
         answer = httpx.post(f"{url}/v1/images/edits", data=fields, files=files, timeout=120)
     else:
-        answer = httpx.post(f"{url}/v1/images/generations", json=fields | {"size": "512x512"}, timeout=120)
+        answer = httpx.post(
+            f"{url}/v1/images/generations", json=fields | {"size": f"{side}x{side}"}, timeout=120
+        )
     return base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"])
 
 
@@ -65,7 +67,7 @@ def bring(visit: Visit, how: str, file: bytes, kind: str = "image/png", name: st
 
 
 def test_an_image_is_watched_while_it_is_made(visit: Visit) -> None:
-    card = visit.generate("a boat that is watched", num_inference_steps=60, seed=7)
+    card = visit.generate("a boat that is watched", num_inference_steps=60, size="1024x1024", seed=7)
     look = """card => [
       ...[...card.querySelectorAll("progress")].map((bar) => bar.value),
       card.querySelector(".words").innerText,
@@ -80,13 +82,13 @@ def test_an_image_is_watched_while_it_is_made(visit: Visit) -> None:
         assert values == sorted(values)
         assert len(set(values)) > 3
     words = {words for _, _, words, *_ in seen}
-    assert any(re.match(r"Prior: [0-9]+ of 512 tokens · [0-9]+ s$", one) for one in words)
+    assert any(re.match(r"Prior: [0-9]+ of 1280 tokens · [0-9]+ s$", one) for one in words)
     assert any(re.match(r"Painting: step [0-9]+ of 60 · [0-9]+ s$", one) for one in words)
     assert len({preview for *_, preview, _ in seen if preview}) > 1
-    expect(card.locator(".words")).to_have_text(re.compile("^glm-image · 512×512 · seed\\s7 · [0-9]+\\ss$"))
-    assert visit.file(card) == answered(visit.url, "a boat that is watched", 7, steps=60)
+    expect(card.locator(".words")).to_have_text(re.compile("^glm-image · 1024×1024 · seed\\s7 · [0-9]+\\ss$"))
+    assert visit.file(card) == answered(visit.url, "a boat that is watched", 7, steps=60, side=1024)
     width = card.locator("img").evaluate("async image => { await image.decode(); return image.naturalWidth }")
-    assert width == 512
+    assert width == 1024
 
 
 def test_an_example_is_tried(visit: Visit) -> None:
