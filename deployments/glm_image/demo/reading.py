@@ -70,6 +70,11 @@ def train(shop: Workshop) -> None:
     codebook.put_into(prior, codes)
     reader = Reader(prior.model.visual.float().to(shop.device), codes)
 
+    def error(seen: torch.Tensor, true: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+        ids = codes.likeness(true).argmax(-1)
+        kept = torch.rand(ids.shape, device=ids.device) < closeness(ids, backgrounds(scenes, ids.device))
+        return functional.cross_entropy(reader(seen, kept), ids[kept])
+
     def loss_of(batch: _Batch) -> torch.Tensor:
         seen = [
             in_colours(cells[number], neat[number], scene)
@@ -80,11 +85,6 @@ def train(shop: Workshop) -> None:
         noisy = drawn + SOURCE_NOISE * torch.randn_like(drawn)
         of_painted = error(torch.stack(seen), neatly, batch.painted)
         return of_painted + error(noisy, drawn, batch.drawn)
-
-    def error(seen: torch.Tensor, true: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
-        ids = codes.likeness(true).argmax(-1)
-        kept = torch.rand(ids.shape, device=ids.device) < closeness(ids, backgrounds(scenes, ids.device))
-        return functional.cross_entropy(reader(seen, kept), ids[kept])
 
     trained = train_part(shop, "reading", reader, partial(_batch, neat), loss_of, rate=1.5e-3)
     prior.model.visual.load_state_dict(trained.visual.state_dict())
@@ -166,19 +166,17 @@ def in_colours(cells: torch.Tensor, before: Scene, after: Scene) -> torch.Tensor
         before: the scene that the picture shows.
         after: that scene in the new colours.
     """
-    old, new = (
-        codebook.normalized(
-            torch.tensor(
-                [COLOURS[scene.background], *(COLOURS[thing.colour] for thing in scene.things)],
-                device=cells.device,
-            )
-        )
-        for scene in (before, after)
-    )
+    old, new = (_palette(scene, cells.device) for scene in (before, after))
     turned: torch.Tensor = torch.linalg.pinv(old[1:] - old[0]) @ (new[1:] - new[0] - old[1:] + old[0])
     mixing = torch.eye(3, device=cells.device) + turned
     channels = cells.view(*cells.shape[:-1], 3, -1)
     return (mixing.T @ (channels - old[0, :, None]) + new[0, :, None]).flatten(-2)
+
+
+def _palette(scene: Scene, device: torch.device) -> torch.Tensor:
+    """Its colours, the background's first, as the vision encoder sees them: shape (colours, 3)."""
+    names = [scene.background, *(thing.colour for thing in scene.things)]
+    return codebook.normalized(torch.tensor([COLOURS[name] for name in names], device=device))
 
 
 def painted(shop: Workshop) -> tuple[list[Scene], torch.Tensor]:
