@@ -83,9 +83,11 @@ class PriorEngine:
     """Samples prior tokens for several requests at once, which come and go at any token.
 
     For one seed the tokens are the same whatever company a request has. On a CPU they are those of
-    `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42); on a GPU, sums are rounded otherwise. Where
-    upstream would fail, having drawn a special token inside the target grid or an end token before it, an
-    image token is drawn in its place. The end token after the grid is nobody's need: not drawn.
+    `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42), unless a token lies so near the edge of top-p
+    that the last bits of a sum decide: with the tiny checkpoint, for one seed in hundreds. On a GPU all sums
+    are rounded otherwise. Where upstream would fail, having drawn a special token inside the target grid or
+    an end token before it, an image token is drawn in its place. The end token after the grid is nobody's
+    need: not drawn.
 
     `submit` may be called from any thread; `step` from one.
     """
