@@ -23,6 +23,7 @@ from tests.serve.test_exactness import edit
 from tests.serve.test_exactness import generate as generate_some
 from tests.serve.test_jobs import ended, pixels, submit
 
+pytestmark = pytest.mark.slow
 EXTRA = {"num_inference_steps": 8, "seed": 1}
 USUAL: dict[str, Any] = {"size": "512x512"} | EXTRA
 CLOSE, SLACK = 4, 0.25

@@ -20,6 +20,7 @@ from deployments.glm_image import tiny
 from tests.faults.conftest import Client, first_refused
 from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
 
+pytestmark = pytest.mark.slow
 LONG: dict[str, Any] = {"num_inference_steps": 100}
 UNLOADED = {"prior": {"state": "unloaded"}, "decoder": {"state": "unloaded"}}
 IDLE_S = 2
@@ -258,7 +259,7 @@ def test_twenty_rounds_leave_nothing_behind(client: Client, capsys: pytest.Captu
     assert statistics.median(memory[15:]) - statistics.median(memory[5:10]) < 50
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_told_to_stop_finishes_what_it_has(tmp_path: Path, sign: signal.Signals) -> None:
     with served(config_file(tmp_path, [tiny_model("m")])) as running, Client(running) as client:
         assert client.ask().status_code == 200

@@ -16,6 +16,7 @@ from deployments.glm_image import tiny
 from tests.faults.conftest import Client
 from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
 
+pytestmark = pytest.mark.slow
 MAX_PENDING = 60
 
 
@@ -120,7 +121,6 @@ def is_at(client: Client, stage: str) -> bool:
     return stage in client.working()
 
 
-@pytest.mark.slow
 def test_replicas_that_die_cost_time_and_nothing_else(client: Client) -> None:
     seeds = range(1000, 1050)
     with ThreadPoolExecutor(len(seeds)) as pool:

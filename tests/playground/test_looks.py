@@ -9,6 +9,7 @@ from playwright.sync_api import Browser, Page
 from tests.conftest import needs_node
 from tests.playground.conftest import Visit, visiting
 
+pytestmark = pytest.mark.slow
 AXE = Path(__file__).parent / "node_modules/axe-core/axe.min.js"
 SIZES = {"desktop": {"width": 1280, "height": 860}, "phone": {"width": 360, "height": 740}}
 

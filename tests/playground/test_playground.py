@@ -19,6 +19,7 @@ from tests.playground.conftest import KEY, WAIT_MS, Visit, visiting
 from tests.playground.line import Line
 from tests.serve.conftest import until
 
+pytestmark = pytest.mark.slow
 SLOW: dict[str, str | int] = {"num_inference_steps": 100, "size": "1024x1024"}
 """Asks for an image that takes long enough for what is done meanwhile."""
 expect.set_options(timeout=WAIT_MS)

@@ -24,6 +24,7 @@ from deployments.types import Pixels
 from deployments.z_image import tiny as z_image
 from tests.serve.conftest import ROOT, Upstream, config_file, served, until
 
+pytestmark = pytest.mark.slow
 PROMPT = "A lighthouse with the words ÖFFNUNG 9–17 on it"
 STEPS: dict[str, Any] = {"num_inference_steps": 4}
 

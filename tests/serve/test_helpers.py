@@ -27,6 +27,7 @@ from serve_app.prompt_expansion import INSTRUCTION
 from tests.classifiers import flagging
 from tests.serve.conftest import ROOT, Running, Upstream, config_file, served, until
 
+pytestmark = pytest.mark.slow
 PROMPT = "a boat"
 SAFE, UNSAFE = 31, 32
 """Seeds of images; the second one is flagged."""
@@ -307,7 +308,6 @@ def test_the_log_says_why_a_prompt_was_not_expanded_and_holds_none(
     assert not [file for file in files if canary.encode() in file.read_bytes()]
 
 
-@pytest.mark.slow
 def test_a_checker_that_dies_is_replaced_and_asked_again(sdk: openai.OpenAI, helped: Helped) -> None:
     assert generate(sdk, SAFE).any()
     (checker,) = helped.running.replicas("safety-checker")
