@@ -156,6 +156,7 @@ def weights_of_the_prior(shop: Workshop) -> dict[str, torch.Tensor]:
     return load_file(shop.checkpoint / "vision_language_encoder" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_training_goes_on_and_ends_with_a_checkpoint(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,6 +194,7 @@ def test_no_seed_of_the_process_is_read_or_written(loaded: Loaded) -> None:
     assert not np.array_equal(loaded.ours(replace(REQUESTS[0], seed=99)).target, first)
 
 
+@pytest.mark.slow
 def test_upstreams_tokens_wherever_upstream_makes_an_image(config: ModelConfig) -> None:
     loaded = Loaded(config, draws_special_tokens)
     sound = failed = 0
