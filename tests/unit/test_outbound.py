@@ -79,7 +79,7 @@ class Server:
             try:
                 yield f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
             finally:
-                for _ in range(5):  # turns of the loop, which a client that has just dialled has its task by
+                for _ in range(5):  # turns of the loop: who has just dialled has a task within four
                     await asyncio.sleep(0)
                 async with asyncio.timeout(20):  # until all have hung up
                     await asyncio.gather(*self._tasks)
