@@ -1,4 +1,4 @@
-"""What makes a loaded pipeline faster or smaller: a function for each option of the configuration."""
+"""Makes a loaded pipeline faster or smaller: a function for each option of the configuration."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
+from deployments import compilation
 from deployments.calls import Call
 from deployments.errors import OutOfMemoryError, UnsupportedOption
 from deployments.memory import free_bytes, working_bytes
-from deployments.types import DecodeRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from deployments.config import DecoderConfig
-    from deployments.types import Prior
+    from deployments.config import DecoderConfig, ModelConfig
+    from deployments.types import DecodeRequest
 
 logger = logging.getLogger("ray.serve")
 
 
 class Pipeline(Protocol):
-    """A family's pipeline: diffusers' `DiffusionPipeline` with a DiT and a VAE, and two things more."""
+    """A family's pipeline: diffusers' `DiffusionPipeline` with a DiT and a VAE, and methods of our own."""
 
     transformer: Any
     vae: Any
@@ -34,23 +35,39 @@ class Pipeline(Protocol):
     enable_group_offload: Any
 
     def try_step(self, side: int) -> object:
-        """The DiT's part in a step with guidance, of a square image: its shapes count, not its contents."""
+        """Runs the DiT as one step with guidance of a square image does, for the memory that it takes."""
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compiles the DiT's blocks, for images of all sizes; see `deployments.compilation.options`."""
 
     def cache_steps(self, threshold: float) -> None:
-        """Leave out the DiT's blocks but the first where that one's change is close to the last step's.
+        """Skips the DiT's blocks after the first where that one's change is close to the last step's.
 
         Raises:
             UnsupportedOption: diffusers cannot do so with this DiT.
         """
 
 
-def apply(pipeline: Pipeline, config: DecoderConfig, *, max_side: int) -> None:
-    """Apply the options to a pipeline whose components are on the CPU, and put it on its device.
+def loading_device(config: DecoderConfig, size: int) -> str:
+    """Returns where to load the weights: the stage's device, if they fit and will stay there as they are.
 
     Args:
-        pipeline: is changed.
         config: of the stage.
-        max_side: of the largest image that will be asked for, in pixels.
+        size: of the weights, in bytes.
+    """
+    chosen = config.acceleration
+    stays = chosen.quantization == "none" and chosen.offload in ("auto", "none")
+    fits = size <= free_bytes(torch.device(config.device))
+    return config.device if stays and fits else "cpu"
+
+
+def apply(pipeline: Pipeline, config: DecoderConfig, *, max_side: int) -> None:
+    """Applies the options to a pipeline and puts it on its device.
+
+    Args:
+        pipeline: is changed. Its components are on the CPU or on the device already.
+        config: of the stage.
+        max_side: longer side of the largest image that will be made, in pixels.
 
     Raises:
         UnsupportedOption: this machine, or a version of something on it, cannot do what is asked.
@@ -59,81 +76,122 @@ def apply(pipeline: Pipeline, config: DecoderConfig, *, max_side: int) -> None:
     chosen = config.acceleration
     if chosen.vae_tiling:
         tile_vae(pipeline)
+    device = torch.device(config.device)
     working = _working_bytes(pipeline, max_side)
     for name, option, is_wanted in (
         ("quantization", quantize, chosen.quantization != "none"),
         ("step_cache", lambda pipeline: pipeline.cache_steps(chosen.step_cache), chosen.step_cache > 0),
         ("attention", partial(choose_attention, backend=chosen.attention), chosen.attention != "native"),
-        ("compile", compile_blocks, chosen.compile),
+        ("compile", partial(compile_parts, device=device), config.compiles),
     ):
         if is_wanted:
             try:
                 option(pipeline)
             except Exception as error:
                 raise UnsupportedOption(f"decoder.acceleration.{name} cannot be had here: {error}") from error
-    place(pipeline, torch.device(config.device), chosen.offload, working)
+    place(pipeline, device, chosen.offload, working)
     logger.info("images of up to %dx%d", max_side, max_side)
 
 
-def try_out(config: DecoderConfig, decode: Callable[[DecodeRequest, Call], Any], prior: Prior) -> None:
-    """Make an image of 512×512 with this prior when there are options that may fail only when used.
+Size = tuple[int, int]
+
+
+def warm_up_sizes(model: ModelConfig) -> tuple[Size, Size]:
+    """Returns width and height, in pixels, of the first image to warm up with, and of the others.
+
+    The others have the default size. The first one nearly has it, because the compiler takes lengths that are
+    equal in its first example for equal always. It is no square, and no source image of the others is as
+    large as they are. A stage that does not compile makes the smallest image.
+    """
+    if not model.decoder.compiles:
+        smallest = (model.traits.min_side, model.traits.min_side)
+        return smallest, smallest
+    width, height = model.defaults.width, model.defaults.height
+    step = model.traits.side_multiple
+    near = (height - step, height + step, height - 2 * step)
+    first = next(one for one in near if one != width and model.traits.is_legal_size(width, one))
+    return (width, first), (width, height)
+
+
+def warm_up(
+    config: DecoderConfig,
+    decode: Callable[[DecodeRequest, Call], Any],
+    units: Sequence[DecodeRequest],
+    report: Callable[[float], None],
+) -> None:
+    """Makes one image of each kind, if the first one of a kind is slow or may fail.
+
+    Compiled code is made when it is first needed. Here it is made before a client waits for it. Options that
+    fail only when used fail now.
+
+    Args:
+        config: of the stage.
+        decode: makes an image.
+        units: an image of each kind. A stage that does not compile makes the first one alone.
+        report: is called with the share of the units that are made, 0 to 1.
 
     Raises:
-        UnsupportedOption: it could not be made.
+        UnsupportedOption: an image could not be made.
     """
-    used = config.acceleration.model_dump(exclude_defaults=True)
-    if not used:
+    used = config.acceleration.model_dump(exclude_defaults=True) | {"compile": config.compiles}
+    if not any(used.values()):
         return
-    request = DecodeRequest(
-        prompt="", width=512, height=512, seed=0, steps=2, guidance_scale=1.5, prior=prior
-    )
-    try:
-        decode(request, Call())
-    except Exception as error:
-        raise UnsupportedOption(
-            f"no image could be made with decoder.acceleration = {used}: {error}"
-        ) from error
+    units = units if config.compiles else units[:1]
+    for done, unit in enumerate(units, start=1):
+        try:
+            decode(unit, Call())
+        except Exception as error:
+            raise UnsupportedOption(
+                f"no image could be made with decoder.acceleration = {used}: {error}"
+            ) from error
+        report(done / len(units))
 
 
 def quantize(pipeline: Pipeline) -> None:
-    """Keep the DiT's weights in 8 bits (float8_e4m3fn), and compute in the type they had."""
+    """Keeps the DiT's weights in 8 bits (float8_e4m3fn); arithmetic stays in the type they had."""
     pipeline.transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=pipeline.transformer.dtype
     )
 
 
 def tile_vae(pipeline: Pipeline) -> None:
-    """Decode large images in overlapping tiles, whose seams are blended."""
+    """Decodes large images in overlapping tiles and blends their seams."""
     pipeline.vae.enable_tiling()
 
 
 def choose_attention(pipeline: Pipeline, backend: str) -> None:
-    """Use one of diffusers' attention backends."""
+    """Selects one of diffusers' attention backends."""
     pipeline.transformer.set_attention_backend(backend)
 
 
-def compile_blocks(pipeline: Pipeline) -> None:
-    """Compile the DiT's block, for all of them together.
+def compile_parts(pipeline: Pipeline, device: torch.device) -> None:
+    """Compiles the DiT's blocks and the VAE decoder's residual blocks, for images of all sizes.
 
-    It is compiled anew for each kind of call: with or without text, sizes, reading or writing a source.
+    Args:
+        pipeline: is changed.
+        device: where it will compute.
     """
-    pipeline.transformer.compile_repeated_blocks(fullgraph=True, recompile_limit=64)
+    options = compilation.options(device)
+    pipeline.compile(options)
+    for module in pipeline.vae.decoder.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.compile(fullgraph=True, dynamic=True, options=options)
 
 
 def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[str, int]) -> None:
-    """Put the pipeline on its device, whole or in turns, and say how much memory that takes.
+    """Puts the pipeline on its device, whole or in turns, and logs how much memory that takes.
 
     Args:
-        pipeline: its components are on the CPU.
+        pipeline: its components are on the CPU or on the device.
         device: where it computes.
         offload: `none`, `model`, `group`, or `auto`: `none` if it fits, else `model`.
         working: bytes that a component takes beside its weights.
+
+    Raises:
+        OutOfMemoryError: it does not fit.
     """
-    weights = {
-        name: sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
-        for name, part in pipeline.components.items()
-        if isinstance(part, torch.nn.Module)
-    }
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    weights = {name: _weight_bytes(part) for name, part in parts.items()}
     on_cpu = device.type == "cpu"
     needs = {
         "none": (0 if on_cpu else sum(weights.values())) + max(working.values()),
@@ -141,7 +199,7 @@ def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[
         "model": weights["vae"] + max(weights["transformer"] + working["transformer"], working["vae"]),
         "group": weights["vae"] + max(working.values()),
     }
-    free = free_bytes(device)
+    free = free_bytes(device) + sum(_weight_bytes(part, on=device) for part in parts.values() if not on_cpu)
     if offload == "auto":
         offload = "none" if on_cpu or needs["none"] <= free else "model"
     plan = (
@@ -164,14 +222,23 @@ def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[
         pipeline.vae.to(device)
     else:
         pipeline.to(device)
+        if not on_cpu:
+            # cuDNN's convolutions work in this order, and would copy from and to the other one.
+            pipeline.vae.to(memory_format=torch.channels_last)
+
+
+def _weight_bytes(part: torch.nn.Module, *, on: torch.device | None = None) -> int:
+    """Bytes of a component's weights, or of those on one kind of device."""
+    tensors = (*part.parameters(), *part.buffers())
+    return sum(tensor.nbytes for tensor in tensors if on is None or tensor.device.type == on.type)
 
 
 def _working_bytes(pipeline: Pipeline, side: int) -> dict[str, int]:
-    """What the two large parts take beside their weights for a square image."""
+    """Bytes that the two large parts take beside their weights for a square image."""
     vae = pipeline.vae
     latent_side = side // pipeline.vae_scale_factor
     latents = (1, vae.config.latent_channels, latent_side, latent_side)
     return {
         "transformer": working_bytes(lambda: pipeline.try_step(side)),
-        "vae": working_bytes(lambda: vae.decode(torch.empty(latents, dtype=vae.dtype))),
+        "vae": working_bytes(lambda: vae.decode(torch.empty(latents, dtype=vae.dtype, device=vae.device))),
     }

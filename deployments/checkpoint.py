@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.utils.logging import set_tqdm_hook
 
 from deployments.errors import CheckpointError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
+WEIGHTS_SHARE = 0.5
+"""Share of the loading that reading weights is taken for, where compiling follows."""
 FILE_TYPES = ("json", "jinja", "model", "safetensors", "txt")
 """What is downloaded of a folder: settings, vocabularies and safe weights."""
 
@@ -51,7 +54,7 @@ def load(
     report: Callable[[float], None],
     *,
     built_in: Mapping[str, Callable[[], Path]],
-    device: str,
+    device: Callable[[int], str],
     dtype: str,
 ) -> dict[str, Any]:
     """Load components of a model's checkpoint.
@@ -61,7 +64,7 @@ def load(
         components: their classes, by name.
         report: told the share that is loaded, 0 to 1.
         built_in: the folders of the family's own checkpoints, by name.
-        device: where weights go.
+        device: where the weights go, given the size of their files in bytes.
         dtype: theirs, as torch calls it.
 
     Raises:
@@ -74,18 +77,19 @@ def load(
         name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
         for name in components
     }
+    where = device(sum(sizes.values()))
     parts: dict[str, Any] = {}
     for name, cls in components.items():
         _check_component(folder, name, cls)
         with _told(partial(_report_part, report, sizes, name)):
-            what, where = f"component {name!r}", folder / name
+            what = f"{folder}: component {name!r}"
             if issubclass(cls, torch.nn.Module):
-                parts[name] = _load_weights(where, f"{folder}: {what}", cls, device=device, dtype=dtype)
+                parts[name] = _load_weights(folder / name, what, cls, device=where, dtype=dtype)
             else:
-                parts[name] = _load_settings(where, f"{folder}: {what}", cls)
+                parts[name] = _load_settings(folder / name, what, cls)
     logger.info(
         "%s: loaded %s from %s as %s on %s in %.1f s",
-        *(model.name, ", ".join(parts), folder, dtype, device, time.monotonic() - began),
+        *(model.name, ", ".join(parts), folder, dtype, where, time.monotonic() - began),
     )
     return parts
 
@@ -125,6 +129,11 @@ def load_flat(
         model = _load_weights(folder, what, model_class, device=device, dtype=dtype, **safe)
     logger.info("loaded %s as %s on %s in %.1f s", folder, dtype, device, time.monotonic() - began)
     return model, reader
+
+
+def part_of(report: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
+    """Returns a report for a part of the loading: its 0 to 1 are `start` to `end` of the whole."""
+    return lambda share: report(start + share * (end - start))
 
 
 def _report_part(report: Callable[[float], None], sizes: Mapping[str, int], name: str, loaded: float) -> None:
@@ -184,16 +193,17 @@ def _locate(source: Source, built_in: Mapping[str, Callable[[], Path]], patterns
 
 
 def _check_component(folder: Path, name: str, cls: Any) -> None:
-    """Look whether a component is there, and what it should be.
+    """Checks that a component exists and that the index declares its class, or the library's that it extends.
 
-    The class is ours to say, not the checkpoint's: what the index declares is only compared.
+    The server chooses the class. The checkpoint's declaration is only compared.
     """
+    expected = next(base.__name__ for base in cls.__mro__ if not base.__module__.startswith("deployments."))
     try:
         declared = json.loads((folder / "model_index.json").read_text())[name][1]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{folder}: model_index.json lists no component {name!r}") from error
-    if declared != cls.__name__:
-        raise CheckpointError(f"{folder}: component {name!r} is a {declared}, not a {cls.__name__}")
+    if declared != expected:
+        raise CheckpointError(f"{folder}: component {name!r} is a {declared}, not a {expected}")
     if not (folder / name).is_dir():
         raise CheckpointError(f"{folder}: component {name!r} is missing")
 
@@ -207,8 +217,15 @@ def _load_settings(folder: Path, what: str, cls: Any, **options: Any) -> Any:
 
 
 def _load_weights(folder: Path, what: str, cls: Any, *, device: str, dtype: str, **options: Any) -> Any:
-    """Load what has weights; likewise."""
+    """Loads what has weights to its device; `what` names it in errors.
+
+    Both libraries map the files into memory. Where the type of the numbers stays, nothing is copied into the
+    CPU's memory before it goes to the device. transformers converts and moves each tensor by itself.
+    """
     options |= {"torch_dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
+    if issubclass(cls, PreTrainedModel):
+        # diffusers' models lack this: with a device map it fails on missing weights without naming them.
+        options["device_map"] = {"": device}
     try:
         component, report = cls.from_pretrained(folder, **options)
     except Exception as error:

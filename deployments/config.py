@@ -109,9 +109,11 @@ class PriorConfig(StageConfig):
 class Acceleration(Config):
     """What makes the decoder stage faster or smaller. Options that change pixels say so."""
 
-    compile: bool = Field(
-        default=False,
-        description="Compile the DiT's blocks: faster steps, a longer start. Pixels change by rounding.",
+    compile: bool | None = Field(
+        default=None,
+        description="Compile the DiT's blocks and the VAE: faster steps, a longer first start. Pixels change "
+        "by rounding. Defaults to true on `cuda`, unless `step_cache`, `quantization` or `offload: group` is "
+        "set.",
     )
     attention: Literal[
         "native",
@@ -151,17 +153,17 @@ class Acceleration(Config):
 
     @model_validator(mode="after")
     def _can_be_compiled(self) -> Self:
-        if self.compile and (self.step_cache or self.quantization != "none" or self.offload == "group"):
+        if self.compile and not self.allows_compile:
             raise ValueError(
-                "acceleration.compile goes with none of step_cache, quantization and offload: group, which "
-                "work inside of what would be compiled"
+                "acceleration.compile cannot be combined with step_cache, quantization or offload: group, "
+                "which change the DiT's blocks from inside; remove one of them"
             )
         return self
 
     @property
-    def lossy(self) -> list[str]:
-        """The options in use that change pixels."""
-        return sorted(self.model_dump(exclude_defaults=True, exclude={"offload"}))
+    def allows_compile(self) -> bool:
+        """Whether no other option works inside the DiT's blocks."""
+        return not self.step_cache and self.quantization == "none" and self.offload != "group"
 
 
 class DecoderConfig(StageConfig):
@@ -170,6 +172,21 @@ class DecoderConfig(StageConfig):
     acceleration: Acceleration = Field(
         default_factory=Acceleration, description="What makes the stage faster or smaller."
     )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the stage compiles its model."""
+        chosen = self.acceleration.compile
+        return self.device == "cuda" and self.acceleration.allows_compile if chosen is None else chosen
+
+    @property
+    def lossy(self) -> list[str]:
+        """The options in use that change pixels.
+
+        Compiling counts on a CPU only. There the pixels are upstream's without it; on a GPU they are not.
+        """
+        chosen = self.acceleration.model_dump(exclude_defaults=True, exclude={"offload", "compile"})
+        return sorted([*chosen, *["compile"] * (self.compiles and self.device == "cpu")])
 
     @model_validator(mode="after")
     def _offloads_from_a_gpu(self) -> Self:
@@ -281,6 +298,12 @@ class ModelConfig(Config):
         default=None,
         pattern=COMMIT,
         description=REVISION,
+    )
+    compile_cache: str = Field(
+        default="~/.cache/glm-image-server/compiled",
+        min_length=1,
+        description="Folder that keeps compiled code between starts, on each machine. Replicas with other "
+        "versions or other GPUs may share it.",
     )
     defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
     prior: PriorConfig = Field(description="What reads prompts: an autoregressive model, or a text encoder.")

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from deployments.calls import Call
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, release
-from deployments.memory import cleared
+from deployments.memory import cleared, wait_for
 from deployments.types import Preview, Progress
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class PipelineDecoder(ABC):
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as the VAE takes them."""
 
+    @torch.inference_mode()
     def decode(self, request: DecodeRequest, call: Call) -> Pixels:
         """See `deployments.families.Decoder`."""
         if self.fault:
@@ -78,6 +79,7 @@ class PipelineDecoder(ABC):
         began = time.monotonic()
 
         def after_step(pipeline: Any, step: int, _: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+            wait_for(self._device)
             self.done += 1
             self._stop_if_cancelled()
             done, total = step + 1, pipeline.num_timesteps  # an edit may begin in the middle

@@ -45,7 +45,8 @@ class PriorEngine(Protocol):
 
         Args:
             model: which.
-            report: told, now and then, the share of the weights that is loaded, 0 to 1.
+            report: called now and then with the share of the loading that is done, 0 to 1. Compiling is part
+                of it.
 
         Raises:
             CheckpointError: one of them is missing or does not fit.
@@ -82,7 +83,8 @@ class Decoder(Protocol):
 
         Args:
             model: which.
-            report: told, now and then, the share of the weights that is loaded, 0 to 1.
+            report: called now and then with the share of the loading that is done, 0 to 1. Compiling is part
+                of it.
 
         Raises:
             CheckpointError: one of them is missing or does not fit.

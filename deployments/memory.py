@@ -34,6 +34,19 @@ def free_bytes(device: torch.device) -> int:
     return available
 
 
+def wait_for(device: torch.device) -> None:
+    """Waits until the device has done what this thread has given it.
+
+    A GPU's launches return at once. Without waiting a thread would be steps ahead of it: its progress would
+    not be true, and a cancelled unit would go on for as long. The core sleeps meanwhile; by default CUDA
+    polls.
+    """
+    if device.type == "cuda":
+        done = torch.cuda.Event(blocking=True)
+        done.record(torch.cuda.current_stream(device))
+        done.synchronize()
+
+
 def cleared(device: torch.device) -> Exception | None:
     """Let go, after an error, of what the work has left on the device; returns why that is lost, if it is."""
     if device.type == "cuda":

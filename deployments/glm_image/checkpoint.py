@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    GlmImageTransformer2DModel,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import ByT5Tokenizer, GlmImageForConditionalGeneration, GlmImageProcessor, T5EncoderModel
 
+from deployments.acceleration import loading_device
 from deployments.checkpoint import load
 from deployments.glm_image import tiny
 from deployments.glm_image.pipeline import DecoderPipeline
+from deployments.glm_image.transformer import Transformer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +27,7 @@ PRIOR_COMPONENTS = {
 DECODER_COMPONENTS = {
     "tokenizer": ByT5Tokenizer,
     "text_encoder": T5EncoderModel,
-    "transformer": GlmImageTransformer2DModel,
+    "transformer": Transformer,
     "vae": AutoencoderKL,
     "scheduler": FlowMatchEulerDiscreteScheduler,
 }
@@ -53,14 +52,14 @@ def load_prior(
         PRIOR_COMPONENTS,
         report,
         built_in=BUILT_IN,
-        device=model.prior.device,
+        device=lambda _: model.prior.device,
         dtype=model.prior.dtype,
     )
     return parts["vision_language_encoder"], parts["processor"]
 
 
 def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> DecoderPipeline:
-    """Load the pipeline, on the CPU, without the autoregressive model.
+    """Loads the pipeline without the autoregressive model, on its device if the weights are to stay there.
 
     Args:
         model: which.
@@ -70,6 +69,11 @@ def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _:
         CheckpointError: the checkpoint or one of the components is missing or does not fit.
     """
     parts = load(
-        model, DECODER_COMPONENTS, report, built_in=BUILT_IN, device="cpu", dtype=model.decoder.dtype
+        model,
+        DECODER_COMPONENTS,
+        report,
+        built_in=BUILT_IN,
+        device=partial(loading_device, model.decoder),
+        dtype=model.decoder.dtype,
     )
     return DecoderPipeline(**parts, vision_language_encoder=None, processor=None)

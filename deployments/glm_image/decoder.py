@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deployments import acceleration
+from deployments import acceleration, compilation
+from deployments.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.diffusion import PipelineDecoder
 from deployments.glm_image import checkpoint
-from deployments.types import PriorTokens
+from deployments.types import DecodeRequest, PriorTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from deployments.acceleration import Size
     from deployments.config import ModelConfig
-    from deployments.types import DecodeRequest, TokenGrid
+    from deployments.types import Pixels, TokenGrid
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,14 +31,19 @@ class Decoder(PipelineDecoder):
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> Decoder:
         """See `deployments.families.Decoder`."""
-        pipeline, largest = checkpoint.load_decoder(model, report), model.traits.max_side
+        read = 1.0
+        if model.decoder.compiles:
+            compilation.prepare(model.compile_cache)
+            read = WEIGHTS_SHARE
+        pipeline = checkpoint.load_decoder(model, part_of(report, 0, read))
+        largest = model.traits.max_side
         acceleration.apply(pipeline, model.decoder, max_side=largest)
         logger.info(
             "a source image of %dx%d takes %.1f GB", largest, largest, pipeline.source_bytes(largest) / 1e9
         )
         decoder = cls(pipeline)
-        tokens = PriorTokens(target=np.zeros((16, 16), dtype=np.int64))
-        acceleration.try_out(model.decoder, decoder.decode, tokens)
+        units = _units_of_each_kind(*acceleration.warm_up_sizes(model))
+        acceleration.warm_up(model.decoder, decoder.decode, units, part_of(report, read, 1))
         return decoder
 
     def _run(self, request: DecodeRequest, **arguments: Any) -> torch.Tensor:
@@ -74,3 +81,36 @@ class Decoder(PipelineDecoder):
             for numbers in (config.latents_mean, config.latents_std)
         )
         return latents * std + mean
+
+
+def _units_of_each_kind(first: Size, others: Size) -> list[DecodeRequest]:
+    """Units for all graphs of the DiT and all parts of the pipeline: without text, with text, and an edit.
+
+    Args:
+        first: width and height of the first unit, and of the edits' source images.
+        others: width and height of the other units.
+    """
+    source = np.zeros((first[1], first[0], 3), dtype=np.uint8)
+    kinds: list[tuple[str, Size, tuple[Pixels, ...]]] = [
+        ("", first, ()),
+        ('"text"', others, ()),
+        ('"text"', others, (source,)),
+    ]
+    return [
+        DecodeRequest(
+            prompt=prompt,
+            width=size[0],
+            height=size[1],
+            seed=0,
+            steps=2,
+            guidance_scale=1.5,
+            prior=PriorTokens(target=_grid(size), sources=tuple(_grid(first) for _ in sources)),
+            sources=sources,
+        )
+        for prompt, size, sources in kinds
+    ]
+
+
+def _grid(size: Size) -> TokenGrid:
+    """Prior tokens of an image of this width and height."""
+    return np.zeros((size[1] // 32, size[0] // 32), dtype=np.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +10,12 @@ from diffusers import GlmImagePipeline
 from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.transformers.transformer_glm_image import GlmImageTransformerBlock
-from torch import nn
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImageTransformer2DModel
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from transformers import ByT5Tokenizer, T5EncoderModel
+
+    from deployments.glm_image.transformer import Transformer
 
 GLYPH_CACHE_BYTES = 256 * 2**20
 """Of the device's memory; a short text takes some kilobytes, the longest prompt about 100 MB."""
@@ -24,9 +24,8 @@ GLYPH_CACHE_BYTES = 256 * 2**20
 class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
     """`GlmImagePipeline` (diffusers 0.42) for prior tokens that were made elsewhere: the same pixels.
 
-    Glyph embeddings and rotary tables are kept: upstream makes the latter anew on the CPU for every forward
-    pass and copies them to the device in every layer. The step's callback may ask for the predicted
-    velocity, as `noise_pred`.
+    Glyph embeddings are kept for the next unit with the same text. The step's callback may ask for the
+    predicted velocity, as `noise_pred`.
     """
 
     _callback_tensor_inputs = (*GlmImagePipeline._callback_tensor_inputs, "noise_pred")
@@ -38,7 +37,7 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         text_encoder: T5EncoderModel,
         vision_language_encoder: None,
         vae: AutoencoderKL,
-        transformer: GlmImageTransformer2DModel,
+        transformer: Transformer,
         scheduler: FlowMatchEulerDiscreteScheduler,
     ) -> None:
         super().__init__(
@@ -46,7 +45,6 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         )
         self._last_step: torch.Tensor | None = None
         self._glyphs: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
-        self.transformer.rope = _KeptRotaryTables(self.transformer.rope)
         # Text in quotes may hold `</s>` and the like: letters to be painted, not control tokens.
         self.tokenizer.split_special_tokens = True
         self.set_progress_bar_config(disable=True)
@@ -66,25 +64,31 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         self._glyphs[key] = embeds  # the youngest
         while sum(kept.nbytes for kept in self._glyphs.values()) > GLYPH_CACHE_BYTES:
             self._glyphs.popitem(last=False)
-        return embeds
+        return embeds.view_as(embeds)  # a tensor of this unit: the DiT keeps what it computes from it as long
 
     def try_step(self, side: int) -> object:
         """See `deployments.acceleration.Pipeline`. Its two passes come one after the other."""
         dit = self.transformer
         latent_side = side // self.vae_scale_factor
         tokens = (latent_side // dit.config.patch_size) ** 2
-        rotary = torch.empty(tokens, dit.config.attention_head_dim)
+        floats: dict[str, Any] = {"dtype": dit.dtype, "device": dit.device}
+        integers: dict[str, Any] = {"dtype": torch.long, "device": dit.device}
+        rotary = torch.empty(tokens, dit.config.attention_head_dim, device=dit.device)
         output: object = dit(
-            hidden_states=torch.empty(1, dit.config.in_channels, latent_side, latent_side, dtype=dit.dtype),
-            encoder_hidden_states=torch.empty(1, 256, dit.config.text_embed_dim, dtype=dit.dtype),
-            prior_token_id=torch.zeros(1, tokens, dtype=torch.long),
-            prior_token_drop=torch.empty(0, dtype=torch.long),  # a mask would make shapes depend on contents
-            timestep=torch.zeros(1),
-            target_size=torch.zeros(1, 2, dtype=dit.dtype),
-            crop_coords=torch.zeros(1, 2, dtype=dit.dtype),
-            image_rotary_emb=(rotary, rotary),
+            hidden_states=torch.empty(1, dit.config.in_channels, latent_side, latent_side, **floats),
+            encoder_hidden_states=torch.empty(1, 256, dit.config.text_embed_dim, **floats),
+            prior_token_id=torch.zeros(1, tokens, **integers),
+            prior_token_drop=torch.empty(0, **integers),  # a mask would make shapes depend on contents
+            timestep=torch.zeros(1, device=dit.device),
+            target_size=torch.zeros(1, 2, **floats),
+            crop_coords=torch.zeros(1, 2, **floats),
+            image_rotary_emb=(rotary, rotary),  # the DiT would keep its own, which have no contents here
         )
         return output
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """See `deployments.acceleration.Pipeline`."""
+        self.transformer.compile_blocks(options)
 
     def source_bytes(self, side: int) -> int:
         """What the DiT keeps of a square source image while the edit is painted: keys and values."""
@@ -123,18 +127,3 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         name = "unconditional" if step is self._last_step else "conditional"
         self._last_step = step
         return name
-
-
-class _KeptRotaryTables(nn.Module):
-    """Upstream's rotary tables, on the device where they are used, kept for the last few sizes."""
-
-    def __init__(self, rope: nn.Module) -> None:
-        super().__init__()
-        self._tables = lru_cache(maxsize=8)(
-            lambda shape, device: tuple(table.to(device) for table in rope(torch.empty(shape, device="meta")))
-        )
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines for latents of shape (batch, channels, height, width)."""
-        tables: tuple[torch.Tensor, torch.Tensor] = self._tables(hidden_states.shape, hidden_states.device)
-        return tables

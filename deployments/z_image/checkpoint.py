@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from transformers import Qwen2Tokenizer, Qwen3Model
 
+from deployments.acceleration import loading_device
 from deployments.checkpoint import load
 from deployments.z_image import tiny
 from deployments.z_image.pipeline import DecoderPipeline
@@ -37,13 +39,19 @@ def load_prior(
     Raises:
         CheckpointError: the checkpoint or one of the two components is missing or does not fit.
     """
-    stage = model.prior
-    parts = load(model, PRIOR_COMPONENTS, report, built_in=BUILT_IN, device=stage.device, dtype=stage.dtype)
+    parts = load(
+        model,
+        PRIOR_COMPONENTS,
+        report,
+        built_in=BUILT_IN,
+        device=lambda _: model.prior.device,
+        dtype=model.prior.dtype,
+    )
     return parts["text_encoder"], parts["tokenizer"]
 
 
 def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> DecoderPipeline:
-    """Load the pipeline, on the CPU, without the text encoder.
+    """Loads the pipeline without the text encoder, on its device if the weights are to stay there.
 
     Args:
         model: which.
@@ -53,6 +61,11 @@ def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _:
         CheckpointError: the checkpoint or one of the components is missing or does not fit.
     """
     parts = load(
-        model, DECODER_COMPONENTS, report, built_in=BUILT_IN, device="cpu", dtype=model.decoder.dtype
+        model,
+        DECODER_COMPONENTS,
+        report,
+        built_in=BUILT_IN,
+        device=partial(loading_device, model.decoder),
+        dtype=model.decoder.dtype,
     )
     return DecoderPipeline(**parts, text_encoder=None, tokenizer=None)

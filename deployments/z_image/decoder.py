@@ -9,17 +9,22 @@ import torch
 from diffusers import ZImageImg2ImgPipeline
 from PIL import Image, ImageOps
 
-from deployments import acceleration
+from deployments import acceleration, compilation
+from deployments.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.diffusion import PipelineDecoder
-from deployments.types import TextEmbeddings
+from deployments.types import DecodeRequest, TextEmbeddings
 from deployments.z_image import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from deployments.acceleration import Size
     from deployments.config import ModelConfig
-    from deployments.types import DecodeRequest, Embedding
+    from deployments.types import Embedding
     from deployments.z_image.pipeline import DecoderPipeline
+
+TEXT_MULTIPLE = 32
+"""The DiT pads texts to a multiple of so many tokens: `SEQ_MULTI_OF` (diffusers 0.42)."""
 
 
 class Decoder(PipelineDecoder):
@@ -36,11 +41,16 @@ class Decoder(PipelineDecoder):
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> Decoder:
         """See `deployments.families.Decoder`."""
-        pipeline = checkpoint.load_decoder(model, report)
+        read = 1.0
+        if model.decoder.compiles:
+            compilation.prepare(model.compile_cache)
+            read = WEIGHTS_SHARE
+        pipeline = checkpoint.load_decoder(model, part_of(report, 0, read))
         acceleration.apply(pipeline, model.decoder, max_side=model.traits.max_side)
         decoder = cls(pipeline)
-        text = np.zeros((1, pipeline.transformer.config.cap_feat_dim), dtype=np.float32)
-        acceleration.try_out(model.decoder, decoder.decode, TextEmbeddings(prompt=text, negative_prompt=text))
+        channels = pipeline.transformer.config.cap_feat_dim
+        units = _units_of_each_kind(*acceleration.warm_up_sizes(model), channels)
+        acceleration.warm_up(model.decoder, decoder.decode, units, part_of(report, read, 1))
         return decoder
 
     def _run(self, request: DecodeRequest, **arguments: Any) -> torch.Tensor:
@@ -72,3 +82,33 @@ class Decoder(PipelineDecoder):
         config = self._pipeline.vae.config
         unscaled: torch.Tensor = latents / config.scaling_factor + config.shift_factor
         return unscaled
+
+
+def _units_of_each_kind(first: Size, others: Size, channels: int) -> list[DecodeRequest]:
+    """Units for all graphs of the DiT: with guidance and without.
+
+    Texts of different lengths are a kind of their own, since the shorter one is masked.
+
+    Args:
+        first: width and height of the first unit.
+        others: width and height of the other units.
+        channels: of a text's embedding.
+    """
+    # The lengths are none of the model's widths, see `acceleration.warm_up_sizes`.
+    short, long = (np.zeros((tokens, channels), dtype=np.float32) for tokens in (8, 3 * TEXT_MULTIPLE))
+    return [
+        DecodeRequest(
+            prompt="",
+            width=width,
+            height=height,
+            seed=0,
+            steps=2,
+            guidance_scale=guidance,
+            prior=TextEmbeddings(prompt=short, negative_prompt=negative),
+        )
+        for guidance, negative, (width, height) in (
+            (1.5, short, first),
+            (0, None, others),
+            (1.5, long, others),
+        )
+    ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ZImagePipeline
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
 from deployments.errors import UnsupportedOption
+from deployments.z_image.attention import RealRotaryAttention
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 
 TEXT_TOKENS = 512
@@ -37,11 +42,37 @@ class DecoderPipeline(ZImagePipeline):  # type: ignore[misc]
         """See `deployments.acceleration.Pipeline`. Its two passes are one, with two lines."""
         dit = self.transformer
         latent_side = side // self.vae_scale_factor
-        latents = torch.empty(dit.in_channels, 1, latent_side, latent_side, dtype=dit.dtype)
-        text = torch.empty(TEXT_TOKENS, dit.config.cap_feat_dim, dtype=dit.dtype)
-        output: object = dit([latents, latents], torch.zeros(2), [text, text])
+        floats: dict[str, Any] = {"dtype": dit.dtype, "device": dit.device}
+        latents = torch.empty(dit.in_channels, 1, latent_side, latent_side, **floats)
+        text = torch.empty(TEXT_TOKENS, dit.config.cap_feat_dim, **floats)
+        output: object = dit([latents, latents], torch.zeros(2, device=dit.device), [text, text])
         return output
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """See `deployments.acceleration.Pipeline`.
+
+        There are six graphs: of blocks with and without time modulation, each for one line, for two, and for
+        two of different lengths.
+        """
+        forward = torch.compile(ZImageTransformerBlock.forward, fullgraph=True, dynamic=True, options=options)
+        for part in self.transformer.modules():
+            if isinstance(part, ZImageTransformerBlock):
+                part.attention.set_processor(RealRotaryAttention())
+                part.forward = partial(_run_block, forward, part)
 
     def cache_steps(self, threshold: float) -> None:
         """See `deployments.acceleration.Pipeline`."""
         raise UnsupportedOption("diffusers has no first-block cache for this family; set it to 0")
+
+
+def _run_block(
+    forward: Callable[..., torch.Tensor],
+    block: ZImageTransformerBlock,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    rotary: torch.Tensor,
+    temb: torch.Tensor | None = None,
+    *_: None,
+) -> torch.Tensor:
+    """Runs a compiled block; the compiler would make a graph for each layout of its arguments."""
+    return forward(block, hidden.contiguous(), mask, rotary.contiguous(), temb)

@@ -220,5 +220,5 @@ def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model
         ],
         safety_checker=generator.checks_images,
         prompt_expansion=generator.expands_prompts,
-        lossy_options=model.decoder.acceleration.lossy,
+        lossy_options=model.decoder.lossy,
     )

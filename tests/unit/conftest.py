@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,3 +36,21 @@ def model_config() -> Callable[..., ModelConfig]:
         )
 
     return make
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The graphs that `torch.compile` traces. Each runs as it is, without generated code."""
+    traced: list[object] = []
+    compile_ = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        traced.append(graph)
+        return graph.forward
+
+    def compile_traced(model: Any, *, options: object, **kwargs: Any) -> Any:
+        return compile_(model, backend=backend, **kwargs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", compile_traced)
+    return traced

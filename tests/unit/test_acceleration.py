@@ -12,23 +12,27 @@ from pydantic import ValidationError
 
 from deployments import acceleration
 from deployments.calls import Call
-from deployments.config import Acceleration, DecoderConfig, ModelConfig
+from deployments.config import Acceleration, DecoderConfig, Defaults, ModelConfig
 from deployments.errors import Cancelled, OutOfMemoryError, UnsupportedOption
 from deployments.glm_image import checkpoint
 from deployments.glm_image.decoder import Decoder
-from deployments.types import Pixels
+from deployments.types import Pixels, PriorTokens
 from tests.conftest import needs_compiler
-from tests.unit.test_decoder import EDIT, REQUEST
+from tests.unit.test_decoder import EDIT, REQUEST, tokens
 
 LONG = replace(REQUEST, steps=8)
+
+
+def accelerated(config: ModelConfig, **options: Any) -> ModelConfig:
+    """The configuration with these options, and with small images to warm up with."""
+    stage = DecoderConfig(device="cpu", dtype="float32", acceleration=Acceleration(**options))
+    return config.model_copy(update={"decoder": stage, "defaults": Defaults(width=512, height=512)})
 
 
 @pytest.fixture
 def load(model_config: Callable[..., ModelConfig]) -> Callable[..., Decoder]:
     def load(**options: Any) -> Decoder:
-        config = model_config()
-        stage = DecoderConfig(device="cpu", dtype="float32", acceleration=Acceleration(**options))
-        return Decoder.load(config.model_copy(update={"decoder": stage}))
+        return Decoder.load(accelerated(model_config(), **options))
 
     return load
 
@@ -68,11 +72,56 @@ def test_an_option_stays_close_to_the_plain_path(
     assert np.array_equal(decoder.decode(LONG, Call()), accelerated)  # the same seed, the same pixels
 
 
+QUOTED = replace(REQUEST, prompt='"another text"')
+PLAIN = replace(REQUEST, prompt="no text")
+WIDE = replace(QUOTED, width=1024, prior=PriorTokens(target=tokens(16, 32)))
+UNITS = (
+    REQUEST,
+    QUOTED,
+    PLAIN,
+    WIDE,
+    replace(PLAIN, guidance_scale=1),
+    EDIT,
+    replace(EDIT, prompt="no text"),
+)
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # inductor's own
-def test_compiled_blocks_change_pixels_by_rounding(load: Callable[..., Decoder], plain: Pixels) -> None:
-    assert difference(load(compile=True).decode(LONG, Call()), plain)[1] <= 2
+def test_compiled_parts_change_pixels_by_rounding(load: Callable[..., Decoder]) -> None:
+    plain, compiled = load(), load(compile=True)
+    for unit in UNITS:
+        assert difference(compiled.decode(unit, Call()), plain.decode(unit, Call()))[1] <= 2
+
+
+@pytest.mark.slow
+def test_after_loading_no_unit_waits_for_the_compiler(
+    load: Callable[..., Decoder], graphs: list[object]
+) -> None:
+    decoder, plain = load(compile=True), load()
+    compiled = len(graphs)
+    assert compiled
+    for unit in (replace(unit, steps=2) for unit in UNITS):
+        assert difference(decoder.decode(unit, Call()), plain.decode(unit, Call()))[1] <= 2
+    assert len(graphs) == compiled
+
+
+def test_the_progress_of_loading_goes_on_while_it_compiles(
+    model_config: Callable[..., ModelConfig], graphs: list[object]
+) -> None:
+    compiled_at: dict[float, int] = {}
+
+    def report(share: float) -> None:
+        compiled_at[share] = len(graphs)
+
+    Decoder.load(accelerated(model_config(), compile=True), report)
+    shares = list(compiled_at)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert compiled_at[0.5] == 0  # the weights are read
+    first_image = next(share for share in shares if share > 0.5)
+    assert 0 < compiled_at[first_image] < compiled_at[1]
 
 
 def test_eight_bits_halve_the_memory_of_the_weights(load: Callable[..., Decoder]) -> None:
@@ -127,10 +176,10 @@ def test_an_option_that_this_machine_lacks_is_refused_at_the_start(
 def test_an_option_that_fails_only_when_used_is_refused_at_the_start_too(
     load: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(pipeline: Any) -> None:
+    def breaks(pipeline: Any, device: torch.device) -> None:
         pipeline.transformer.register_forward_pre_hook(lambda *_: 1 / 0)
 
-    monkeypatch.setattr(acceleration, "compile_blocks", breaks)
+    monkeypatch.setattr(acceleration, "compile_parts", breaks)
     with pytest.raises(UnsupportedOption, match=r"no image could be made with .*'compile': True.*division"):
         load(compile=True)
 
@@ -143,17 +192,73 @@ def test_on_a_cpu_there_is_nothing_to_offload(offload: Any) -> None:
 
 @pytest.mark.parametrize("other", [{"step_cache": 0.1}, {"quantization": "fp8"}, {"offload": "group"}])
 def test_what_cannot_be_compiled_is_said(other: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="compile goes with none of"):
+    with pytest.raises(ValidationError, match="compile cannot be combined with"):
         Acceleration(compile=True, **other)
 
 
-def test_what_changes_pixels_is_listed() -> None:
-    assert Acceleration(offload="none").lossy == []
-    assert Acceleration(vae_tiling=True, step_cache=0.1).lossy == ["step_cache", "vae_tiling"]
+ON_GPU = {"device": "cuda", "deployment": {"ray_actor_options": {"num_gpus": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "compiles"),
+    [
+        (ON_GPU, {}, True),
+        (ON_GPU, {"offload": "model", "attention": "sage", "vae_tiling": True}, True),
+        (ON_GPU, {"compile": False}, False),
+        (ON_GPU, {"step_cache": 0.1}, False),
+        (ON_GPU, {"quantization": "fp8"}, False),
+        (ON_GPU, {"offload": "group"}, False),
+        ({"device": "cpu"}, {}, False),
+        ({"device": "cpu"}, {"compile": True}, True),
+    ],
+)
+def test_a_gpu_compiles_unless_something_forbids_it(
+    stage: dict[str, Any], options: dict[str, Any], *, compiles: bool
+) -> None:
+    assert DecoderConfig(**stage, acceleration=Acceleration(**options)).compiles is compiles
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "lossy"),
+    [
+        ({"device": "cpu"}, {"offload": "none", "compile": False}, []),
+        ({"device": "cpu"}, {"vae_tiling": True, "step_cache": 0.1}, ["step_cache", "vae_tiling"]),
+        ({"device": "cpu"}, {"compile": True, "attention": "flash"}, ["attention", "compile"]),
+        (ON_GPU, {"compile": True, "vae_tiling": True}, ["vae_tiling"]),
+        (ON_GPU, {"compile": False}, []),
+    ],
+)
+def test_what_changes_pixels_is_listed(
+    stage: dict[str, Any], options: dict[str, Any], lossy: list[str]
+) -> None:
+    assert DecoderConfig(**stage, acceleration=Acceleration(**options)).lossy == lossy
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "device"),
+    [
+        ({}, 10, "cuda"),
+        ({"offload": "none"}, 10, "cuda"),
+        ({}, 4, "cpu"),  # they are brought in by turns
+        ({"offload": "none"}, 4, "cpu"),  # and refused with advice
+        ({"offload": "model"}, 10, "cpu"),
+        ({"offload": "group"}, 10, "cpu"),
+        ({"quantization": "fp8"}, 10, "cpu"),  # made smaller before they go to the device
+    ],
+)
+def test_weights_are_loaded_to_the_device_where_they_stay(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], free: int, device: str
+) -> None:
+    monkeypatch.setattr(acceleration, "free_bytes", lambda _: free * 10**9)
+    config = DecoderConfig.model_validate(ON_GPU | {"acceleration": options})
+    assert acceleration.loading_device(config, 6 * 10**9) == device
 
 
 class Part(torch.nn.Module):
-    def to(self, *_: Any, **__: Any) -> Any:
+    layout: object = None
+
+    def to(self, *_: Any, **kwargs: Any) -> Any:
+        self.layout = kwargs.get("memory_format", self.layout)
         return self
 
 
@@ -197,6 +302,15 @@ def test_weights_go_where_they_fit(
     pipeline: Any = Placed()
     acceleration.place(pipeline, torch.device("cuda"), offload, {"transformer": 10**9, "vae": 3 * 10**9})
     assert pipeline.placed == placed
+    assert (pipeline.vae.layout is torch.channels_last) == (placed == "whole")
+
+
+def test_weights_that_are_on_the_device_already_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration, "free_bytes", lambda _: 4 * 10**9)
+    pipeline: Any = Placed()
+    # The stand-in's weights lie on the device "meta", of which 4 GB are left.
+    acceleration.place(pipeline, torch.device("meta"), "auto", {"transformer": 10**9, "vae": 3 * 10**9})
+    assert pipeline.placed == "whole"
 
 
 @pytest.mark.parametrize(("offload", "free"), [("auto", 6), ("none", 8), ("model", 6), ("group", 3)])

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GlmImageForConditionalGeneration
 
 from deployments.chat_model.chat_model import ChatModel
 from deployments.config import ChatModelConfig, ClassifierConfig, ModelConfig
 from deployments.errors import CheckpointError
-from deployments.glm_image import checkpoint
+from deployments.glm_image import checkpoint, tiny
 from deployments.image_classifier.classifier import ImageClassifier
 from deployments.z_image import checkpoint as z_image
 
@@ -160,3 +163,44 @@ def test_the_demo_is_of_glm_image_alone(
 def test_a_folder_that_is_not_there(model_config: Configure, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing-here' is not a folder .* give `revision`"):
         load("decoder", model_config(tmp_path / "nothing-here"))
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from deployments.config import DecoderConfig, ModelConfig, PriorConfig
+from deployments.glm_image import checkpoint, tiny
+stage = {"device": "cpu", "dtype": "float32"}
+model = ModelConfig(name="m", family="glm_image", checkpoint=sys.argv[1], prior=PriorConfig(**stage),
+                    decoder=DecoderConfig(**stage))
+def copied():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = copied()
+prior, _ = checkpoint.load_prior(model)
+pipeline = checkpoint.load_decoder(model)
+weights = sum(part.nbytes for model in (prior, pipeline.transformer) for part in model.parameters())
+print((copied() - before) / weights)
+"""
+
+
+def test_weights_are_not_copied_into_memory_before_they_go_to_their_device() -> None:
+    """For files whose numbers are of the type that is asked for."""
+    folder = tiny.cached(tiny.BENCHMARK)
+    command = [sys.executable, "-c", MEASURE, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5
+
+
+def test_transformers_moves_each_tensor_by_itself(
+    model_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps: list[object] = []
+    from_pretrained = GlmImageForConditionalGeneration.from_pretrained
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        maps.append(kwargs["device_map"])
+        return from_pretrained(*args, **kwargs)
+
+    monkeypatch.setattr(GlmImageForConditionalGeneration, "from_pretrained", read)
+    checkpoint.load_prior(model_config())
+    assert maps == [{"": "cpu"}]

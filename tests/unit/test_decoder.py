@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import GlmImagePipeline
 
+from deployments import diffusion
 from deployments.calls import Call
 from deployments.config import ModelConfig
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError
@@ -18,6 +19,7 @@ from deployments.glm_image import checkpoint
 from deployments.glm_image import pipeline as pipeline_module
 from deployments.glm_image.decoder import Decoder
 from deployments.glm_image.pipeline import DecoderPipeline
+from deployments.memory import wait_for
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorTokens, Progress
 
 
@@ -214,8 +216,53 @@ def test_equal_texts_are_encoded_once(pipeline: DecoderPipeline, decoder: Decode
 def test_what_is_kept_of_texts_is_bounded(pipeline: DecoderPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     size = pipeline._get_glyph_embeds('"0"').nbytes
     monkeypatch.setattr(pipeline_module, "GLYPH_CACHE_BYTES", 3 * size)
-    kept = [weakref.ref(pipeline._get_glyph_embeds(f'"{i}"')) for i in (1, 2, 0, 3)]  # 0 again: the youngest
-    assert [ref() is not None for ref in kept] == [False, True, True, True]
+    for i in (1, 2, 0, 3):  # 0 again: the youngest
+        pipeline._get_glyph_embeds(f'"{i}"')
+    encoded: list[object] = []
+    pipeline.text_encoder.register_forward_hook(lambda *_: encoded.append(0))
+    for i, times in ((2, 0), (0, 0), (3, 0), (1, 1)):
+        pipeline._get_glyph_embeds(f'"{i}"')
+        assert len(encoded) == times
+
+
+def test_what_stays_the_same_is_computed_once(pipeline: DecoderPipeline, decoder: Decoder) -> None:
+    dit, calls = pipeline.transformer, dict[str, int]()
+
+    def count(name: str) -> None:
+        calls[name] = calls.get(name, 0) + 1
+
+    for name in ("prior_projector", "glyph_projector", "time_condition_embed", "proj_out"):
+        getattr(dit, name).register_forward_hook(lambda *_, name=name: count(name))
+    decoder.decode(REQUEST, Call())
+    passes = 2 * REQUEST.steps
+    # With and without the prior, the text and the empty one, and once for the two passes of a step.
+    once_a_unit = {"prior_projector": 2, "glyph_projector": 2, "time_condition_embed": REQUEST.steps}
+    assert calls == once_a_unit | {"proj_out": passes}
+    decoder.decode(REQUEST, Call())
+    assert calls == {name: 2 * times for name, times in (once_a_unit | {"proj_out": passes}).items()}
+    assert not dit._kept  # nothing outlives its unit
+
+
+def test_on_a_gpu_every_step_is_waited_for_without_polling(
+    monkeypatch: pytest.MonkeyPatch, decoder: Decoder
+) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, *, blocking: bool) -> None:
+            assert blocking
+
+        def record(self, stream: object) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    monkeypatch.setattr(diffusion, "wait_for", lambda _: wait_for(torch.device("cuda")))
+    decoder.decode(REQUEST, Call(report=lambda event: log.append("report")))
+    assert log == ["record", "wait", "report"] * REQUEST.steps
 
 
 def test_rotary_tables_are_made_once_for_a_size(pipeline: DecoderPipeline, decoder: Decoder) -> None:

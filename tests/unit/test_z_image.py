@@ -12,7 +12,7 @@ import torch
 from diffusers import ZImagePipeline
 
 from deployments.calls import Call
-from deployments.config import Acceleration, DecoderConfig, ModelConfig, PriorConfig
+from deployments.config import Acceleration, DecoderConfig, Defaults, ModelConfig, PriorConfig
 from deployments.errors import (
     Cancelled,
     EngineFault,
@@ -48,6 +48,7 @@ def config(decoder: DecoderConfig = ON_CPU, **prior: Any) -> ModelConfig:
         name="z",
         family="z_image",
         checkpoint="tiny",
+        defaults=Defaults(width=512, height=512),
         prior=PriorConfig(device="cpu", dtype="float32", rows=ROWS, **prior),
         decoder=decoder,
     )
@@ -376,6 +377,31 @@ def test_options_are_had(options: dict[str, Any]) -> None:
     plain, other = load().decode(wide, Call()), load(**options).decode(wide, Call())
     assert not np.array_equal(plain, other)
     assert np.abs(plain.astype(float) - other).mean() < 20
+
+
+def differing(request: DecodeRequest, text_tokens: int) -> DecodeRequest:
+    """The request with another negative text."""
+    negative = np.ones((text_tokens, 32), dtype=np.float32)
+    return replace(request, prior=replace(embeddings(), negative_prompt=negative))
+
+
+@pytest.mark.slow
+def test_after_loading_no_unit_waits_for_the_compiler(graphs: list[object]) -> None:
+    decoder, plain = load(compile=True), load()
+    compiled = len(graphs)
+    assert compiled
+    for unit in (
+        REQUEST,
+        replace(REQUEST, guidance_scale=0, prior=replace(embeddings(), negative_prompt=None)),
+        differing(REQUEST, 40),
+        differing(EDIT, 130),
+        replace(REQUEST, width=640, height=768),
+        EDIT,
+    ):
+        unit = replace(unit, steps=2)
+        apart = decoder.decode(unit, Call()).astype(int) - plain.decode(unit, Call())
+        assert np.abs(apart).max() <= 2
+    assert len(graphs) == compiled
 
 
 def test_what_cannot_be_had_is_refused_when_it_loads() -> None:

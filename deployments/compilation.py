@@ -1,0 +1,61 @@
+"""`torch.compile` for the stages: the same code on every replica, kept between starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+RECOMPILE_LIMIT = 64
+"""Graphs of one function. Beyond it torch runs the function uncompiled, or fails."""
+HOPPER = (9, 0)
+"""The first compute capability with programmatic dependent launch."""
+
+
+def prepare(cache: str) -> None:
+    """Configures the compiler of this process. Call it before the first compilation.
+
+    Args:
+        cache: the folder that keeps compiled code. The compiler's own keys cover versions and devices, so
+            that replicas of different kinds may share it. The environment variable
+            `TORCHINDUCTOR_CACHE_DIR` takes precedence.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache).expanduser()))
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # The compiler starts a process for each CPU of the machine, even in a container with few.
+        torch._inductor.config.compile_threads = min(torch._inductor.config.compile_threads or 1, cpu_limit())
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # A module's own numbers are constants, also where lengths are dynamic.
+    torch._dynamo.config.specialize_float = True
+
+
+def options(device: torch.device) -> dict[str, Any]:
+    """Returns the `options` for every `torch.compile` call on this device.
+
+    By default the compiler times several configurations of a kernel and keeps the fastest. Those of a sum
+    add up in different orders, so two replicas could round differently. With these options each kernel has
+    one configuration. They are passed to each call because Dynamo resets the process-wide setting after the
+    first compiled frame (torch 2.11 and 2.13).
+    """
+    chosen: dict[str, Any] = {"deterministic": True, "triton.autotune_pointwise": False}
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HOPPER:
+        # A kernel is launched before the previous one has ended, and waits for its results itself.
+        chosen["triton.enable_pdl"] = True
+    return chosen
+
+
+def cpu_limit(cpu_max: Path = CGROUP_CPU_MAX) -> int:
+    """Returns the number of CPUs that this process may use, by its affinity and its container's quota.
+
+    Args:
+        cpu_max: the quota's file (cgroup v2): microseconds in a period, or `max`, and the period's length.
+    """
+    available = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+        return max(1, min(available, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no quota
+        return available

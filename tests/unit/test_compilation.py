@@ -1,0 +1,89 @@
+"""How the compiler is configured: deterministic, cached, with the container's CPUs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from deployments import compilation
+
+THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@pytest.fixture(autouse=True)
+def compiler_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(THREADS, raising=False)
+    monkeypatch.delenv(CACHE, raising=False)
+    with (
+        torch._inductor.config.patch(compile_threads=8),
+        torch._dynamo.config.patch(recompile_limit=8),
+    ):
+        yield
+        os.environ.pop(CACHE, None)
+
+
+def test_compiled_code_is_kept_in_the_configured_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    compilation.prepare("~/compiled")
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert Path(cache_dir()) == tmp_path / "compiled"
+
+
+def test_the_environment_takes_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    monkeypatch.setenv(THREADS, "5")
+    monkeypatch.setattr(compilation, "cpu_limit", lambda: 3)
+    compilation.prepare("elsewhere")
+    assert os.environ[CACHE] == str(tmp_path)
+    assert torch._inductor.config.compile_threads == 8  # what torch made of the environment at its import
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(3, 3), (64, 8)])
+def test_there_are_no_more_compile_threads_than_cpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpus: int, threads: int
+) -> None:
+    monkeypatch.setattr(compilation, "cpu_limit", lambda: cpus)
+    compilation.prepare(str(tmp_path))
+    assert torch._inductor.config.compile_threads == threads
+
+
+@pytest.mark.parametrize(
+    ("quota", "cpus"),
+    [
+        ("400000 100000", 4),
+        ("50000 100000", 1),
+        ("250000 100000", 2),
+        ("max 100000", 32),
+        ("9900000 100000", 32),
+    ],
+)
+def test_the_quota_of_the_container_bounds_the_cpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, cpus: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    cpu_max = tmp_path / "cpu.max"
+    cpu_max.write_text(f"{quota}\n")
+    assert compilation.cpu_limit(cpu_max) == cpus
+    assert compilation.cpu_limit(tmp_path / "missing") == 32
+
+
+@pytest.mark.parametrize(("capability", "launches_early"), [((8, 0), False), ((9, 0), True), ((12, 0), True)])
+def test_every_compilation_is_deterministic(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, launches_early: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    options = compilation.options(torch.device("cuda"))
+    assert options["deterministic"] is True
+    assert options.get("triton.enable_pdl", False) is launches_early
+    assert "triton.enable_pdl" not in compilation.options(torch.device("cpu"))
+
+
+def test_torch_knows_every_option() -> None:
+    names = torch._inductor.list_options()
+    assert {*compilation.options(torch.device("cpu")), "triton.enable_pdl"} <= set(names)
