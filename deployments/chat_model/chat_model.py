@@ -1,4 +1,4 @@
-"""Prompts rewritten by a chat model of transformers. No Ray in here."""
+"""Prompts rewritten by a chat model of transformers. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class ChatModel:
-    """Answers one request at a time, with what is most probable: equal requests get equal answers.
+    """Answers one request at a time with the most probable tokens: equal requests get equal answers.
 
-    Used by one thread at a time.
+    It may be used by one thread at a time.
 
     Args:
         model: any causal language model.
@@ -40,9 +40,12 @@ class ChatModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        # A checkpoint's settings say how to draw; what is most probable is not drawn.
+        # A checkpoint's settings for sampling have no effect on the most probable tokens, but warn.
         settings = model.generation_config
         settings.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None)
+        if model.device.type == "cuda":
+            # On Hopper, cuDNN would plan its attention anew for each length of the cache, some 30 ms a token.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.fault: Exception | None = None
         self.done = 0
         self.unit = "tokens"
@@ -70,7 +73,7 @@ class ChatModel:
         return cls(model, tokenizer)
 
     def expand(self, request: ExpansionRequest, call: Call) -> str:
-        """What the model answers to the prompt.
+        """Returns the model's answer to the prompt.
 
         Raises:
             Cancelled: the call was cancelled; within a token.

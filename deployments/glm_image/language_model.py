@@ -1,133 +1,139 @@
-"""Upstream's language model over a key/value cache with one row a request."""
+"""Upstream's language model over a key/value cache with one row for each request."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from deployments.errors import OutOfMemoryError
+from deployments.glm_image.sampling import Sampler
 from deployments.memory import free_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
     from transformers import GlmImageForConditionalGeneration
 
 logger = logging.getLogger("ray.serve")
 
 SLICE_TOKENS = 128
-"""Tokens of a prompt read at a time; running requests wait for no more than that between two tokens.
+"""Tokens of a prompt that are read at a time. Running requests wait for no more than that between two tokens.
 
-On one H200 so many take the released model's arithmetic about as long as reading its weights does.
+On one H200 the released model's arithmetic for so many takes about as long as reading its weights.
 """
 
 
-class Slots(Protocol):
-    """Where one forward pass writes in one layer's cache, and what it may read there.
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One request's part in a decoding pass.
 
-    Upstream's attention takes it twice: as its cache, and as an argument that it hands to the attention
-    function.
+    Attributes:
+        row: its row of the cache.
+        start: where the row's next token is written.
+        position: that token's rotary position, of time, row and column: shape (3,), on the CPU.
+        generator: draws the token, on the model's device. None while the request's prompt is being read.
+        in_target: whether the token to be drawn belongs to the target grid.
     """
 
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values of shape (rows, heads, tokens, channels); returns what may be read."""
+    row: int
+    start: int
+    position: torch.Tensor
+    generator: torch.Generator | None
+    in_target: bool
 
 
 class LanguageModel:
     """Runs the layers for a prompt's slice in one row, or for one token in each of several rows.
 
+    It keeps the last token of each row on its device, so that the host need not wait for it.
+
     Args:
-        model: upstream's; its language model's layers are changed for this use.
-        rows: how many requests there may be at once.
-        row_tokens: how many tokens a row holds.
-        attention: the name of the attention function, as registered with transformers.
+        model: upstream's. Its language model is changed for this use.
+        rows: number of requests at once.
+        row_tokens: number of tokens that a row holds.
 
     Attributes:
-        rows: as above.
-        row_tokens: likewise.
-        fixed_shape: whether `decode` takes all rows, in order, those with nothing to decode too; else it
-            takes those that have.
+        rows: number of requests at once.
+        row_tokens: number of tokens that a row holds.
 
     Raises:
+        CheckpointError: the checkpoint asks for a way of sampling that is not supported.
         OutOfMemoryError: the cache does not fit on the model's device.
     """
 
-    fixed_shape: bool
-
-    def __init__(
-        self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int, attention: str
-    ) -> None:
+    def __init__(self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int) -> None:
         self.rows = rows
         self.row_tokens = row_tokens
         self._layers = model.model.language_model
-        self._head = model.lm_head
         self._device = model.device
+        self._sampler = Sampler(model)
         config = self._layers.config
-        config._attn_implementation = attention
         channels = config.hidden_size // config.num_attention_heads
-        shape = (2, rows, config.num_key_value_heads, row_tokens, channels)
+        # With the rows next to the positions, both one row and all rows in sequence are views.
+        shape = (2, config.num_key_value_heads, rows, row_tokens, channels)
         _plan(shape, config.num_hidden_layers, model)
-        # Zeros, since whatever is masked is still multiplied: by zero, and not a number stays none.
+        # Zeros, because masked values are multiplied by zero too, and NaN times zero is NaN.
         self._caches = [
             torch.zeros(shape, dtype=model.dtype, device=model.device)
             for _ in range(config.num_hidden_layers)
         ]
+        self._tokens = torch.zeros(rows, dtype=torch.long, device=model.device)
 
     def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Read a slice of a prompt: ids of shape (n,) and positions of shape (3, n), from `start` on.
+        """Reads a slice of a prompt.
 
-        Slices begin at multiples of `SLICE_TOKENS` and have so many tokens, the last one perhaps fewer.
+        Slices begin at multiples of `SLICE_TOKENS` and have that length, except that the last may be shorter.
+
+        Args:
+            row: the request's row of the cache.
+            start: the slice's first position in it.
+            tokens: ids of shape (n,), on the CPU.
+            positions: rotary positions of shape (3, n), on the CPU.
 
         Returns:
-            The logits after its last token: shape (1, vocabulary), float32.
+            The logits after the slice's last token: shape (1, vocabulary), float32.
         """
         raise NotImplementedError
 
-    def decode(
-        self, rows: list[int], starts: list[int], tokens: torch.Tensor, positions: torch.Tensor
+    def draw_first(
+        self, row: int, logits: torch.Tensor, generator: torch.Generator, *, in_target: bool
     ) -> torch.Tensor:
-        """Read one token in each row: ids of shape (rows,), positions of shape (3, rows).
+        """Draws a row's first token from the logits after its prompt.
 
         Returns:
-            The logits after each: shape (rows, vocabulary), float32.
+            The id, or `UNSOUND`: a tensor without dimensions.
+        """
+        token: torch.Tensor
+        (token,) = self._sampler.draw(logits, [generator], [in_target])
+        self._tokens[row] = token
+        return token
+
+    def decode(self, lines: Sequence[Line]) -> list[torch.Tensor]:
+        """Reads each row's last token and draws the next one.
+
+        Args:
+            lines: those of all rows in use. Those without a generator draw nothing.
+
+        Returns:
+            An id, or `UNSOUND`, for each line with a generator, in order: tensors without dimensions.
         """
         raise NotImplementedError
 
     def recover(self) -> None:
-        """Make the device ready for more after a failure; raises when the device is lost."""
+        """Makes the device ready for more work after a failure. Raises if the device is lost."""
 
     def clear(self, row: int) -> None:
-        """Forget what a row holds."""
+        """Forgets the contents of a row."""
         for cache in self._caches:
-            cache[:, row].zero_()
-
-    def _forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: Callable[[torch.Tensor, torch.Tensor], Slots],
-    ) -> torch.Tensor:
-        """Tokens of shape (rows, n), positions of shape (3, rows, n); `slots` makes a layer's."""
-        hidden = self._layers.embed_tokens(tokens)
-        rotary = self._layers.rotary_emb(hidden, position_ids=positions)
-        for layer, (keys, values) in zip(self._layers.layers, self._caches, strict=True):
-            of_layer = slots(keys, values)
-            hidden = layer(hidden, position_embeddings=rotary, past_key_values=of_layer, slots=of_layer)
-        normed: torch.Tensor = self._layers.norm(hidden)
-        return normed
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._head(hidden)
-        return logits.float()
+            cache[:, :, row].zero_()
 
 
 def _plan(shape: tuple[int, ...], layers: int, model: GlmImageForConditionalGeneration) -> None:
-    """Say how much memory the cache takes, and refuse what the device does not have."""
-    _, rows, _, row_tokens, _ = shape
+    """Logs how much memory the cache takes, and refuses a cache that does not fit."""
+    _, _, rows, row_tokens, _ = shape
     device: torch.device = model.device
     needed = torch.Size(shape).numel() * layers * model.dtype.itemsize
     free = free_bytes(device)

@@ -13,14 +13,28 @@ from transformers import AttentionInterface
 from deployments.glm_image.language_model import LanguageModel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import GlmImageForConditionalGeneration
+
+    from deployments.glm_image.language_model import Line
 
 ATTENTION = "glm_image_rows_cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CPUSlots:
-    """See `Slots`: each of the rows, and from which position on it is written."""
+    """Where one forward pass writes in one layer's cache, and what it may read there.
+
+    Upstream's attention takes it twice: as its cache, and as an argument that it hands to the attention
+    function.
+
+    Attributes:
+        keys: the layer's cache: shape (heads, all rows, positions, channels).
+        values: shape (heads, all rows, positions, channels).
+        rows: the rows of the pass.
+        starts: each one's first position that is written.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -30,11 +44,11 @@ class CPUSlots:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Slots`."""
+        """Writes keys and values of shape (rows, heads, tokens, channels). Returns the layer's cache."""
         tokens = keys.shape[2]
         for i, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
-            self.keys[row, :, start : start + tokens] = keys[i]
-            self.values[row, :, start : start + tokens] = values[i]
+            self.keys[:, row, start : start + tokens] = keys[i]
+            self.values[:, row, start : start + tokens] = values[i]
         return self.keys, self.values
 
 
@@ -49,26 +63,26 @@ def rows_attention(
     slots: CPUSlots,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each row over its own keys and no more, so that no row feels another.
+    """Causal attention of each row over its own keys only, so that rows do not affect each other.
 
     Args:
         module: upstream's attention, unused.
         query: shape (rows, heads, tokens, channels).
-        keys: the layer's cache: shape (all rows, key/value heads, positions, channels).
-        values: likewise.
-        mask: None; the slots say it.
-        scaling: of the products.
+        keys: the layer's cache: shape (key/value heads, all rows, positions, channels).
+        values: shape (key/value heads, all rows, positions, channels).
+        mask: None; the slots take its place.
+        scaling: factor of the products.
         slots: which rows of the cache, and where their tokens begin.
 
     Returns:
         Shape (rows, tokens, heads, channels), and None for the weights.
     """
     batch, heads, tokens, channels = query.shape
-    groups = keys.shape[1]
+    groups = keys.shape[0]
     output = query.new_empty(batch, tokens, heads, channels)
     for i, (row, start) in enumerate(zip(slots.rows, slots.starts, strict=True)):
         end = start + tokens
-        key, value = keys[row, :, :end], values[row, :, :end]
+        key, value = keys[:, row, :end], values[:, row, :end]
         if tokens == 1:
             # The heads that share keys become one head's queries: nothing is copied.
             grouped = query[i].view(1, groups, heads // groups, channels)
@@ -89,9 +103,9 @@ AttentionInterface.register(ATTENTION, rows_attention)
 class PackedLinear(nn.Module):
     """A linear layer for few rows on a CPU, its weights laid out ahead by oneDNN.
 
-    Several times as fast as `nn.Linear` for eight rows, and a row's result is the same to the last bit
-    whatever other rows there are, which `nn.Linear`'s is not. The operators are those that
-    `torch.compile` puts in place of `nn.Linear` when it freezes a model for the CPU.
+    For eight rows it is several times as fast as `nn.Linear`. A row's result does not depend on the other
+    rows, to the last bit. `nn.Linear`'s does. The operators are those that `torch.compile` uses for
+    `nn.Linear` when it freezes a model for the CPU.
     """
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
@@ -100,7 +114,7 @@ class PackedLinear(nn.Module):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Apply the layer to inputs of shape (…, features)."""
+        """Applies the layer to inputs of shape (…, features)."""
         outputs: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             inputs, self._weight, self._bias, "none", [], ""
         )
@@ -110,33 +124,55 @@ class PackedLinear(nn.Module):
 class CPULanguageModel(LanguageModel):
     """See `LanguageModel`."""
 
-    fixed_shape = False
-
     def __init__(self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int) -> None:
-        super().__init__(model, rows=rows, row_tokens=row_tokens, attention=ATTENTION)
+        super().__init__(model, rows=rows, row_tokens=row_tokens)
+        self._layers.config._attn_implementation = ATTENTION
+        self._head = model.lm_head
         if model.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             _pack(self._layers, rows)
             self._head = PackedLinear(model.lm_head, rows)
 
     def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel`."""
-        hidden = self._forward(
-            tokens[None],
-            positions[:, None],
-            lambda keys, values: CPUSlots(keys=keys, values=values, rows=[row], starts=[start]),
-        )
-        return self._logits(hidden[:, -1])
+        return self._forward(tokens[None], positions[:, None], [row], [start])
 
-    def decode(
-        self, rows: list[int], starts: list[int], tokens: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def decode(self, lines: Sequence[Line]) -> list[torch.Tensor]:
         """See `LanguageModel`."""
-        hidden = self._forward(
-            tokens[:, None],
-            positions[:, :, None],
-            lambda keys, values: CPUSlots(keys=keys, values=values, rows=rows, starts=starts),
+        drawing = [line for line in lines if line.generator]
+        rows = [line.row for line in drawing]
+        logits = self._forward(
+            self._tokens[rows, None].clamp(min=0),
+            torch.stack([line.position for line in drawing], dim=1)[:, :, None],
+            rows,
+            [line.start for line in drawing],
         )
-        return self._logits(hidden[:, -1])
+        drawn = self._sampler.draw(
+            logits, [line.generator for line in drawing], [line.in_target for line in drawing]
+        )
+        self._tokens[rows] = drawn
+        return list(drawn)
+
+    def _forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, rows: list[int], starts: list[int]
+    ) -> torch.Tensor:
+        """Runs the layers.
+
+        Args:
+            tokens: ids of shape (rows, n).
+            positions: rotary positions of shape (3, rows, n).
+            rows: the rows of the cache.
+            starts: where in its row each one's tokens begin.
+
+        Returns:
+            The logits after each row's last token: shape (rows, vocabulary), float32.
+        """
+        hidden = self._layers.embed_tokens(tokens)
+        rotary = self._layers.rotary_emb(hidden, position_ids=positions)
+        for layer, (keys, values) in zip(self._layers.layers, self._caches, strict=True):
+            slots = CPUSlots(keys=keys, values=values, rows=rows, starts=starts)
+            hidden = layer(hidden, position_embeddings=rotary, past_key_values=slots, slots=slots)
+        logits: torch.Tensor = self._head(self._layers.norm(hidden)[:, -1])
+        return logits.float()
 
 
 def _pack(module: nn.Module, rows: int) -> None:

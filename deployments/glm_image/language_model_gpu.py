@@ -1,152 +1,153 @@
-"""The language model on an accelerator: fixed shapes, compiled layers, the decoding pass one CUDA graph."""
+"""The language model on an accelerator: fixed shapes, compiled parts, each kind of pass one CUDA graph."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface
+from torch import nn
 
+from deployments import compilation
+from deployments.glm_image.attention_gpu import BLOCK, GPUSlots, blocks_until, fuse_projections
+from deployments.glm_image.cuda_graphs import CUDAGraphs
 from deployments.glm_image.language_model import SLICE_TOKENS, LanguageModel
+from deployments.glm_image.sampling_gpu import CandidateSampler
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Sequence
+
     from transformers import GlmImageForConditionalGeneration
 
-ATTENTION = "glm_image_rows_gpu"
-
-BLOCK = 128
-"""Positions that the attention reads, or skips, at a time. A multiple of it are a row's."""
+    from deployments.glm_image.language_model import Line
 
 
-@dataclass(frozen=True, kw_only=True)
-class GPUSlots:
-    """See `Slots`: rows of the cache, and in which blocks of them there is something to read.
+class Entry(nn.Module):
+    """The part before the layers: embeddings, rotary angles, and how far the cache is read.
 
-    Attributes:
-        keys: shape (rows, heads, positions, channels).
-        values: likewise.
-        starts: each row's first position that is written: shape (rows,).
-        blocks: how many blocks of each row are read: shape (rows, 1, 1), int32.
-        indices: which those are: shape (rows, 1, 1, blocks), int32.
+    Args:
+        layers: upstream's `GlmImageTextModel`.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    starts: torch.Tensor
-    blocks: torch.Tensor
-    indices: torch.Tensor
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.embed_tokens = layers.embed_tokens
+        self.rotary_emb = layers.rotary_emb
 
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Slots`."""
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        at = self.starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
-        self.keys[rows, :, at] = keys.transpose(1, 2)
-        self.values[rows, :, at] = values.transpose(1, 2)
-        return self.keys, self.values
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, firsts: torch.Tensor | None, starts: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Prepares a pass.
+
+        Args:
+            tokens: ids of shape (lines, n). `UNSOUND` ones are read as 0.
+            positions: rotary positions of shape (3, lines, n).
+            firsts: where in the cache each line's row begins: shape (lines,). None if at 0, all of them.
+            starts: where in its row each line's tokens begin: shape (lines,).
+
+        Returns:
+            The first layer's input, the cosines and sines, where in the cache the tokens begin, and the
+            number of blocks that each line reads.
+        """
+        hidden = self.embed_tokens(tokens.clamp(min=0))
+        rotary = self.rotary_emb(hidden, position_ids=positions)
+        blocks = blocks_until(starts + tokens.shape[1]).view(-1, 1, 1)
+        return hidden, rotary, starts if firsts is None else firsts + starts, blocks
 
 
-def rows_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    slots: GPUSlots,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of each row over its own blocks, fused; how a row's are divided depends on them alone.
+class Exit(nn.Module):
+    """The part after the layers: the final norm and the head.
 
-    Arguments and result are those of `language_model_cpu.rows_attention`.
+    Args:
+        model: upstream's.
     """
 
-    def is_seen(
-        row: torch.Tensor, head: torch.Tensor, query_at: torch.Tensor, key_at: torch.Tensor
-    ) -> torch.Tensor:
-        return key_at <= slots.starts[row] + query_at
+    def __init__(self, model: GlmImageForConditionalGeneration) -> None:
+        super().__init__()
+        self.norm = model.model.language_model.norm
+        self.lm_head = model.lm_head
 
-    block_mask = BlockMask.from_kv_blocks(
-        slots.blocks,
-        slots.indices,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=is_seen,
-        seq_lengths=(query.shape[2], keys.shape[2]),
-        compute_q_blocks=False,
-    )
-    attended = flex_attention(query, keys, values, block_mask=block_mask, scale=scaling, enable_gqa=True)
-    assert isinstance(attended, torch.Tensor)  # noqa: S101 - no auxiliary output is asked for
-    return attended.transpose(1, 2), None
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Applies both to hidden states of shape (lines, 1, width).
 
-
-AttentionInterface.register(ATTENTION, rows_attention)
-
-
-def blocks_until(ends: torch.Tensor) -> torch.Tensor:
-    """How many blocks hold the positions before `ends`: int32, of the same shape."""
-    return ((ends + BLOCK - 1) // BLOCK).to(torch.int32)
+        Returns:
+            The logits: shape (lines, vocabulary), float32.
+        """
+        logits: torch.Tensor = self.lm_head(self.norm(hidden[:, 0]))
+        return logits.float()
 
 
 class GPULanguageModel(LanguageModel):
     """See `LanguageModel`.
 
     Every decoding pass computes all rows at one shape, so that a row's arithmetic does not depend on which
-    others are in use. The host hands passes over without waiting for their results, two of them ahead at
-    most, so that it can still take a request back.
+    others are in use. All passes read and write static buffers. The constructor compiles and captures them,
+    so that no request waits for the compiler.
     """
 
-    fixed_shape = True
-
     def __init__(self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int) -> None:
+        fuse_projections(model)
         blocks = -(-row_tokens // BLOCK)
-        super().__init__(model, rows=rows, row_tokens=blocks * BLOCK, attention=ATTENTION)
-        self._indices = torch.arange(blocks, dtype=torch.int32, device=self._device).repeat(rows, 1, 1, 1)
-        self._tokens = torch.zeros(rows, dtype=torch.long, device=self._device)
-        self._where = torch.zeros(4, rows, dtype=torch.long, device=self._device)
-        self._decoded: torch.Tensor | None = None
-        for layer in self._layers.layers:
-            # The compiler would make code for every number anew; here each layer has a cache of its own.
-            layer.self_attn.layer_idx = 0
-            layer.compile(fullgraph=True, dynamic=False)
+        super().__init__(model, rows=rows, row_tokens=blocks * BLOCK)
+
+        self._entry, self._exit = Entry(self._layers), Exit(model)
+        self._candidate_sampler = CandidateSampler.like(self._sampler)
+        options = compilation.options(self._device)
+        for part in (self._entry, *self._layers.layers, self._exit, self._candidate_sampler):
+            if part is not None:
+                part.compile(fullgraph=True, dynamic=False, options=options)
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        # A decoding pass has a line for each row: where its token is written, that token's position of time,
+        # row and column, and whether the next token belongs to the target grid. The attention takes the
+        # first of these only if it is contiguous (torch 2.11).
+        self._where = buffer(5, rows)
+        self._noise = buffer(rows, len(self._sampler.special), dtype=torch.float32).fill_(1)
+        self._blocks = torch.arange(blocks, dtype=torch.int32, device=self._device).repeat(rows, 1, 1, 1)
+        # A slice has tokens and their positions. It has a row, a start, and the index of its last token.
+        self._slice = buffer(4, SLICE_TOKENS)
+        self._slice_at = buffer(3)
+        # For each row, the blocks of the cache of all rows, its own first.
+        all_blocks = torch.arange(rows * blocks, dtype=torch.int32, device=self._device)
+        self._all_blocks = torch.stack([all_blocks.roll(-row * blocks) for row in range(rows)])
+
+        graphs = CUDAGraphs(self._device)
         with torch.inference_mode():
-            nothing = torch.zeros(1, dtype=torch.long)
-            self.prefill(0, 0, nothing, nothing.expand(3, 1))
-            self._graph = self._capture() if self._device.type == "cuda" else None
-        self._handed_over: list[torch.cuda.Event] = []
+            self._run_slice = graphs.capture(self._slice_pass)
+            self._run_decoding = graphs.capture(self._decoding_pass)
 
     def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel`."""
         last = len(tokens) - 1
-        # Whatever the slice is filled up with is written over before it is read.
+        # What the slice is filled up with is overwritten before it is read.
         filled = torch.zeros(4, SLICE_TOKENS, dtype=torch.long)
         filled[0, : last + 1] = tokens
         filled[1:, : last + 1] = positions
-        filled = self._to_device(filled)
-        starts = self._to_device(torch.tensor([start]))
-        hidden = self._pass(filled[:1], filled[1:, None], starts, slice(row, row + 1))
-        return self._logits(hidden[:, last])
+        self._set(self._slice, filled)
+        self._set(self._slice_at, torch.tensor([row, start, last]))
+        return self._run_slice().clone()
 
-    def decode(
-        self, rows: list[int], starts: list[int], tokens: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def decode(self, lines: Sequence[Line]) -> list[torch.Tensor]:
         """See `LanguageModel`."""
-        self._tokens.copy_(tokens)
-        self._where.copy_(self._to_device(torch.cat([torch.tensor([starts]), positions])))
-        if self._graph is None:
-            return self._decode()
-        if len(self._handed_over) == 2:
-            self._handed_over.pop(0).synchronize()
-        self._graph.replay()
-        event = torch.cuda.Event()
-        event.record()
-        self._handed_over.append(event)
-        assert self._decoded is not None  # noqa: S101 - made when the graph was
-        return self._decoded
+        by_row: list[Line | None] = [None] * self.rows
+        for line in lines:
+            by_row[line.row] = line
+        # A row that draws nothing is computed too. It writes where its next token will be, or at 0 if unused.
+        where = [(one.start, *one.position.tolist(), one.in_target) if one else (0,) * 5 for one in by_row]
+        self._set(self._where, torch.tensor(where).T.contiguous())
+        drawing = [line for line in lines if line.generator]
+        if self._candidate_sampler:
+            # In advance and over the whole vocabulary, so that each generator's stream is that of `Sampler`.
+            for line in drawing:
+                self._noise[line.row].exponential_(generator=line.generator)
+            self._run_decoding()
+        else:
+            generators = [one.generator if one else None for one in by_row]
+            in_target = [one.in_target if one else False for one in by_row]
+            self._tokens.copy_(self._sampler.draw(self._run_decoding(), generators, in_target))
+        drawn = self._tokens.clone()  # the next pass overwrites it
+        return [drawn[line.row] for line in drawing]
 
     def recover(self) -> None:
         """See `LanguageModel`."""
@@ -154,42 +155,69 @@ class GPULanguageModel(LanguageModel):
             torch.cuda.synchronize(self._device)  # a device that is lost raises the same error for ever
             torch.cuda.empty_cache()
 
-    def _decode(self) -> torch.Tensor:
-        starts, positions = self._where[0], self._where[1:, :, None]
-        return self._logits(self._pass(self._tokens[:, None], positions, starts, slice(None))[:, -1])
+    def _decoding_pass(self) -> torch.Tensor:
+        """Reads each row's last token and, if the sampler can be captured, draws the next one.
 
-    def _pass(
-        self, tokens: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor, rows: slice
-    ) -> torch.Tensor:
-        blocks = blocks_until(starts + tokens.shape[1]).view(-1, 1, 1)
-        return self._forward(
-            tokens,
-            positions,
-            lambda keys, values: GPUSlots(
-                keys=keys[rows],
-                values=values[rows],
-                starts=starts,
-                blocks=blocks,
-                indices=self._indices[rows],
-            ),
+        Returns:
+            The logits: shape (rows, vocabulary).
+        """
+        caches = [cache.transpose(1, 2) for cache in self._caches]  # a line for each row
+        hidden = self._forward(
+            self._tokens[:, None], self._where[1:4, :, None], caches, None, self._where[0], self._blocks
         )
+        logits: torch.Tensor = self._exit(hidden)
+        if self._candidate_sampler:
+            self._tokens.copy_(self._candidate_sampler(logits, self._noise, self._where[4]))
+        return logits
 
-    @torch.inference_mode()
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Record the decoding pass, after runs beside it in which the libraries set themselves up."""
-        beside = torch.cuda.Stream(self._device)
-        beside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(beside):
-            for _ in range(3):
-                self._decode()
-        torch.cuda.current_stream(self._device).wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._decoded = self._decode()
-        return graph
+    def _slice_pass(self) -> torch.Tensor:
+        """Reads a slice into its row.
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy without waiting: from pinned memory, which torch keeps until the copy is done."""
+        Returns:
+            The logits after its last token: shape (1, vocabulary).
+        """
+        row, start, last = self._slice_at.split(1)
+        caches = [cache.flatten(2, 3)[:, None] for cache in self._caches]  # one line, all rows in sequence
+        indices = self._all_blocks.index_select(0, row)[:, None, None]
+        hidden = self._forward(
+            self._slice[:1], self._slice[1:, None], caches, row * self.row_tokens, start, indices
+        )
+        logits: torch.Tensor = self._exit(hidden.index_select(1, last))
+        return logits
+
+    def _forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        caches: list[torch.Tensor],
+        firsts: torch.Tensor | None,
+        starts: torch.Tensor,
+        indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """Runs the layers.
+
+        Args:
+            tokens: ids of shape (lines, n).
+            positions: rotary positions of shape (3, lines, n).
+            caches: keys and values of each layer: shape (2, lines, heads, positions, channels).
+            firsts: where in them each line's row begins: shape (lines,). None if at 0, all of them.
+            starts: where in its row each line's tokens begin: shape (lines,).
+            indices: numbers of blocks, those of each line's row first: shape (lines, 1, 1, blocks), int32.
+
+        Returns:
+            The hidden states: shape (lines, n, width).
+        """
+        hidden: torch.Tensor
+        hidden, rotary, starts, blocks = self._entry(tokens, positions, firsts, starts)
+        for layer, (keys, values) in zip(self._layers.layers, caches, strict=True):
+            slots = GPUSlots(
+                keys=keys, values=values, firsts=firsts, starts=starts, blocks=blocks, indices=indices
+            )
+            hidden = layer(hidden, position_embeddings=rotary, past_key_values=slots)
+        return hidden
+
+    def _set(self, buffer: torch.Tensor, values: torch.Tensor) -> None:
+        """Copies without waiting: from pinned memory, which torch keeps until the copy is done."""
         if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+            values = values.pin_memory()
+        buffer.copy_(values, non_blocking=True)

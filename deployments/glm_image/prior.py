@@ -1,4 +1,4 @@
-"""The prior engine of GLM-Image: continuous batching with a seed a request. No Ray in here."""
+"""The prior engine of GLM-Image: continuous batching with a seed for each request. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deployments import compilation
+from deployments.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong, release
 from deployments.glm_image import checkpoint
-from deployments.glm_image.language_model import SLICE_TOKENS
+from deployments.glm_image.language_model import SLICE_TOKENS, Line
 from deployments.glm_image.language_model_cpu import CPULanguageModel
 from deployments.glm_image.language_model_gpu import GPULanguageModel
-from deployments.glm_image.sampling import UNSOUND, Sampler
+from deployments.glm_image.sampling import UNSOUND
 from deployments.glm_image.sequence import Sequencer
 from deployments.types import PriorTokens, Progress
 
@@ -38,7 +40,7 @@ PROGRESS_S = 0.25
 
 @dataclass(eq=False, kw_only=True)
 class _Job:
-    """A request on its way through the engine; once it has a row, with what it has got there."""
+    """A request on its way through the engine, with its row and its tokens so far."""
 
     sequence: Sequence
     seed: int
@@ -55,7 +57,7 @@ class _Job:
 
     @property
     def written(self) -> int:
-        """Positions of its row that hold something: where its next token goes."""
+        """Number of positions of its row that are in use. Its next token is written there."""
         return self.read + max(0, len(self.drawn) - 1)
 
     @property
@@ -64,8 +66,19 @@ class _Job:
         rows, columns = self.sequence.target
         return self.sequence.drawn - len(self.drawn) <= rows * columns
 
+    @property
+    def line(self) -> Line:
+        """The request's part in the next decoding pass."""
+        return Line(
+            row=self.row,
+            start=self.written,
+            position=self.sequence.positions[:, self.written],
+            generator=self.generator if self.drawn else None,
+            in_target=self.in_target,
+        )
+
     def report(self, now: float) -> None:
-        """Tell its caller how far it is, if that was not done just now."""
+        """Reports its progress, at most every `PROGRESS_S` seconds and at the end."""
         if now - self.reported >= PROGRESS_S or len(self.drawn) == self.sequence.drawn:
             self.reported = now
             self.call.report(
@@ -74,7 +87,7 @@ class _Job:
 
 
 def on_its_device(model: GlmImageForConditionalGeneration, rows: int, row_tokens: int) -> LanguageModel:
-    """The language model, run as the device it is on runs it best."""
+    """Returns the language model for the device that the weights are on."""
     runner = CPULanguageModel if model.device.type == "cpu" else GPULanguageModel
     return runner(model, rows=rows, row_tokens=row_tokens)
 
@@ -82,14 +95,15 @@ def on_its_device(model: GlmImageForConditionalGeneration, rows: int, row_tokens
 class PriorEngine:
     """Samples prior tokens for several requests at once, which come and go at any token.
 
-    For one seed the tokens are the same whatever company a request has. On a CPU they are those of
-    `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42), unless a token lies so near the edge of top-p
-    that the last bits of a sum decide: with the tiny checkpoint, for one seed in hundreds. On a GPU all sums
-    are rounded otherwise. Where upstream would fail, having drawn a special token inside the target grid or
-    an end token before it, an image token is drawn in its place. The end token after the grid is nobody's
-    need: not drawn.
+    The tokens of a seed do not depend on which other requests run. On a CPU they are identical to those of
+    `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42), except for rare seeds (one in several hundred
+    with the tiny checkpoint) where floating-point rounding changes the top-p cutoff. On a GPU all sums are
+    rounded differently.
 
-    `submit` may be called from any thread; `step` from one.
+    Upstream fails if it draws a special token inside the target grid, or an end token before it. An image
+    token is drawn here instead. The end token after the grid is not needed and not drawn.
+
+    `submit` may be called from any thread, `step` from one.
     """
 
     def __init__(
@@ -100,8 +114,6 @@ class PriorEngine:
     ) -> None:
         self._model = model
         self._language_model = language_model
-        self._sampler = Sampler(model)
-        self._no_token = torch.zeros((), dtype=torch.long, device=model.device)
         self._sequencer = Sequencer(model, processor)
         self._preparing = _single_threaded_executor()
         self._waiting: deque[_Job] = deque()
@@ -115,8 +127,15 @@ class PriorEngine:
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
         """See `deployments.families.PriorEngine`."""
-        weights, processor = checkpoint.load_prior(model, report)
-        return cls(weights, processor, on_its_device(weights, model.prior.rows, model.row_tokens))
+        compiles = model.prior.device == "cuda"
+        if compiles:
+            compilation.prepare(model.compile_cache)
+        weights, processor = checkpoint.load_prior(
+            model, part_of(report, 0, WEIGHTS_SHARE if compiles else 1)
+        )
+        engine = cls(weights, processor, on_its_device(weights, model.prior.rows, model.row_tokens))
+        report(1)
+        return engine
 
     def submit(self, request: PriorRequest, call: Call) -> Future[PriorTokens]:
         """See `deployments.families.PriorEngine`. Requests get their rows in the order of submission."""
@@ -127,29 +146,29 @@ class PriorEngine:
         return future
 
     def _prepare(self, request: PriorRequest, call: Call, future: Future[PriorTokens]) -> None:
-        """Tokenize and cut patches beside the device's work."""
+        """Tokenizes the prompt and cuts patches while the device works."""
         try:
             sequence = self._sequencer.sequence(request)
             if sequence.length > self._language_model.row_tokens:
                 raise RequestTooLong(sequence.length, self._language_model.row_tokens)  # noqa: TRY301 - caught with all else
-        except Exception as error:  # noqa: BLE001 - it is the caller's, whatever it is
+        except Exception as error:  # noqa: BLE001 - the caller gets it
             future.set_exception(error)
             return
         job = _Job(sequence=sequence, seed=request.seed, call=call, future=future)
         self._waiting.append(job)
-        if self.fault:  # meanwhile, and nobody will look at what waits any more
+        if self.fault:  # meanwhile; the queue is not read any more
             future.set_exception(self.fault)
         self._work.set()
 
     def run(self) -> None:
-        """Work until a fault, sleeping while there is nothing to do."""
+        """Works until a fault, and sleeps while there is nothing to do."""
         while not self.fault:
             self._work.wait()
             self._work.clear()
             try:
                 while self.step():
                     pass
-            except Exception as error:  # noqa: BLE001 - the device's, and of all that it was working on
+            except Exception as error:  # noqa: BLE001 - all requests get it
                 release(error, "the prior engine stopped")
                 self.fault = EngineFault(f"the prior engine stopped: {error}")
                 for job in (*self._active, *self._waiting):
@@ -158,7 +177,7 @@ class PriorEngine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Read a slice of one new prompt and draw a token for every running request.
+        """Reads a slice of one new prompt and draws a token for every running request.
 
         Returns:
             Whether there is more to do.
@@ -169,7 +188,7 @@ class PriorEngine:
         if reading:
             try:
                 self._read_slice(reading)
-            except Exception as error:  # noqa: BLE001 - it is this request's alone
+            except Exception as error:  # noqa: BLE001 - this request alone gets it
                 release(error, request_id=reading.call.request_id)
                 self._language_model.recover()  # unless the device is lost, which raises here
                 self._leave(reading, _in_our_words(error))
@@ -196,13 +215,13 @@ class PriorEngine:
         self._active.remove(job)
         self._free.append(job.row)
         if isinstance(outcome, Exception):
-            self._language_model.clear(job.row)  # it may hold what is no number
+            self._language_model.clear(job.row)  # it may hold NaN
             job.future.set_exception(outcome)
         else:
             job.future.set_result(outcome)
 
     def _read_slice(self, job: _Job) -> None:
-        """Encode one more source image or, when all are, read one more slice of the prompt."""
+        """Encodes one more source image, or reads one more slice of the prompt after the last one."""
         sequence = job.sequence
         if len(job.image_tokens) < len(sequence.sources):
             self._encode_source(job)
@@ -213,7 +232,8 @@ class PriorEngine:
         )
         job.read = end
         if job.read == len(job.prompt):
-            self._draw([job], logits)
+            token = self._language_model.draw_first(job.row, logits, job.generator, in_target=job.in_target)
+            self._take([job], [token])
 
     def _encode_source(self, job: _Job) -> None:
         sequence, done = job.sequence, len(job.image_tokens)
@@ -228,38 +248,19 @@ class PriorEngine:
             job.prompt[placeholders] = torch.cat(job.image_tokens)
 
     def _draw_next(self) -> None:
-        """Draw a token for every request whose prompt is read."""
-        if self._language_model.fixed_shape:
-            by_row = {job.row: job for job in self._active}
-            lines: list[_Job | None] = [by_row.get(row) for row in range(self._language_model.rows)]
-        else:
-            lines = [job for job in self._active if job.drawn]
-        drawing = [job if job and job.drawn else None for job in lines]
-        nowhere = torch.zeros(3, dtype=torch.long)
-        logits = self._language_model.decode(
-            [job.row if job else row for row, job in enumerate(lines)],
-            # A line that draws nothing is computed all the same: it writes where its next token will.
-            [job.written if job else 0 for job in lines],
-            torch.stack([job.drawn[-1] if job else self._no_token for job in drawing]).clamp(min=0),
-            torch.stack([job.sequence.positions[:, job.written] if job else nowhere for job in lines], dim=1),
-        )
-        self._draw(drawing, logits)
+        """Draws a token for every request whose prompt is read."""
+        drawing = [job for job in self._active if job.drawn]
+        self._take(drawing, self._language_model.decode([job.line for job in self._active]))
 
-    def _draw(self, lines: list[_Job | None], logits: torch.Tensor) -> None:
-        """Draw a token for each line's request, if it has one, from its logits: shape (lines, vocabulary)."""
-        drawn = self._sampler.draw(
-            logits,
-            [job.generator if job else None for job in lines],
-            [job.in_target if job else False for job in lines],
-        )
+    def _take(self, jobs: list[_Job], tokens: list[torch.Tensor]) -> None:
+        """Gives each request its token. Those that have all of theirs leave."""
         now = time.monotonic()
-        for job, token in zip(lines, drawn, strict=True):
-            if job:
-                job.drawn.append(token)
-                self.done += 1
-                job.report(now)
-                if len(job.drawn) == job.sequence.drawn:
-                    self._leave(job, _result(job))
+        for job, token in zip(jobs, tokens, strict=True):
+            job.drawn.append(token)
+            self.done += 1
+            job.report(now)
+            if len(job.drawn) == job.sequence.drawn:
+                self._leave(job, _result(job))
 
 
 def _in_our_words(error: Exception) -> Exception:
@@ -269,10 +270,10 @@ def _in_our_words(error: Exception) -> Exception:
 
 
 def _single_threaded_executor() -> ThreadPoolExecutor:
-    """One thread, and none of torch's own beside it.
+    """Returns an executor of one thread, in which torch starts no threads of its own.
 
-    Where there are more OpenMP threads than cores, GNU's OpenMP puts them to sleep between two operators: a
-    decoding step of the benchmark checkpoint took 18 ms instead of 10 on two cores.
+    With more OpenMP threads than cores, GNU's OpenMP puts them to sleep between two operators. A decoding
+    step of the benchmark checkpoint took 18 ms instead of 10 on two cores.
     """
     threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits, each line with a generator of its own."""
+"""Sampling tokens from logits as upstream's `generate` does, with a generator for each line."""
 
 from __future__ import annotations
 
@@ -21,33 +21,44 @@ if TYPE_CHECKING:
     from transformers import GlmImageForConditionalGeneration
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
-"""The logits processors that look at a line's scores and at nothing else, so that lines can share a call."""
+"""Logits processors that depend on a line's scores only, so that lines can share a call."""
 
 UNSOUND = -1
-"""Stands for a token where the logits were no numbers."""
+"""Stands for a token where the logits are not finite."""
 
 
 class Sampler:
-    """Draws as upstream's `generate` does, but no special token where it would spoil the image.
+    """Samples as upstream's `generate` does, but never a special token where it would spoil the image.
 
-    Nothing in here makes the host wait for the device.
+    The host does not wait for the device.
+
+    Attributes:
+        warpers: the checkpoint's, in upstream's order.
+        suppressed: tokens that the checkpoint never draws: shape (vocabulary,), bool.
+        end: tokens that would end the sequence: shape (vocabulary,), bool.
+        special: tokens that are not in the image codebook: shape (vocabulary,), bool.
+
+    Raises:
+        CheckpointError: the checkpoint's `generation_config` asks for a processor that is not supported.
     """
 
     def __init__(self, model: GlmImageForConditionalGeneration) -> None:
         vocabulary = model.config.text_config.vision_vocab_size
         processors = _logits_processors(model)
-        self._warpers = LogitsProcessorList([one for one in processors if isinstance(one, WARPERS)])
+        self.warpers = LogitsProcessorList([one for one in processors if isinstance(one, WARPERS)])
         suppressing = LogitsProcessorList([one for one in processors if not isinstance(one, WARPERS)])
         if unknown := [
             type(one).__name__ for one in suppressing if not isinstance(one, SuppressTokensLogitsProcessor)
         ]:
             raise CheckpointError(f"generation_config asks for {', '.join(unknown)}, which is not supported")
         # Looked up once: upstream's processor searches the list anew for every token.
-        self._suppressed = torch.isneginf(suppressing(None, torch.zeros(1, vocabulary, device=model.device)))
+        self.suppressed = torch.isneginf(suppressing(None, torch.zeros(1, vocabulary, device=model.device)))[
+            0
+        ]
         ids = torch.arange(vocabulary, device=model.device)
         end = torch.tensor(model.generation_config.eos_token_id or [], device=model.device)
-        self._end = torch.isin(ids, end)
-        self._special = ids >= model.config.vq_config.num_embeddings
+        self.end = torch.isin(ids, end)
+        self.special = ids >= model.config.vq_config.num_embeddings
 
     def draw(
         self,
@@ -55,26 +66,26 @@ class Sampler:
         generators: Sequence[torch.Generator | None],
         in_target: Sequence[bool],
     ) -> torch.Tensor:
-        """Draw a token a line.
+        """Draws one token for each line.
 
         Args:
             logits: shape (lines, vocabulary), float32.
-            generators: a line's own; None for a line whose token nobody needs.
-            in_target: whether a line's token belongs to the target grid, where no special token may be; in
-                the preview grid only end tokens may not.
+            generators: each line's own, or None for a line whose token is not needed.
+            in_target: whether a line's token belongs to the target grid. Special tokens are forbidden there.
+                In the preview grid only end tokens are.
 
         Returns:
-            Ids of shape (lines,), `UNSOUND` where the line's logits hold something that is no number.
+            Ids of shape (lines,), `UNSOUND` for lines whose logits are not finite.
         """
-        forbidden = torch.stack([self._special if target else self._end for target in in_target])
+        forbidden = torch.stack([self.special if target else self.end for target in in_target])
         # After the processors and not before them: a draw that is allowed is the same with the mask and
         # without. Where they leave nothing that is, the model's own preference decides.
-        scores = self._warpers(None, logits.masked_fill(self._suppressed, -torch.inf))
+        scores = self.warpers(None, logits.masked_fill(self.suppressed, -torch.inf))
         scores = scores.masked_fill(forbidden, -torch.inf)
         nothing = torch.isneginf(scores).all(dim=-1, keepdim=True)
         scores = torch.where(nothing, logits.masked_fill(forbidden, -torch.inf), scores)
         probabilities = scores.softmax(dim=-1)
-        # What `torch.multinomial` does for one sample, without its checks, for which the host would wait.
+        # The arithmetic of `torch.multinomial` for one sample, without its checks, which wait for the device.
         noise = torch.ones_like(probabilities)
         for line, generator in zip(noise.split(1), generators, strict=True):
             if generator is not None:
@@ -84,7 +95,7 @@ class Sampler:
 
 
 def _logits_processors(model: GlmImageForConditionalGeneration) -> LogitsProcessorList:
-    """What the checkpoint's `generation_config` asks for, as transformers' own `generate` prepares it."""
+    """Returns the processors of the checkpoint's `generation_config`, as transformers prepares them."""
 
     def prepared(_: Any, __: torch.Tensor, *, logits_processor: LogitsProcessorList, **___: Any) -> Any:
         return logits_processor

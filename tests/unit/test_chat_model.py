@@ -3,10 +3,11 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from deployments.calls import Call
 from deployments.chat_model import tiny
@@ -83,6 +84,17 @@ def test_too_little_memory_is_told(model: ChatModel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(type(model._model), "forward", full)
     with pytest.raises(OutOfMemoryError):
         model.expand(request(), Call())
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_on_a_gpu_cudnn_does_not_plan_the_attention_of_each_length(
+    model: ChatModel, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    switched: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+    on_device = SimpleNamespace(device=torch.device(device), generation_config=GenerationConfig())
+    ChatModel(on_device, model._tokenizer)
+    assert switched == ([False] if device == "cuda" else [])
 
 
 def test_a_checkpoint_that_is_nowhere_is_named() -> None:

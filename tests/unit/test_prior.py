@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch._dynamo.backends.debugging import aot_eager
 
+from deployments import compilation
 from deployments.calls import Call
 from deployments.config import DecoderConfig, ModelConfig, PriorConfig
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong
-from deployments.glm_image import checkpoint
+from deployments.glm_image import checkpoint, prior
+from deployments.glm_image.attention_gpu import blocks_until
 from deployments.glm_image.language_model_cpu import CPULanguageModel, PackedLinear
-from deployments.glm_image.language_model_gpu import GPULanguageModel, blocks_until
+from deployments.glm_image.language_model_gpu import GPULanguageModel
 from deployments.glm_image.prior import PROGRESS_S, PriorEngine
 from deployments.prompts import plain_text
 from deployments.types import Pixels, PriorRequest, PriorTokens, TokenGrid
@@ -412,7 +415,7 @@ def test_on_fixed_shapes_a_row_is_clean_after_values_that_are_no_numbers(
         engine.step()
     (job,) = engine._active
     for cache in engine._language_model._caches:
-        cache[:, job.row] = torch.nan
+        cache[:, :, job.row] = torch.nan
     engine.step()
     if end is Cancelled:
         call.cancelled.set()
@@ -432,21 +435,43 @@ def test_a_row_is_read_up_to_the_block_of_its_last_token() -> None:
 def test_all_layers_share_one_graph_for_a_slice_and_one_for_a_token(
     config: ModelConfig, expected: list[TokenGrid], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graphs = []
+    graphs: list[list[str]] = []
 
-    def traced(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
+    def traced(graph: Any, inputs: Any, **_: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
         return aot_eager(graph, inputs)
 
     # Traced whole and made functional as for the GPU; its code generator alone is left out.
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=traced))
     loaded = Loaded(config, runner=GPULanguageModel)
+    compiled_while_loading = len(graphs)
     futures = [(i, loaded.submit(REQUESTS[i])) for i in (0, 3)]
     while loaded.engine.step():
         pass
     for i, future in futures:
         assert np.array_equal(future.result(timeout=0).target, expected[i])
-    assert len(graphs) == 2
+    of_layers = [graph for graph in graphs if "flex_attention" in graph]
+    assert len(of_layers) == 2
+    # What stands before the layers and what stands after them, twice too, and the sampler.
+    assert len(graphs) == len(of_layers) + 2 * 2 + 1
+    assert len(graphs) == compiled_while_loading
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_compiler_is_prepared_before_a_gpus_language_model_is_made(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    done: list[str] = []
+    weights = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(checkpoint, "load_prior", lambda *_: (weights, None))
+    monkeypatch.setattr(compilation, "prepare", done.append)
+    monkeypatch.setattr(prior, "on_its_device", lambda *_: done.append("compiled"))
+    monkeypatch.setattr(PriorEngine, "__init__", lambda *_: None)
+    stage = config.prior.model_copy(update={"device": device})
+    shares: list[float] = []
+    PriorEngine.load(config.model_copy(update={"compile_cache": "/the/cache", "prior": stage}), shares.append)
+    assert done == (["/the/cache", "compiled"] if device == "cuda" else ["compiled"])
+    assert shares[-1] == 1
 
 
 def test_a_cache_that_does_not_fit_is_refused(config: ModelConfig) -> None:
