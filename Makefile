@@ -46,6 +46,7 @@ benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.telemetry
 	$(BIN)/python -m tests.benchmarks.lifecycle
 	$(BIN)/python -m tests.benchmarks.jobs
+	$(BIN)/python -m tests.benchmarks.kernels
 
 # The local part of a version ("+cpu") says which build of torch this machine has, not which one to have.
 lock: .venv/dev.stamp ## Choose the newest versions that pyproject.toml allows and write them down
