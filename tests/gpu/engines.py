@@ -1,0 +1,248 @@
+"""The two engines over random weights, built and called as the stages do."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deployments import acceleration
+from deployments.calls import Call
+from deployments.config import Acceleration, DecoderConfig
+from deployments.glm_image.decoder import Decoder
+from deployments.glm_image.language_model_gpu import GPULanguageModel
+from deployments.glm_image.pipeline import DecoderPipeline
+from deployments.glm_image.prior import PriorEngine, on_its_device
+from deployments.types import DecodeRequest, PriorRequest, PriorTokens, Progress
+from tests.gpu import measure, models
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from deployments.types import Pixels
+    from tests.gpu.rows import Run
+
+PROMPT = "A red boat at dawn"
+ROWS = 8
+ROW_TOKENS = 24_576
+"""Rows and their tokens in the default configuration."""
+
+
+@contextmanager
+def stage_log() -> Iterator[list[str]]:
+    """Collects the lines that the stages log."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, collector = logging.getLogger("ray.serve"), Collector()
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(collector)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
+
+
+@dataclass(kw_only=True)
+class Prior:
+    """A prior engine.
+
+    Attributes:
+        engine: the prior stage's.
+        language_model: that the engine runs.
+    """
+
+    engine: PriorEngine
+    language_model: Any
+
+
+def load_prior(run: Run, device: torch.device, *, as_on_gpu: bool = False) -> Prior:
+    """Builds the prior engine, and writes what that takes.
+
+    Args:
+        run: the step.
+        device: where it computes.
+        as_on_gpu: whether it is the GPU's engine on every device. On a CPU that one is slow.
+    """
+    with run.figure("prior, weights") as values:
+        (model, processor), values["seconds"] = measure.seconds(
+            lambda: models.prior(device, tiny_size=run.tiny), device
+        )
+        values["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    row_tokens = run.count(ROW_TOKENS, 1024)
+
+    def language_model() -> Any:
+        if as_on_gpu:
+            return GPULanguageModel(model, rows=ROWS, row_tokens=row_tokens)
+        return on_its_device(model, ROWS, row_tokens)
+
+    with run.figure("prior, compiled and captured", rows=ROWS, row_tokens=row_tokens) as values:
+        memory = measure.Memory(device)
+        with stage_log() as lines:
+            loaded, values["seconds"] = measure.seconds(language_model, device)
+        values["predicted"] = lines
+        values |= memory.values() | measure.graphs()
+    return Prior(engine=PriorEngine(model, processor, loaded), language_model=loaded)
+
+
+def prior_request(side: int, *, seed: int = 0, sources: int = 0, source_side: int = 0) -> PriorRequest:
+    """Returns a request for the prior of a square image."""
+    images = source_images(sources, source_side)
+    return PriorRequest(prompt=PROMPT, width=side, height=side, seed=seed, sources=images)
+
+
+def source_images(count: int, side: int) -> tuple[Pixels, ...]:
+    """Returns images of noise."""
+    random = np.random.default_rng(0)
+    return tuple(random.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count))
+
+
+def generate(prior: Prior, requests: Sequence[PriorRequest]) -> tuple[list[PriorTokens], float]:
+    """Runs requests side by side; returns their answers, and the seconds until the last one."""
+    began = time.perf_counter()
+    futures = [prior.engine.submit(request, Call()) for request in requests]
+    while not all(future.done() for future in futures):
+        prior.engine.step()
+    return [future.result() for future in futures], time.perf_counter() - began
+
+
+@dataclass(kw_only=True)
+class LoadedDecoder:
+    """A decoder.
+
+    Attributes:
+        engine: the decoder stage's.
+        pipeline: that the engine runs.
+        config: of the stage.
+        weights_gb: gigabytes of all weights.
+        predicted: the stage's own words about the memory that it takes.
+    """
+
+    engine: Decoder
+    pipeline: DecoderPipeline
+    config: DecoderConfig
+    weights_gb: float
+    predicted: list[str]
+
+
+def load_decoder(run: Run, device: torch.device, *, side: int, **chosen: Any) -> LoadedDecoder:
+    """Builds a decoder on the device.
+
+    Args:
+        run: the step.
+        device: where it computes.
+        side: of the largest image that it makes.
+        chosen: fields of `deployments.config.Acceleration`. Those of a stage on a GPU are the default.
+    """
+    config = DecoderConfig(
+        device=run.device,
+        deployment={"ray_actor_options": {"num_gpus": 1}},
+        acceleration=Acceleration(**{"compile": None if run.on_gpu else True} | chosen),
+    )
+    pipeline = DecoderPipeline(**models.decoder(device, tiny_size=run.tiny))
+    if config.acceleration.offload in ("model", "group"):
+        pipeline.to("cpu")
+    weights = sum(
+        parameter.nbytes
+        for part in (pipeline.text_encoder, pipeline.transformer, pipeline.vae)
+        for parameter in part.parameters()
+    )
+    with stage_log() as lines:
+        acceleration.apply(pipeline, config, max_side=side)
+    return LoadedDecoder(
+        engine=Decoder(pipeline),
+        pipeline=pipeline,
+        config=config,
+        weights_gb=weights / 1e9,
+        predicted=lines,
+    )
+
+
+def unit(
+    run: Run,
+    side: int,
+    steps: int,
+    *,
+    sources: int = 0,
+    source_side: int = 0,
+    prior: PriorTokens | None = None,
+) -> DecodeRequest:
+    """Returns a request for the pixels of a square image, with random prior tokens unless some are given."""
+    random = np.random.default_rng(0)
+    codebook = 256 if run.tiny else models.CODEBOOK
+    grids = [
+        random.integers(0, codebook, (pixels // 32, pixels // 32))
+        for pixels in (side, *[source_side] * sources)
+    ]
+    return DecodeRequest(
+        prompt=PROMPT,
+        width=side,
+        height=side,
+        seed=0,
+        steps=steps,
+        guidance_scale=1.5,
+        prior=prior or PriorTokens(target=grids[0], sources=tuple(grids[1:])),
+        sources=source_images(sources, source_side),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painted:
+    """An image and its times.
+
+    Attributes:
+        pixels: the image.
+        seconds: that it took.
+        step_s: seconds of a step, the mean of all but the first.
+        rest_s: seconds after the last step, nearly all of them the VAE's.
+    """
+
+    pixels: Pixels
+    seconds: float
+    step_s: float
+    rest_s: float
+
+    def seconds_for(self, steps: int, made: int) -> float:
+        """Returns the seconds of an image of so many steps, since each step takes as long.
+
+        Args:
+            steps: of that image.
+            made: steps of this image.
+        """
+        return self.seconds + (steps - made) * self.step_s
+
+
+def paint(decoder: Decoder, request: DecodeRequest, device: torch.device) -> Painted:
+    """Makes an image."""
+    ends: list[float] = []
+
+    def report(event: object) -> None:
+        if isinstance(event, Progress):
+            ends.append(time.perf_counter())
+
+    measure.synchronize(device)
+    began = time.perf_counter()
+    pixels = decoder.decode(request, Call(report=report))
+    end = time.perf_counter()
+    return Painted(
+        pixels=pixels,
+        seconds=end - began,
+        step_s=(ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else float("nan"),
+        rest_s=end - ends[-1],
+    )
+
+
+def difference(one: Pixels, other: Pixels) -> float:
+    """Returns the mean difference of two images, of 255."""
+    return float(np.abs(one.astype(int) - other.astype(int)).mean())

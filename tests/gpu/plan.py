@@ -1,0 +1,70 @@
+"""The steps of the window, in the order of their value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One process of the window.
+
+    Attributes:
+        name: of the step.
+        target: `module:function`. The module is imported before the step's time begins.
+        limit_s: seconds until the step is stopped.
+        fresh_cache: whether compiled code of other steps is out of its reach.
+        beside: name of the step before it, if both run at the same time. Neither measures times then.
+    """
+
+    name: str
+    target: str
+    limit_s: float
+    fresh_cache: bool = False
+    beside: str = ""
+
+
+def _step(
+    name: str, limit_s: float, *, of: str | None = None, fresh_cache: bool = False, beside: str = ""
+) -> Step:
+    """Makes a step whose function has its name, in the module of its name or in another one."""
+    return Step(
+        name=name,
+        target=f"tests.gpu.steps.{of or name}:{name}",
+        limit_s=limit_s,
+        fresh_cache=fresh_cache,
+        beside=beside,
+    )
+
+
+STEPS = (
+    _step("probe", 60),
+    _step("prior", 140),
+    _step("decoder", 170),
+    _step("image", 90),
+    _step("memory", 60),
+    _step("ceilings", 50),
+    _step("edits", 110),
+    _step("exact_prior", 100, of="exact", fresh_cache=True),
+    _step("exact_decoder", 100, of="exact", fresh_cache=True, beside="exact_prior"),
+    _step("vae", 50),
+    _step("options", 80),
+    _step("upstream", 60),
+    _step("offload", 80, of="memory"),
+    _step("server", 170),
+)
+
+
+def groups(steps: Iterable[Step]) -> list[list[Step]]:
+    """Returns the steps in order; those that run at the same time are in one list."""
+    grouped: list[list[Step]] = []
+    for step in steps:
+        if grouped and step.beside == grouped[-1][-1].name:
+            grouped[-1].append(step)
+        else:
+            grouped.append([step])
+    return grouped

@@ -1,0 +1,80 @@
+"""The memory that the decoder stage predicts, and what it takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deployments import acceleration
+from deployments.calls import Call
+from deployments.types import Progress
+from tests.gpu import engines, measure
+from tests.gpu.rows import NEEDS_GPU
+
+if TYPE_CHECKING:
+    import torch
+
+    from deployments.types import DecodeRequest
+    from tests.gpu.engines import LoadedDecoder
+    from tests.gpu.rows import Run
+
+STEPS = 2
+
+
+def memory(run: Run) -> None:
+    """Writes predicted and measured gigabytes of sizes, source images and options."""
+    device = measure.prepare(run)
+    loaded = engines.load_decoder(run, device, side=run.size(1024), compile=False)
+    for pixels, tiled in ((1024, False), (2048, False), (2048, True)):
+        side = run.size(pixels)
+        with run.figure("memory, an image", side=side, vae_tiling=tiled) as values:
+            if tiled:
+                acceleration.tile_vae(loaded.pipeline)
+            predicted = acceleration._working_bytes(loaded.pipeline, side)
+            values["predicted_gb"] = {part: size / 1e9 for part, size in predicted.items()}
+            values["measured_gb"] = parts_of(loaded, engines.unit(run, side, STEPS), device)
+    for pixels in (1024, 2048):
+        side = run.size(pixels)
+        with run.figure("memory, a source image", side=side) as values:
+            request = engines.unit(run, run.size(1024), STEPS, sources=1, source_side=side)
+            values["predicted_gb"] = loaded.pipeline.source_bytes(side) / 1e9
+            values["measured_gb"] = parts_of(loaded, request, device)
+
+
+def offload(run: Run) -> None:
+    """Writes what a stage takes whose weights wait in the CPU's memory."""
+    device = measure.prepare(run)
+    for way in ("model", "group"):
+        offloaded(run, way, device)
+
+
+def parts_of(loaded: LoadedDecoder, request: DecodeRequest, device: torch.device) -> Any:
+    """Returns gigabytes beside the weights: the most in each part, and what stays between steps."""
+    measure.free(device)
+    memory = measure.Memory(device)
+    taken: dict[str, float] = {}
+
+    def report(event: object) -> None:
+        if isinstance(event, Progress):
+            most = memory.restart() / 1e9
+            # The first step follows the reading of source images, by the VAE and the DiT.
+            taken["transformer" if event.done > 1 else "until_first_step"] = most
+            taken["kept_between_steps"] = memory.held() / 1e9
+
+    loaded.engine.decode(request, Call(report=report))
+    taken["vae"] = memory.restart() / 1e9
+    return taken if device.type == "cuda" else NEEDS_GPU
+
+
+def offloaded(run: Run, way: str, device: torch.device) -> None:
+    """Writes the most gigabytes and the seconds of an image with one way to offload."""
+    if run.needs_gpu(f"memory, offload: {way}"):
+        return
+    measure.free(device)
+    side = run.size(1024)
+    with run.figure(f"memory, offload: {way}", side=side) as values:
+        loaded = engines.load_decoder(run, device, side=side, compile=False, offload=way)
+        values["predicted"] = loaded.predicted
+        measure.free(device)
+        memory = measure.Memory(device)
+        painted = engines.paint(loaded.engine, engines.unit(run, side, STEPS), device)
+        values |= {"seconds": painted.seconds, "step_s": painted.step_s} | memory.values()

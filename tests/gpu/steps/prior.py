@@ -1,0 +1,132 @@
+"""The prior stage at the released size: speed alone and in company, prompts, memory, kernels."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from deployments.calls import Call
+from tests.gpu import engines, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from deployments.types import PriorRequest
+    from tests.gpu.engines import Prior
+    from tests.gpu.rows import Run
+
+SOURCES = (0, 1, 4)
+WEIGHT_GB = 16.453
+"""Gigabytes of weights that one decoding pass of the released model reads: its layers' and its head's."""
+
+
+def prior(run: Run) -> None:
+    """Writes the prior stage's figures."""
+    device = measure.prepare(run)
+    loaded = engines.load_prior(run, device)
+    first_tokens(run, loaded)
+    memory = measure.Memory(device)
+    side = run.size(1024)
+    requests = [engines.prior_request(side, seed=seed) for seed in range(engines.ROWS)]
+    digests: dict[int, str] = {}
+    for count, name in ((1, "alone"), (engines.ROWS, "eight together")):
+        with run.figure(f"prior, {name}", side=side, requests=count) as values:
+            answers, seconds = engines.generate(loaded, requests[:count])
+            tokens = sum(answer.drawn_tokens for answer in answers)
+            values |= {
+                "seconds": seconds,
+                "tokens_s": tokens / seconds,
+                "images_min": 60 * count / seconds,
+                "ms_a_pass": 1e3 * seconds * count / tokens,
+                "digest": measure.digest(answers[0].target),
+            }
+            digests[count] = values["digest"]
+    with run.figure("prior, same tokens alone and together") as values:
+        values["same"] = digests[1] == digests[engines.ROWS]
+    run.emit("prior, memory", **memory.values())
+    prompts(run, loaded, device)
+    # A tiny engine on a CPU is another one; this one is tried for its code.
+    captured = loaded if run.on_gpu else engines.load_prior(run, device, as_on_gpu=True)
+    decoding_pass(run, captured, device)
+    without_graph(run, captured, requests, device)
+    # The last figure, because the profiler slows down what follows.
+    with run.figure("prior, a step of eight rows by kernel") as values, busy(captured, requests):
+        values |= measure.kernels(captured.engine.step, device)
+
+
+def first_tokens(run: Run, loaded: Prior) -> None:
+    """Writes the digest of one seed's tokens, to be compared with that of a process with an empty cache."""
+    side = run.size(512)
+    with run.figure("prior, tokens of seed 0", side=side) as values:
+        (answer,), values["seconds"] = engines.generate(loaded, [engines.prior_request(side)])
+        values["digest"] = measure.digest(answer.target)
+        values["different_tokens"] = len(np.unique(answer.target))
+
+
+@contextmanager
+def busy(loaded: Prior, requests: Sequence[PriorRequest]) -> Iterator[None]:
+    """Keeps the engine between two decoding steps of all requests; cancels them in the end."""
+    call, engine = Call(), loaded.engine
+    until = engine.done + 8 * len(requests)
+    futures = [engine.submit(request, call) for request in requests]
+    while engine.done < until and not all(future.done() for future in futures):
+        engine.step()
+    try:
+        yield
+    finally:
+        call.cancelled.set()
+        while not all(future.done() for future in futures):
+            engine.step()
+
+
+def decoding_pass(run: Run, loaded: Prior, device: torch.device) -> None:
+    """Writes the time of the captured pass by itself, without the host's work for it."""
+    with run.figure("prior, the decoding pass", rows=engines.ROWS) as values, torch.inference_mode():
+        values["ms"] = ms = measure.milliseconds(loaded.language_model._run_decoding, device, runs=50)
+        values["weights_tb_s"] = WEIGHT_GB / ms
+
+
+def prompts(run: Run, loaded: Prior, device: torch.device) -> None:
+    """Writes the time from a request to its first token, without and with source images."""
+    side = run.size(1024)
+    for sources in SOURCES:
+        with run.figure("prior, first token after", sources=sources, source_side=side) as values:
+            times = []
+            for _ in range(2):
+                request = engines.prior_request(side, sources=sources, source_side=side)
+                call, done = Call(), loaded.engine.done
+                began = time.perf_counter()
+                future = loaded.engine.submit(request, call)
+                while loaded.engine.done == done and not future.done():
+                    loaded.engine.step()
+                measure.synchronize(device)
+                times.append(time.perf_counter() - began)
+                call.cancelled.set()
+                while not future.done():
+                    loaded.engine.step()
+            values["seconds"], values["first_time_s"] = times[1], times[0]
+
+
+def without_graph(run: Run, loaded: Prior, requests: Sequence[PriorRequest], device: torch.device) -> None:
+    """Writes the time of a step with and without the CUDA graph, for eight requests."""
+    language_model, steps = loaded.language_model, run.count(40, 5)
+
+    def some_steps() -> None:
+        for _ in range(steps):
+            loaded.engine.step()
+
+    for by in ("CUDA graph", "no graph"):
+        with run.figure("prior, eight together, by steps", by=by) as values, busy(loaded, requests):
+            captured = language_model._run_decoding
+            try:
+                if by == "no graph":
+                    language_model._run_decoding = language_model._decoding_pass
+                _, seconds = measure.seconds(some_steps, device)
+            finally:
+                language_model._run_decoding = captured
+            values["ms_a_pass"] = 1e3 * seconds / steps
+            values["tokens_s"] = engines.ROWS * steps / seconds

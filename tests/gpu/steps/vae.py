@@ -1,0 +1,84 @@
+"""The VAE's decoder: memory layouts, tiles, and whether large images are whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tests.gpu import measure, models
+
+if TYPE_CHECKING:
+    from tests.gpu.rows import Run
+
+FACTOR = 8
+"""Pixels of a latent's side."""
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+TOLERANCE = 0.2
+"""Difference, in parts of the pixels' spread, up to which two images count as the same.
+
+Norms add up over a tile or over the image, so that rounding is not the only difference. Where pixels are
+missing or wrong it is about one.
+"""
+
+
+@torch.inference_mode()
+def vae(run: Run) -> None:
+    """Writes times and memory of both layouts, and what tiles change."""
+    device = measure.prepare(run)
+    model = models.vae(device, tiny_size=run.tiny)
+    if run.tiny:  # whose tiles are larger than its images
+        model.tile_sample_min_size, model.tile_latent_min_size = 256, 256 // FACTOR
+    for pixels in (1024, 2048):
+        side = run.size(pixels)
+        shape = (1, model.config.latent_channels, side // FACTOR, side // FACTOR)
+        latents = torch.randn(shape, device=device, dtype=model.dtype)
+        for layout in LAYOUTS:
+            time(run, model, latents, layout)
+    with run.figure("vae, tiles against the whole", side=side) as values:
+        whole = decode(model, latents)
+        model.enable_tiling()
+        memory = measure.Memory(device)
+        tiled, values["seconds_in_tiles"] = measure.seconds(lambda: decode(model, latents), device)
+        values |= compare(whole, tiled, away_from_seams(model, side)) | memory.values()
+
+
+def time(run: Run, model: Any, latents: torch.Tensor, layout: str) -> None:
+    """Writes the time and memory of an image with the weights in one layout."""
+    device, side = latents.device, FACTOR * latents.shape[-1]
+    with run.figure("vae, an image", side=side, layout=layout) as values:
+        model.to(memory_format=LAYOUTS[layout])
+        memory = measure.Memory(device)
+        values["ms"] = measure.milliseconds(lambda: decode(model, latents), device, runs=2, warm=1)
+        values |= memory.values()
+
+
+def decode(model: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Returns the pixels of latents: shape (3, height, width)."""
+    pixels: torch.Tensor = model.decode(latents, return_dict=False)[0][0]
+    return pixels
+
+
+def away_from_seams(model: Any, side: int) -> torch.Tensor:
+    """Returns which rows, and as well which columns, lie in one tile alone: shape (side,)."""
+    tile = model.tile_sample_min_size
+    stride = int(tile * (1 - model.tile_overlap_factor))
+    at = torch.arange(side, device=model.device)
+    inside: torch.Tensor = (at < stride) | (at % stride >= tile - stride)
+    return inside
+
+
+def compare(whole: torch.Tensor, tiled: torch.Tensor, inside: torch.Tensor) -> dict[str, Any]:
+    """Returns how far two images are apart, in parts of the pixels' spread, and rows that are constant."""
+    whole, tiled = whole.float(), tiled.float()
+    spread = whole.std()
+    apart = (whole - tiled).abs().mean(dim=0) / spread
+    inner = apart[inside][:, inside]
+    return {
+        "apart": apart.mean().item(),
+        "apart_away_from_seams": inner.mean().item(),
+        "worst_row_away_from_seams": inner.mean(dim=1).max().item(),
+        "same_away_from_seams": bool(inner.mean(dim=1).max() < TOLERANCE),
+        "constant_rows": int((whole.std(dim=2) == 0).any(dim=0).sum()),
+        "spread": spread.item(),
+    }

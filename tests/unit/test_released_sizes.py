@@ -1,0 +1,82 @@
+"""One layer of each stage at exactly the released sizes, on the CPU: what a tiny model cannot show."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deployments.glm_image import language_model_gpu
+from deployments.glm_image.language_model import Line
+from deployments.glm_image.language_model_gpu import GPULanguageModel
+from deployments.glm_image.pipeline import DecoderPipeline
+from deployments.glm_image.sequence import Sequencer
+from deployments.types import PriorRequest
+from tests.gpu import models
+
+CPU = torch.device("cpu")
+SLICE_TOKENS = 32
+"""Fewer than on a GPU, to save seconds."""
+
+
+@torch.inference_mode()
+def test_the_prior_reads_a_prompt_as_upstream_does_and_draws_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_model_gpu, "SLICE_TOKENS", SLICE_TOKENS)
+    model, processor = models.prior(CPU, layers=1, vision_layers=1)
+    sequence = Sequencer(model, processor).sequence(PriorRequest(prompt="A", width=512, height=512, seed=0))
+    prompt = sequence.prompt
+    positions = sequence.positions[:, : len(prompt)]
+    read = model.model.language_model(input_ids=prompt[None], position_ids=positions[:, None])
+    expected = model.lm_head(read.last_hidden_state[:, -1]).float()
+
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        language_model = GPULanguageModel(model, rows=2, row_tokens=128)
+        logits = language_model.prefill(1, 0, prompt, positions)
+        assert (logits - expected).norm() < 0.02 * expected.norm()
+        generator = torch.Generator().manual_seed(0)
+        first = language_model.draw_first(1, logits, generator, in_target=True)
+        line = Line(
+            row=1,
+            start=len(prompt),
+            position=sequence.positions[:, len(prompt)],
+            generator=generator,
+            in_target=True,
+        )
+        (second,) = language_model.decode([line])
+    assert 0 <= first < models.CODEBOOK
+    assert 0 <= second < models.CODEBOOK
+
+    grid = torch.tensor([[1, 4, 4]])
+    (features,) = model.get_image_features(torch.rand(16, 3 * 16 * 16), grid).pooler_output
+    tokens = model.get_image_tokens(features, grid)
+    assert tokens.shape == (16,)
+    assert tokens.max() < models.CODEBOOK
+
+
+def test_the_decoder_makes_a_step_of_an_image_and_of_an_edit() -> None:
+    pipeline = DecoderPipeline(**models.decoder(CPU, layers=1, glyph_layers=1))
+    grid = torch.arange(4)
+    edit = {
+        "image": [Image.fromarray(np.zeros((32, 32, 3), np.uint8))],
+        "prior_token_image_ids": [grid],
+        "source_image_grid_thw": [torch.tensor([[1, 2, 2]])],
+    }
+    made = [
+        pipeline(
+            prompt='a sign with "A"',
+            width=32,
+            height=32,
+            prior_token_ids=grid[None],
+            num_inference_steps=1,
+            guidance_scale=1.5,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **sources,
+        ).images
+        for sources in ({}, edit)
+    ]
+    assert made[0].shape == made[1].shape == (1, 16, 4, 4)
+    assert torch.isfinite(torch.cat(made)).all()
+    assert not torch.equal(*made)
