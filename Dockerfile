@@ -30,7 +30,8 @@ RUN apt-get update && \
     apt-get install --yes --no-install-recommends g++ wget && \
     rm -rf /var/lib/apt/lists/* && \
     useradd --uid 1000 --create-home --shell /bin/bash app && \
-    install --directory --owner app --group app /home/app/.local/share/glm-image-server /models
+    install --directory --owner app --group app /models /home/app/.local/share/glm-image-server \
+      /home/app/.cache /home/app/.cache/glm-image-server /home/app/.cache/glm-image-server/compiled
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /app
 COPY LICENSE ./

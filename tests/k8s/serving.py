@@ -365,7 +365,8 @@ def check_models(manifests: Manifests) -> list[str]:
         problems += [
             f"{pod.name}: {mount['mountPath']} is mounted to be written to"
             for mount in mounts
-            if not mount.get("readOnly") or not claims[mount["name"]].get("readOnly")
+            if any(folder.startswith(f"{mount['mountPath']}/") for folder in folders)
+            and not (mount.get("readOnly") and claims[mount["name"]].get("readOnly"))
         ]
         if pod.role in ("prior", "decoder"):
             problems += [

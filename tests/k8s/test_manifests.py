@@ -70,6 +70,19 @@ def test_components_go_with_the_tiny_model_too(tmp_path: Path) -> None:
     assert problems_of(compose(tmp_path, "dev", *components)) == []
 
 
+def test_compiled_code_is_kept_where_the_stages_put_it(tmp_path: Path) -> None:
+    manifests = compose(tmp_path, "prod", "components/compile-cache")
+    (model,) = serving(ray_service(manifests)["spec"]["serveConfigV2"]).app.models
+    claims = {claim["metadata"]["name"] for claim in of_kind(manifests, "PersistentVolumeClaim")}
+    for name in ("prior", "decoder"):
+        pod = groups(manifests)[name]["template"]["spec"]
+        mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        mount = mounts[model.compile_cache.replace("~", "/home/app")]
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+        assert volume["persistentVolumeClaim"]["claimName"] in claims
+        assert not mount.get("readOnly")
+
+
 def test_every_kustomize_there_is_builds_the_same() -> None:
     for command in kustomizes()[1:]:
         assert build(K8S / "overlays/site", command) == loaded("site"), command

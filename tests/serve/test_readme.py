@@ -1,5 +1,6 @@
 """The README's first requests, run as they stand there against a server of our own address."""
 
+import itertools
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from tests.conftest import needs_node
@@ -95,6 +97,15 @@ def test_pixazos_routes_answer_to_any_client(vendors: Vendors) -> None:
 
 def test_nothing_is_left_to_be_filled_in() -> None:
     assert not re.search(r"\{\{|PLACEHOLDER|TODO", README)
+
+
+@pytest.mark.parametrize("page", ["README.md", "k8s/README.md", "tests/gpu/README.md"])
+def test_no_table_waits_for_its_figures(page: str) -> None:
+    lines = (ROOT / page).read_text().splitlines()
+    pairs = itertools.pairwise([*lines, ""])
+    rows = [line for line, below in pairs if line.startswith("|") and not below.startswith("|-")]
+    assert rows
+    assert not [row for row in rows if re.search(r"\|\s*\|$", row)]
 
 
 def test_every_make_target_file_and_module_that_it_names_is_there() -> None:
