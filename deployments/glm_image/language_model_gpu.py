@@ -100,8 +100,8 @@ class GPULanguageModel(LanguageModel):
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
         # A decoding pass has a line for each row: where its token is written, that token's position of time,
-        # row and column, and whether the next token belongs to the target grid. The attention takes the
-        # first of these only if it is contiguous (torch 2.11).
+        # row and column, and whether the next token belongs to the target grid. The compiled attention takes
+        # the first of these only if it is contiguous (on a CPU, torch 2.11).
         self._where = buffer(5, rows)
         self._noise = buffer(rows, len(self._sampler.special), dtype=torch.float32).fill_(1)
         self._blocks = torch.arange(blocks, dtype=torch.int32, device=self._device).repeat(rows, 1, 1, 1)
