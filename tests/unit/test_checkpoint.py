@@ -183,6 +183,7 @@ print((copied() - before) / weights)
 """
 
 
+@pytest.mark.slow
 def test_weights_are_not_copied_into_memory_before_they_go_to_their_device() -> None:
     """For files whose numbers are of the type that is asked for."""
     folder = tiny.cached(tiny.BENCHMARK)
