@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 RECOMPILE_LIMIT = 64
@@ -23,7 +24,9 @@ def prepare(cache: str) -> None:
             that replicas of different kinds may share it. The environment variable
             `TORCHINDUCTOR_CACHE_DIR` takes precedence.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache).expanduser()))
+    # The compiler's own modules set the variable to their default when they are imported.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache).expanduser())
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         # The compiler starts a process for each CPU of the machine, even in a container with few.
         torch._inductor.config.compile_threads = min(torch._inductor.config.compile_threads or 1, cpu_limit())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from deployments import compilation
 
@@ -29,9 +30,8 @@ def test_compiled_code_is_kept_in_the_configured_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    cache_dir()  # as the compiler does when it is imported
     compilation.prepare("~/compiled")
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     assert Path(cache_dir()) == tmp_path / "compiled"
 
 
