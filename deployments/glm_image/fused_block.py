@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 class KeysValues(NamedTuple):
-    """What one block keeps of source images: shape (tokens, heads, channels) each."""
+    """Keys and values of source images in one block: shape (tokens, heads, channels) each."""
 
     keys: torch.Tensor
     values: torch.Tensor

@@ -167,7 +167,7 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
 
 
 def _sources(cache: GlmImageLayerKVCache | None) -> KeysValues | None:
-    """What a block may read of source images."""
+    """Returns the keys and values of source images that a block may read, if any."""
     if cache is None or cache.mode != "read":
         return None
     return KeysValues(cache.k_caches[0][0], cache.v_caches[0][0])

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 ROWS = 8
 ROW_TOKENS = 24_576
 SIDE = 1024
-"""Of the image and of the source image, in pixels."""
+"""Side of the image and of the source image, in pixels."""
 LATENT_SIDE = SIDE // 8
 QUOTED_TOKENS = 32
 """Glyph tokens of a text in quotation marks."""

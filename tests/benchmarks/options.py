@@ -1,4 +1,4 @@
-"""What each option of `decoder.acceleration` costs and changes on this machine's CPU.
+"""Costs and effects of each option of `decoder.acceleration` on this machine's CPU.
 
     python -m tests.benchmarks.options [--steps 20] [--side 512]
 

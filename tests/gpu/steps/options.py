@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STEPS = 8
 BACKENDS = ("_native_flash", "_native_cudnn")
 CPU_BACKENDS = ("_native_math",)
-"""What a CPU has, to try the code."""
+"""Sizes for a CPU, to try the code."""
 
 
 def options(run: Run) -> None:
