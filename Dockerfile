@@ -54,4 +54,4 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=2m --retries=3 \
   CMD ["wget", "--quiet", "--tries=1", "--timeout=4", "--output-document=/dev/null", "http://127.0.0.1:8000/livez"]
 # The demo, for those who share the container's network alone; KubeRay and compose.yaml run something else.
-CMD ["python", "-m", "serve_app", "configs/demo.yaml"]
+CMD ["python", "-m", "serve_app", "serve", "configs/demo.yaml"]

@@ -15,7 +15,7 @@ help: ## List the targets
 option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
 
 serve: .venv/serve.stamp ## Serve CONFIG (configs/demo.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https
-	@exec $(BIN)/python -m serve_app $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls)
+	@exec $(BIN)/python -m serve_app serve $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls)
 
 test: .venv/dev.stamp $(NODE_MODULES) ## Run the tests
 	$(BIN)/pytest -m "not slow and not soak"

@@ -8,7 +8,7 @@ import traceback
 from functools import partial
 from typing import Any
 
-from deployments.log import FAULT
+from deployments.observability.log import FAULT
 
 logger = logging.getLogger("ray.serve")
 

@@ -24,9 +24,9 @@ class StageRequest:
     """What is asked of any stage.
 
     Attributes:
-        asked_at: when the unit was asked for, on the clock of `time.time`; see `deployments.loading`.
+        asked_at: when the unit was asked for, on the clock of `time.time`; see `deployments.stages.loading`.
         request_id: of the request that it belongs to, for the log.
-        traceparent: of the span that asks; see `deployments.tracing`.
+        traceparent: of the span that asks; see `deployments.observability.tracing`.
     """
 
     asked_at: float = field(default_factory=time.time)

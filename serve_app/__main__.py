@@ -1,28 +1,31 @@
-"""Serve a configuration on this machine: `python -m serve_app configs/demo.yaml`.
+"""The command line: `python -m serve_app serve FILE`, `keys new NAME`, `drain`.
 
-What `make serve` runs. It starts a Ray of its own, serves until Ctrl-C or SIGTERM, and leaves nothing
-behind. On a Ray cluster use Ray's own `serve run` or `serve deploy` with the same file.
+`serve` is what `make serve` runs. It starts its own Ray, serves until Ctrl-C or SIGTERM, and stops every
+process that it has started. On a Ray cluster, use Ray's `serve run` or `serve deploy` with the same file.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import ipaddress
 import os
+import secrets
 import signal
 import socket
 import ssl
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from serve_app.config import AppConfig
-from serve_app.tls import self_signed
+from serve_app.config import APIKey, AppConfig
+from serve_app.http.tls import self_signed
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -67,23 +70,76 @@ class _ServeFile(BaseModel):
 
 
 def main() -> None:
-    """Read the command line, serve, stop cleanly."""
-    parser = argparse.ArgumentParser(
-        prog="python -m serve_app", description="Serve a configuration on this machine until Ctrl-C."
-    )
+    """Runs the command that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m serve_app", description="A server for GLM-Image.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="serve a configuration on this machine until Ctrl-C"))
+    _add_keys(commands.add_parser("keys", help="make API keys"))
+    _add_drain(commands.add_parser("drain", help="let an application on a Ray cluster finish its requests"))
+    arguments = parser.parse_args()
+    sys.exit(arguments.run(arguments))
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve a configuration on this machine until Ctrl-C."
     parser.add_argument("config", type=Path, help="a Serve config file, such as configs/demo.yaml")
-    parser.add_argument("--host", help="address to listen on, instead of the file's")
-    parser.add_argument("--port", type=int, help="port to listen on, instead of the file's")
+    parser.add_argument("--host", help="address to listen on; overrides the file")
+    parser.add_argument("--port", type=int, help="port to listen on; overrides the file")
     parser.add_argument(
         "--tls",
         action="store_true",
-        help="serve by https, with the file's ssl_certfile and ssl_keyfile or, if it has none, with a "
-        f"certificate that is made at the first start and kept in {TLS_FOLDER}",
+        help="serve by https, with the file's ssl_certfile and ssl_keyfile, or else with a certificate that "
+        f"the first start makes and keeps in {TLS_FOLDER}",
     )
     parser.add_argument(
-        "--metrics-port", type=int, help="port of the metrics for Prometheus; a free one if it is not given"
+        "--metrics-port", type=int, help="port of the Prometheus metrics; by default a free one"
     )
-    arguments = parser.parse_args()
+    parser.set_defaults(run=partial(_serve_file, parser))
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    new = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "new", help="make a key; print it once, with its line for the configuration"
+    )
+    new.add_argument("name", help="id of the key in the configuration and in the log")
+    new.set_defaults(run=partial(_new_key, new))
+
+
+def _add_drain(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Let an application on a Ray cluster finish. It rejects new requests with a 503 from now on. The "
+        "command returns when running requests have ended and running jobs are back in the queue. Run it before "
+        "`serve shutdown`, which closes all connections at once."
+    )
+    parser.add_argument("--name", default="glm-image", help="name of the application; glm-image by default")
+    parser.set_defaults(run=partial(_drain, parser))
+
+
+def _new_key(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    secret = secrets.token_urlsafe(32)
+    try:
+        key = APIKey(id=arguments.name, sha256=hashlib.sha256(secret.encode()).hexdigest())
+    except ValueError:
+        parser.error("a name has 1 to 64 letters, digits, dots, underscores and hyphens")
+    print(f"The key, which is not shown again:\n\n  {secret}\n\nUnder auth.api_keys of the configuration:\n")
+    print(f"  - {{id: {key.id}, sha256: {key.sha256}}}")
+
+
+def _drain(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        ray.init(address="auto", log_to_driver=False)
+        handle = serve.get_app_handle(arguments.name)
+    except (ConnectionError, RayServeException) as error:
+        parser.error(str(error))
+    handle.broadcast("drain").results()
+
+
+def _serve_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
+    """Serves a file; returns what went wrong, for people."""
     try:
         file = _ServeFile.model_validate(yaml.safe_load(arguments.config.read_text()))
         (application,) = file.applications
@@ -112,7 +168,7 @@ def main() -> None:
             socket.create_server((host, port), family=family).close()
         except (OSError, OverflowError) as error:
             parser.error(f"cannot listen on {host}:{port}: {error}")
-    sys.exit(_serve(application, app, http, arguments.metrics_port))
+    return _serve(application, app, http, arguments.metrics_port)
 
 
 def _is_local(host: str) -> bool:
@@ -136,7 +192,7 @@ def _closed(config: AppConfig) -> AppConfig:
     if not config.auth.api_keys:
         raise ValueError(
             "other machines reach that host, so auth.open does not hold, and there are no auth.api_keys; "
-            "make one with `python -m serve_app.auth new NAME`"
+            "make one with `python -m serve_app keys new NAME`"
         )
     return config.model_copy(update={"auth": config.auth.model_copy(update={"open": False})})
 

@@ -15,27 +15,27 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments import tracing
 from deployments.config import StageConfig
-from deployments.decoder import DecoderStage
 from deployments.errors import EngineFault
-from deployments.prior import PriorStage
-from deployments.prompt_expansion import PromptExpander
-from deployments.safety import SafetyChecker
+from deployments.observability import tracing
 from deployments.scaling import RENEWAL_S, GateKeeper, ScalingPolicy
-from serve_app import prompt_expansion, safety
+from deployments.stages.decoder import DecoderStage
+from deployments.stages.prior import PriorStage
+from deployments.stages.prompt_expansion import PromptExpander
+from deployments.stages.safety import SafetyChecker
+from serve_app.cluster.lifecycle import Lifecycle
+from serve_app.cluster.status import HELPER, Deployment, StatusReader
 from serve_app.config import AppConfig
-from serve_app.database import Database
 from serve_app.errors import ReplicaDied, RequestError
-from serve_app.generation import Generator
-from serve_app.ingress import create_app
-from serve_app.lifecycle import Lifecycle
+from serve_app.files.store import FileStore
+from serve_app.generation import prompt_expansion, safety
+from serve_app.generation.generator import Generator
+from serve_app.generation.image import Model
+from serve_app.generation.prompt_expansion import PromptExpansion
+from serve_app.generation.safety import SafetyCheck
+from serve_app.http.application import create_app
+from serve_app.jobs.database import Database
 from serve_app.outbound import Outbound
-from serve_app.prompt_expansion import PromptExpansion
-from serve_app.safety import SafetyCheck
-from serve_app.status import HELPER, Deployment, StatusReader
-from serve_app.storage import FileStore
-from serve_app.unit import Model
 
 GOING: dict[str, Any] = {"graceful_shutdown_timeout_s": 600, "graceful_shutdown_wait_loop_s": 0.2}
 """A replica that is to go may finish what it has, which takes up to minutes; an idle one goes at once."""

@@ -97,7 +97,7 @@ class APIKey(Config):
     sha256: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
-        description="The key's SHA-256; `python -m serve_app.auth new NAME` prints both.",
+        description="The key's SHA-256; `python -m serve_app keys new NAME` prints both.",
     )
     secret_env: str | None = Field(
         default=None, min_length=1, description="Instead: the variable of the environment that holds the key."
@@ -127,7 +127,7 @@ class AuthConfig(Config):
             raise ValueError(f"the ids of api_keys must differ, not {ids}")
         if not ids and not self.open:
             raise ValueError(
-                "there are no api_keys: make one with `python -m serve_app.auth new NAME`, or set open: true "
+                "there are no api_keys: make one with `python -m serve_app keys new NAME`, or set open: true "
                 "if whoever reaches the port may use the server"
             )
         return self

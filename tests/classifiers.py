@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
-from deployments.image_classifier import tiny
+from deployments.helpers.image_classifier import tiny
 from deployments.types import Pixels
 
 LOGIT = 4.0

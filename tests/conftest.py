@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from serve_app.database import Database
+from serve_app.jobs.database import Database
 from tests.receiver import Receiver
 
 needs_compiler = pytest.mark.skipif(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 
-from deployments import compilation
-from deployments.calls import Call
+from deployments.engines import compilation
+from deployments.engines.memory import free_bytes, working_bytes
 from deployments.errors import OutOfMemoryError, UnsupportedOption
-from deployments.memory import free_bytes, working_bytes
+from deployments.stages.calls import Call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class Pipeline(Protocol):
         """Runs the DiT as one step with guidance of a square image does, for the memory that it takes."""
 
     def compile(self, options: dict[str, Any]) -> None:
-        """Compiles the DiT's blocks, for images of all sizes; see `deployments.compilation.options`."""
+        """Compile the DiT's blocks for all image sizes; see `deployments.engines.compilation.options`."""
 
     def cache_steps(self, threshold: float) -> None:
         """Skips the DiT's blocks after the first where that one's change is close to the last step's.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import interpolate
 
-from deployments.calls import Call
+from deployments.engines.memory import cleared, wait_for
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, release
-from deployments.memory import cleared, wait_for
+from deployments.stages.calls import Call
 from deployments.types import Preview, Progress
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from deployments.errors import EngineFault, OutOfMemoryError, release
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from deployments.calls import Call
+    from deployments.stages.calls import Call
 
 
 class Faulty(Protocol):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from deployments.calls import Call
     from deployments.config import ModelConfig
+    from deployments.stages.calls import Call
     from deployments.types import DecodeRequest, Pixels, Prior, PriorRequest
 
 
@@ -160,7 +160,7 @@ FAMILIES = {
     # Sizes: the model's documentation (512-2048, multiples of 32); its image processor's aspect limit
     # is in transformers' image_processing_pil_glm_image.py, `smart_resize`.
     "glm_image": Family(
-        package="deployments.glm_image",
+        package="deployments.families.glm_image",
         parameters=frozenset(),
         guidance_scale=1.5,
         edit_guidance_scale=None,
@@ -175,7 +175,7 @@ FAMILIES = {
     ),
     # The released models' page (total area of 512² to 2048² pixels) and `ZImagePipeline` (diffusers 0.42).
     "z_image": Family(
-        package="deployments.z_image",
+        package="deployments.families.z_image",
         parameters=frozenset({"negative_prompt", "cfg_normalization", "strength"}),
         guidance_scale=4,
         edit_guidance_scale=1.5,

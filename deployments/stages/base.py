@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from ray import serve
 
-from deployments import log, metrics, tracing
-from deployments.calls import stream
 from deployments.errors import RequestTooLong
-from deployments.loading import Engine, Loader, Replica
+from deployments.observability import log, metrics, tracing
+from deployments.stages.calls import stream
+from deployments.stages.loading import Engine, Loader, Replica
 from deployments.types import Progress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from concurrent.futures import Future
 
-    from deployments.calls import Call
     from deployments.config import StageConfig
+    from deployments.stages.calls import Call
     from deployments.types import Event, StageRequest
 
 Result = TypeVar("Result")
@@ -55,7 +55,7 @@ class Stage(Generic[Engine]):
     async def _answers(
         self, request: StageRequest, start: Callable[[Engine, Call], Future[Result]]
     ) -> AsyncGenerator[Event | Result, None]:
-        """What the engine tells of a request and, at last, makes of it; see `deployments.calls.stream`.
+        """Yield the engine's events for a request, then its result; see `deployments.stages.calls.stream`.
 
         Args:
             request: the caller's.

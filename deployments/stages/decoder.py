@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deployments.errors import OtherWeights
 from deployments.families import Decoder
-from deployments.stage import Stage
+from deployments.stages.base import Stage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -14,8 +14,8 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from deployments import metrics
 from deployments.errors import LoadingFailed, release
+from deployments.observability import metrics
 from deployments.scaling import ANSWER_S, RENEWAL_S, Report, find_gate
 
 if TYPE_CHECKING:

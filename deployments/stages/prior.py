@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deployments.families import PriorEngine
-from deployments.stage import Stage
+from deployments.stages.base import Stage
 from deployments.types import Prior
 
 if TYPE_CHECKING:

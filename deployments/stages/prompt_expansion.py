@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from deployments.stage import Stage
+from deployments.stages.base import Stage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from deployments.chat_model.chat_model import ChatModel
     from deployments.config import ChatModelConfig
+    from deployments.helpers.chat_model.chat_model import ChatModel
     from deployments.types import Event, ExpansionRequest
 
 
@@ -25,7 +25,7 @@ class PromptExpander(Stage["ChatModel"]):
         await super().__init__(config)
 
     def _load(self, report: Callable[[float], None]) -> ChatModel:
-        from deployments.chat_model.chat_model import ChatModel  # which loads torch
+        from deployments.helpers.chat_model.chat_model import ChatModel  # which loads torch
 
         return ChatModel.load(self._config, report)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from deployments.stage import Stage
+from deployments.stages.base import Stage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from deployments.config import ClassifierConfig
-    from deployments.image_classifier.classifier import ImageClassifier
+    from deployments.helpers.image_classifier.classifier import ImageClassifier
     from deployments.types import CheckRequest, Event
 
 
@@ -25,7 +25,7 @@ class SafetyChecker(Stage["ImageClassifier"]):
         await super().__init__(config)
 
     def _load(self, report: Callable[[float], None]) -> ImageClassifier:
-        from deployments.image_classifier.classifier import ImageClassifier  # which loads torch
+        from deployments.helpers.image_classifier.classifier import ImageClassifier  # which loads torch
 
         return ImageClassifier.load(self._config, report)
 

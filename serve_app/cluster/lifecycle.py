@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection
 
     from deployments.scaling import GateKeeper
-    from serve_app.generation import Generator
-    from serve_app.status import ModelStatuses, StageStatus, StatusReader
+    from serve_app.cluster.status import ModelStatuses, StageStatus, StatusReader
+    from serve_app.generation.generator import Generator
 
 UNLOAD_S = 60
 """More than idle replicas ever take to go."""

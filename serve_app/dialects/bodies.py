@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from serve_app.errors import RequestError, too_large
-from serve_app.types import MAX_ID_CHARS
+from serve_app.generation.request import MAX_ID_CHARS
 
 if TYPE_CHECKING:
     from fastapi import Request

@@ -8,17 +8,17 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, document_body, read_json, request_id
 from serve_app.errors import RequestError
-from serve_app.images import Encoding
-from serve_app.orders import Order
-from serve_app.types import MAX_SEED, Generation
+from serve_app.generation.images import Encoding
+from serve_app.generation.orders import Order
+from serve_app.generation.request import MAX_SEED, Generation
 
 if TYPE_CHECKING:
     from fastapi import Request
 
     from deployments.config import ModelConfig
     from serve_app.config import Limits
-    from serve_app.generation import Generator
-    from serve_app.sources import SourceReader
+    from serve_app.generation.generator import Generator
+    from serve_app.generation.sources import SourceReader
 
 PRESETS = {
     "square_hd": (1024, 1024),

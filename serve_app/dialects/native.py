@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.dialects.openai_schemas import errors
+from serve_app.cluster.status import HELPER, ModelStatuses, StageStatus
+from serve_app.dialects.openai.schemas import errors
 from serve_app.errors import RequestError, stopping
-from serve_app.status import HELPER, ModelStatuses, StageStatus
 
 if TYPE_CHECKING:
+    from serve_app.cluster.lifecycle import Lifecycle
     from serve_app.config import Limits
-    from serve_app.gauges import Gauges
-    from serve_app.generation import Generator
-    from serve_app.lifecycle import Lifecycle
-    from serve_app.storage import FileStore
-    from serve_app.types import RunningUnit
+    from serve_app.files.store import FileStore
+    from serve_app.generation.generator import Generator
+    from serve_app.generation.request import RunningUnit
+    from serve_app.observability.gauges import Gauges
 
 RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 """One range: https://www.rfc-editor.org/rfc/rfc9110#name-range-requests. Several may be ignored, and are."""

@@ -17,25 +17,25 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from serve_app import telemetry
-from serve_app.delivery import error_of
 from serve_app.dialects.bodies import JSONFields, document_body, document_errors, parse_json, read
-from serve_app.dialects.image_inputs import PARAMETERS, EditInput, ImageInput, InputReader
+from serve_app.dialects.hosted import PARAMETERS, EditInput, ImageInput, InputReader
 from serve_app.errors import InvalidParameter, RequestError, in_words
-from serve_app.job_runner import Submission
-from serve_app.jobs import Job, Owner, State
-from serve_app.safety import VIOLATION
+from serve_app.generation.delivery import error_of
+from serve_app.generation.safety import VIOLATION
+from serve_app.jobs.runner import Submission
+from serve_app.jobs.store import Job, Owner, State
+from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from serve_app.config import Limits
-    from serve_app.delivery import Delivery
-    from serve_app.generation import Generator
-    from serve_app.job_runner import JobRunner
-    from serve_app.jobs import JobStore
-    from serve_app.links import Links
-    from serve_app.sources import SourceReader
+    from serve_app.generation.delivery import Delivery
+    from serve_app.generation.generator import Generator
+    from serve_app.generation.sources import SourceReader
+    from serve_app.http.links import Links
+    from serve_app.jobs.runner import JobRunner
+    from serve_app.jobs.store import JobStore
 
 API = "pixazo"
 """What jobs of these routes are marked by."""

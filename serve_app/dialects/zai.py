@@ -14,8 +14,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, field_validator
 
-from serve_app import telemetry
-from serve_app.delivery import error_of
 from serve_app.dialects.bodies import (
     NOT_BLANK,
     Fields,
@@ -27,22 +25,24 @@ from serve_app.dialects.bodies import (
     request_id,
 )
 from serve_app.errors import InvalidParameter, RequestError, in_words
-from serve_app.images import Encoding
-from serve_app.job_runner import Submission
-from serve_app.jobs import Job, Owner, State
-from serve_app.orders import Order
-from serve_app.safety import VIOLATION
-from serve_app.types import MAX_ID_CHARS, MAX_SEED, Generation
+from serve_app.generation.delivery import error_of
+from serve_app.generation.images import Encoding
+from serve_app.generation.orders import Order
+from serve_app.generation.request import MAX_ID_CHARS, MAX_SEED, Generation
+from serve_app.generation.safety import VIOLATION
+from serve_app.jobs.runner import Submission
+from serve_app.jobs.store import Job, Owner, State
+from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from serve_app.config import Limits
-    from serve_app.delivery import Delivered, Delivery
-    from serve_app.generation import Generator
-    from serve_app.job_runner import JobRunner
-    from serve_app.jobs import JobStore
-    from serve_app.links import Links
+    from serve_app.generation.delivery import Delivered, Delivery
+    from serve_app.generation.generator import Generator
+    from serve_app.http.links import Links
+    from serve_app.jobs.runner import JobRunner
+    from serve_app.jobs.store import JobStore
 
 API = "zai"
 """What jobs of these routes are marked by."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from deployments.log import FAULT
+from deployments.observability.log import FAULT
 from serve_app.errors import NO_RETRY, RequestError
 
 if TYPE_CHECKING:

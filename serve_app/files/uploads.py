@@ -6,14 +6,14 @@ import hmac
 import time
 from typing import TYPE_CHECKING
 
-from serve_app import images
 from serve_app.errors import InvalidParameter, RequestError, image_too_large
+from serve_app.generation import images
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
 
-    from serve_app.signing import Signer
-    from serve_app.storage import FileStore
+    from serve_app.files.store import FileStore
+    from serve_app.jobs.signing import Signer
 
 VALID_S = 3600
 

@@ -7,21 +7,22 @@ import base64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from serve_app import images, metrics, telemetry
 from serve_app.errors import NO_RETRY, InvalidParameter, RequestError
+from serve_app.generation import images
+from serve_app.observability import metrics, telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fastapi import Request
 
-    from serve_app.generation import Generator
-    from serve_app.images import Encoding
-    from serve_app.jobs import Job
-    from serve_app.links import Links
-    from serve_app.orders import Order
-    from serve_app.storage import FileStore
-    from serve_app.types import GeneratedImage, Report
+    from serve_app.files.store import FileStore
+    from serve_app.generation.generator import Generator
+    from serve_app.generation.images import Encoding
+    from serve_app.generation.orders import Order
+    from serve_app.generation.request import GeneratedImage, Report
+    from serve_app.http.links import Links
+    from serve_app.jobs.store import Job
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from deployments import tracing
-from serve_app import checks, metrics, prompt_expansion, safety
-from serve_app.admission import Admission
+from deployments.observability import tracing
 from serve_app.errors import NO_RETRY, InvalidParameter, RequestError, stopping
-from serve_app.prompt_expansion import Expansion
-from serve_app.types import GeneratedImage, Generation, Resolved, RunningUnit
-from serve_app.unit import TOO_LONG, Unit, is_flagged
+from serve_app.generation import prompt_expansion, safety
+from serve_app.generation import validation as checks
+from serve_app.generation.admission import Admission
+from serve_app.generation.image import TOO_LONG, Unit, is_flagged
+from serve_app.generation.prompt_expansion import Expansion
+from serve_app.generation.request import GeneratedImage, Generation, Resolved, RunningUnit
+from serve_app.observability import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from deployments.types import Pixels
     from serve_app.config import Limits
-    from serve_app.prompt_expansion import PromptExpansion
-    from serve_app.safety import SafetyCheck
-    from serve_app.types import Report
-    from serve_app.unit import Model
+    from serve_app.generation.image import Model
+    from serve_app.generation.prompt_expansion import PromptExpansion
+    from serve_app.generation.request import Report
+    from serve_app.generation.safety import SafetyCheck
 
 MAX_DRAWN_SEED = 2**52
 """JavaScript holds integers below 2**53: the seeds of the images that follow are to be among them too."""

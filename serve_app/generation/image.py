@@ -12,19 +12,27 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from deployments import log, tracing
 from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
+from deployments.observability import log, tracing
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress, StageRequest
-from serve_app import metrics, safety
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError
-from serve_app.images import cropped
-from serve_app.types import MAX_SEED, GeneratedImage, PartialImage, Resolved, RunningUnit, StageProgress
+from serve_app.generation import safety
+from serve_app.generation.images import cropped
+from serve_app.generation.request import (
+    MAX_SEED,
+    GeneratedImage,
+    PartialImage,
+    Resolved,
+    RunningUnit,
+    StageProgress,
+)
+from serve_app.observability import metrics
 
 if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from deployments.types import Prior
-    from serve_app.prompt_expansion import Expansion
-    from serve_app.types import Report, Stage
+    from serve_app.generation.prompt_expansion import Expansion
+    from serve_app.generation.request import Report, Stage
 
 TOO_LONG = "context_length_exceeded"
 """The code of errors over texts that have more tokens than the model takes."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from serve_app.generation import Prepare
-    from serve_app.images import Encoding
-    from serve_app.types import Generation
+    from serve_app.generation.generator import Prepare
+    from serve_app.generation.images import Encoding
+    from serve_app.generation.request import Generation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from deployments import tracing
+from deployments.engines.prompts import quoted_texts
 from deployments.errors import LoadingFailed
-from deployments.log import FAULT
-from deployments.prompts import quoted_texts
+from deployments.observability import tracing
+from deployments.observability.log import FAULT
 from deployments.types import ExpansionRequest
 from serve_app.errors import RequestError
 from serve_app.outbound import OutboundError

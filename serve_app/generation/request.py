@@ -35,14 +35,14 @@ class Generation:
         strength: how much of the source image is painted over, 0.01 to 1, likewise.
         seed: of the first image, 0 to 2**63 - 1; None draws one.
         partial_images: previews of each image, 0 to 3.
-        sources: images to edit, already legal (see `serve_app.images.decode_source`).
+        sources: images to edit, already legal (see `serve_app.generation.images.decode_source`).
         expand_prompt: whether the prompt is rewritten first.
         moderation: how strictly images are checked, if they are.
         blacken: whether an image that is flagged becomes a black one; else the request fails.
         api: by which it came.
         request_id: by which the client, or whoever asks for the status, knows it.
         key_id: of the API key with which it was asked for; empty if there was none.
-        traceparent: of a job, that of the span that submitted it; see `deployments.tracing`.
+        traceparent: of a job, that of the span that submitted it; see `deployments.observability.tracing`.
     """
 
     prompt: str

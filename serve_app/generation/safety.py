@@ -8,15 +8,15 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from deployments import tracing
-from deployments.log import FAULT
+from deployments.observability import tracing
+from deployments.observability.log import FAULT
 from deployments.types import CheckRequest, Event
 from serve_app.errors import NO_RETRY, ReplicaDied, RequestError
 
 if TYPE_CHECKING:
     from deployments.types import Pixels
     from serve_app.config import SafetyCheckerConfig
-    from serve_app.types import Moderation
+    from serve_app.generation.request import Moderation
 
 logger = logging.getLogger("ray.serve")
 

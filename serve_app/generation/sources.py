@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from serve_app import images
 from serve_app.errors import InvalidParameter, image_too_large
+from serve_app.generation import images
 from serve_app.outbound import OutboundError
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from deployments.families import Family
     from serve_app.config import Limits
-    from serve_app.generation import Prepare
+    from serve_app.files.store import FileStore
+    from serve_app.generation.generator import Prepare
+    from serve_app.generation.request import Generation
     from serve_app.outbound import Outbound
-    from serve_app.storage import FileStore
-    from serve_app.types import Generation
 
 DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 """https://www.rfc-editor.org/rfc/rfc2397; what kind of image it is shows in the image."""
@@ -78,7 +78,7 @@ class SourceReader:
             family: of the model that is to take them.
 
         Raises:
-            InvalidParameter: one is no image that can be taken, see `serve_app.images.decode_source`.
+            InvalidParameter: an image was rejected; see `serve_app.generation.images.decode_source`.
         """
         loop = asyncio.get_running_loop()
         decode = partial(images.decode_source, family=family, max_pixels=self._max_pixels)

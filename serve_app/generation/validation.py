@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from deployments.config import MIN_STRENGTH
 from deployments.families import GUIDANCE_PARAMETERS, PARAMETERS, Parameter
 from serve_app.errors import InvalidParameter
-from serve_app.types import MAX_PARTIAL_IMAGES, MAX_SEED
+from serve_app.generation.request import MAX_PARTIAL_IMAGES, MAX_SEED
 
 if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from serve_app.config import Limits
-    from serve_app.types import Generation, Resolved
+    from serve_app.generation.request import Generation, Resolved
 
 
 def check(generation: Generation, model: ModelConfig, limits: Limits, *, sources: int, expands: bool) -> None:

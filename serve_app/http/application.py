@@ -15,12 +15,13 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from deployments import tracing
-from serve_app import playground, telemetry
-from serve_app.auth import Authentication, Keys
-from serve_app.delivery import Delivery
-from serve_app.dialects import fal, jobs, native, openai, pixazo, zai
-from serve_app.dialects.openai_requests import RequestReader
+from deployments.observability import tracing
+from serve_app import playground
+from serve_app.dialects import native, pixazo, zai
+from serve_app.dialects.fal import routes as fal
+from serve_app.dialects.openai import jobs
+from serve_app.dialects.openai import routes as openai
+from serve_app.dialects.openai.parse import RequestReader
 from serve_app.errors import (
     InvalidParameter,
     RequestError,
@@ -29,15 +30,18 @@ from serve_app.errors import (
     too_much_at_once,
     too_slow,
 )
-from serve_app.gauges import Gauges
-from serve_app.job_runner import JobRunner
-from serve_app.jobs import JobStore
-from serve_app.links import Links
-from serve_app.openapi import describe
-from serve_app.signing import Signer
-from serve_app.sources import SourceReader
-from serve_app.uploads import Uploads
-from serve_app.webhooks import Webhooks
+from serve_app.files.uploads import Uploads
+from serve_app.generation.delivery import Delivery
+from serve_app.generation.sources import SourceReader
+from serve_app.http.auth import Authentication, Keys
+from serve_app.http.links import Links
+from serve_app.http.openapi import describe
+from serve_app.jobs.runner import JobRunner
+from serve_app.jobs.signing import Signer
+from serve_app.jobs.store import JobStore
+from serve_app.jobs.webhooks import Webhooks
+from serve_app.observability import telemetry
+from serve_app.observability.gauges import Gauges
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -45,12 +49,12 @@ if TYPE_CHECKING:
     from fastapi.responses import JSONResponse
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from serve_app.cluster.lifecycle import Lifecycle
     from serve_app.config import AppConfig, Limits
-    from serve_app.database import Database
-    from serve_app.generation import Generator
-    from serve_app.lifecycle import Lifecycle
+    from serve_app.files.store import FileStore
+    from serve_app.generation.generator import Generator
+    from serve_app.jobs.database import Database
     from serve_app.outbound import Outbound
-    from serve_app.storage import FileStore
 
 
 ENVELOPES = {

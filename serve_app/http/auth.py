@@ -1,18 +1,16 @@
-"""Who may use the server: keys, in the headers that clients know. `python -m serve_app.auth new` makes one.
+"""Authentication by API keys.
 
-A key is looked for in `Authorization: Bearer K`, `Authorization: Key K` and `Ocp-Apim-Subscription-Key: K`,
-never in the query, where it would end up in logs. In the place of a key of the form `id.secret` may stand a
-token that it has signed, as Z.ai's clients make them.
+A key is read from `Authorization: Bearer K`, `Authorization: Key K` and `Ocp-Apim-Subscription-Key: K`. It is
+never read from the query, since URLs end up in logs. A key of the form `id.secret` may also sign tokens, as
+the clients of Z.ai do. A token is accepted in place of the key.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import hmac
 import os
 import re
-import secrets
 import time
 from typing import TYPE_CHECKING
 
@@ -163,26 +161,3 @@ def _presented(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
 
 def _refusal(message: str, code: str) -> RequestError:
     return RequestError(message, code=code, status=401, headers={"WWW-Authenticate": "Bearer"})
-
-
-def main() -> None:
-    """Read the command line, make a key."""
-    parser = argparse.ArgumentParser(prog="python -m serve_app.auth", description="Make API keys.")
-    commands = parser.add_subparsers(required=True)
-    new = commands.add_parser("new", help="make a key, print it once, and the line for the configuration")
-    new.add_argument("name", help="the key's id in the configuration and the log")
-    name = parser.parse_args().name
-
-    from serve_app.config import APIKey  # here, so that --help need not wait for it
-
-    secret = secrets.token_urlsafe(32)
-    try:
-        key = APIKey(id=name, sha256=hashlib.sha256(secret.encode()).hexdigest())
-    except ValueError:
-        parser.error("a name has 1 to 64 letters, digits, dots, underscores and hyphens")
-    print(f"The key, which is not shown again:\n\n  {secret}\n\nUnder auth.api_keys of the configuration:\n")
-    print(f"  - {{id: {key.id}, sha256: {key.sha256}}}")
-
-
-if __name__ == "__main__":
-    main()

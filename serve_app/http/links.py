@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fastapi import Request
     from pydantic import HttpUrl
 
-    from serve_app.storage import FileStore
+    from serve_app.files.store import FileStore
 
 
 class Links:

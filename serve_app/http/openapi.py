@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
-from serve_app.auth import OPEN_PATHS
+from serve_app.http.auth import OPEN_PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from deployments.log import FAULT
+from deployments.observability.log import FAULT
 from serve_app.errors import RequestError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Database:
     def _migrate(self) -> None:
         """Make the tables, or change them into what this version of the server needs."""
         config = alembic.config.Config()
-        config.set_main_option("script_location", "serve_app:migrations")
+        config.set_main_option("script_location", "serve_app.jobs:migrations")
         config.set_main_option("path_separator", "os")
         with self._transaction() as connection:
             self.one_at_a_time(connection)

@@ -14,27 +14,28 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from deployments import tracing
-from deployments.log import FAULT
-from serve_app import images, metrics, telemetry
-from serve_app.delivery import described, failure
+from deployments.observability import tracing
+from deployments.observability.log import FAULT
 from serve_app.errors import InvalidParameter, RequestError
-from serve_app.images import Encoding
-from serve_app.jobs import NewJob, Owner, Running
+from serve_app.generation import images
+from serve_app.generation.delivery import described, failure
+from serve_app.generation.images import Encoding
+from serve_app.generation.request import GeneratedImage, Generation, PartialImage, StageProgress
+from serve_app.jobs.store import NewJob, Owner, Running
+from serve_app.observability import metrics, telemetry
 from serve_app.outbound import OutboundError
-from serve_app.types import GeneratedImage, Generation, PartialImage, StageProgress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 
     from deployments.types import Pixels
-    from serve_app.generation import Generator
-    from serve_app.jobs import Job, JobStore, Priority, State
-    from serve_app.orders import Order
+    from serve_app.files.store import FileStore
+    from serve_app.generation.generator import Generator
+    from serve_app.generation.orders import Order
+    from serve_app.generation.request import Resolved
+    from serve_app.generation.sources import SourceReader
+    from serve_app.jobs.store import Job, JobStore, Priority, State
     from serve_app.outbound import Outbound
-    from serve_app.sources import SourceReader
-    from serve_app.storage import FileStore
-    from serve_app.types import Resolved
 
 logger = logging.getLogger("ray.serve")
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Column, Double, LargeBinary, MetaData, String, Table, insert, select
 
-from serve_app.database import now
+from serve_app.jobs.database import now
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from serve_app.database import Database
+    from serve_app.jobs.database import Database
 
 _keys = Table(
     "signing_keys",

@@ -39,15 +39,15 @@ from sqlalchemy import (
     update,
 )
 
-from serve_app.database import now
 from serve_app.errors import NO_RETRY, RequestError
+from serve_app.jobs.database import now
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Connection, Row, Update
 
-    from serve_app.database import Database
+    from serve_app.jobs.database import Database
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
@@ -174,7 +174,7 @@ class Job:
         previews: of each its `image`, its `index`, and the `name` of its file.
         log: lines for people: `at` when, and the `message`.
         images: of each its file's `name` and `bytes`, `width` and `height`, `seed`, and what it took.
-        error: why it failed, see `serve_app.delivery.failure`.
+        error: why it failed, see `serve_app.generation.delivery.failure`.
         position: how many jobs for its model are to begin before it; None if it is not queued.
     """
 

@@ -10,17 +10,17 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve_app import metrics
 from serve_app.errors import RequestError
-from serve_app.jobs import Job
+from serve_app.jobs.store import Job
+from serve_app.observability import metrics
 from serve_app.outbound import OutboundError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from serve_app.jobs import JobStore
+    from serve_app.jobs.signing import Signer
+    from serve_app.jobs.store import JobStore
     from serve_app.outbound import Outbound
-    from serve_app.signing import Signer
 
 logger = logging.getLogger("ray.serve")
 

@@ -6,15 +6,15 @@ import asyncio
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
-from serve_app import metrics
 from serve_app.errors import RequestError
+from serve_app.observability import metrics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from serve_app.generation import Generator
-    from serve_app.jobs import JobStore
-    from serve_app.storage import FileStore
+    from serve_app.files.store import FileStore
+    from serve_app.generation.generator import Generator
+    from serve_app.jobs.store import JobStore
 
 TELL_S = 5.0
 

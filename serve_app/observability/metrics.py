@@ -1,4 +1,4 @@
-"""What the API plane counts for Prometheus; see `deployments.metrics`, which has the stages' part."""
+"""Prometheus metrics of the API plane. Those of the stages are in `deployments.observability.metrics`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from deployments import metrics as stages
-from deployments import tracing
-from deployments.metrics import Counter, Gauge, Histogram, Metric
+from deployments.observability import metrics as stages
+from deployments.observability import tracing
+from deployments.observability.metrics import Counter, Gauge, Histogram, Metric
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

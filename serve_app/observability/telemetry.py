@@ -11,9 +11,9 @@ import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from deployments import tracing
-from serve_app import metrics
-from serve_app.types import MAX_ID_CHARS
+from deployments.observability import tracing
+from serve_app.generation.request import MAX_ID_CHARS
+from serve_app.observability import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from serve_app.jobs import Job
-    from serve_app.types import GeneratedImage, Resolved
+    from serve_app.generation.request import GeneratedImage, Resolved
+    from serve_app.jobs.store import Job
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,7 +67,7 @@ def note_job_end(job: Job, outcome: str, seconds: float, failure: Mapping[str, A
         job: which.
         outcome: its state, or that it was handed on.
         seconds: that it took here.
-        failure: why it failed, see `serve_app.delivery.failure`.
+        failure: why it failed, see `serve_app.generation.delivery.failure`.
     """
     error = failure["code"] if failure else ""
     facts = _describe(job) | {

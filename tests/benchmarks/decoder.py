@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.decoder [--pairs 9] [--threads 2]
 
-Run by `make benchmark`. The checkpoint is `python -m deployments.glm_image.tiny --preset benchmark`.
+Run by `make benchmark`. The checkpoint is `python -m deployments.families.glm_image.tiny --preset benchmark`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from diffusers import GlmImagePipeline
 
-from deployments.calls import Call
 from deployments.config import DecoderConfig, ModelConfig, PriorConfig
 from deployments.errors import Cancelled
-from deployments.glm_image import tiny
-from deployments.glm_image.decoder import Decoder
+from deployments.families.glm_image import tiny
+from deployments.families.glm_image.decoder import Decoder
+from deployments.stages.calls import Call
 from deployments.types import DecodeRequest, PriorTokens, Progress
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from ray import serve
 from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
 from serve_app.app import Ingress
 from serve_app.config import AppConfig
-from serve_app.images import Encoding, encode
+from serve_app.generation.images import Encoding, encode
 from tests.serve.conftest import tiny_model
 
 KEY = "the-key"

@@ -18,15 +18,15 @@ import httpx
 import ray
 from ray import serve
 
-from deployments.chat_model import tiny as chat_model
 from deployments.config import ChatModelConfig, ClassifierConfig
-from deployments.image_classifier import tiny as image_classifier
-from deployments.prompt_expansion import PromptExpander
-from deployments.safety import SafetyChecker
-from serve_app import prompt_expansion, safety
+from deployments.helpers.chat_model import tiny as chat_model
+from deployments.helpers.image_classifier import tiny as image_classifier
+from deployments.stages.prompt_expansion import PromptExpander
+from deployments.stages.safety import SafetyChecker
 from serve_app.app import Ingress
+from serve_app.cluster.status import HELPER
 from serve_app.config import AppConfig
-from serve_app.status import HELPER
+from serve_app.generation import prompt_expansion, safety
 from tests.benchmarks.edge import BODY, Stage, milliseconds
 from tests.serve.conftest import tiny_model
 

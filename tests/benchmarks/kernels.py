@@ -34,10 +34,10 @@ from diffusers import GlmImageTransformer2DModel
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from transformers import ByT5Tokenizer
 
-from deployments import acceleration, compilation
-from deployments.glm_image.cuda_graphs import CUDAGraphs
-from deployments.glm_image.language_model_gpu import GPULanguageModel
-from deployments.glm_image.pipeline import DecoderPipeline
+from deployments.engines import acceleration, compilation
+from deployments.families.glm_image.cuda_graphs import CUDAGraphs
+from deployments.families.glm_image.language_model_gpu import GPULanguageModel
+from deployments.families.glm_image.pipeline import DecoderPipeline
 from tests.benchmarks import fake_cuda
 from tests.benchmarks.generated_code import Code, Launch, Recorder
 from tests.gpu import models

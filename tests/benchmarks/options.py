@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from deployments.calls import Call
 from deployments.config import DecoderConfig, Defaults, ModelConfig, PriorConfig
-from deployments.glm_image.decoder import Decoder
+from deployments.families.glm_image.decoder import Decoder
+from deployments.stages.calls import Call
 from deployments.types import DecodeRequest, Pixels, PriorTokens
 
 PLAIN: dict[str, Any] = {}

@@ -19,12 +19,12 @@ import httpx
 import torch
 import yaml
 
-from deployments.calls import Call
 from deployments.config import ModelConfig
-from deployments.glm_image.decoder import Decoder
-from deployments.glm_image.prior import PriorEngine
+from deployments.families.glm_image.decoder import Decoder
+from deployments.families.glm_image.prior import PriorEngine
+from deployments.stages.calls import Call
 from deployments.types import DecodeRequest, PriorRequest
-from serve_app.images import Encoding, encode
+from serve_app.generation.images import Encoding, encode
 from tests.serve.conftest import served
 
 if TYPE_CHECKING:

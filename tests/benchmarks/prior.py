@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.prior [--runs 5] [--threads 2]
 
-Run by `make benchmark`. The checkpoint is `python -m deployments.glm_image.tiny --preset benchmark`.
+Run by `make benchmark`. The checkpoint is `python -m deployments.families.glm_image.tiny --preset benchmark`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from diffusers import GlmImagePipeline
 from PIL import Image
 
-from deployments.calls import Call
 from deployments.config import DecoderConfig, ModelConfig, PriorConfig
-from deployments.glm_image import checkpoint, tiny
-from deployments.glm_image.prior import PriorEngine
+from deployments.families.glm_image import checkpoint, tiny
+from deployments.families.glm_image.prior import PriorEngine
+from deployments.stages.calls import Call
 from deployments.types import PriorRequest
 
 if TYPE_CHECKING:

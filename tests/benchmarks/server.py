@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from tests.serve.conftest import config_file, served, tiny_model, until
 
 if TYPE_CHECKING:

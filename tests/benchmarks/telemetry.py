@@ -24,17 +24,17 @@ import numpy as np
 import ray
 from ray import serve
 
-from deployments import metrics, tracing
-from deployments.decoder import DecoderStage
-from deployments.prior import PriorStage
+from deployments.observability import metrics, tracing
+from deployments.stages.decoder import DecoderStage
+from deployments.stages.prior import PriorStage
 from deployments.types import Pixels
 from serve_app.config import AppConfig
-from serve_app.database import Database
-from serve_app.generation import Generator
-from serve_app.ingress import create_app
+from serve_app.files.store import FileStore
+from serve_app.generation.generator import Generator
+from serve_app.generation.image import Model
+from serve_app.http.application import create_app
+from serve_app.jobs.database import Database
 from serve_app.outbound import Outbound
-from serve_app.storage import FileStore
-from serve_app.unit import Model
 from tests.benchmarks.edge import BODY, TOKENS
 from tests.serve.conftest import tiny_model
 from tests.spans import Collector

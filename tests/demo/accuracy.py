@@ -22,12 +22,12 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from deployments.glm_image.demo.scenes import Scene, random_edit, random_scene
 from deployments.types import Pixels
 from tests.demo.conftest import CONFIG, demo_config
 from tests.demo.judge import drawn, wrong
 from tests.serve.conftest import served
 from tests.serve.test_exactness import edit, generate
+from training.demo.scenes import Scene, random_edit, random_scene
 
 USUAL_SIZE = "512x512"
 EDITS, OWN_EDITS = "edits", "edits of its own"

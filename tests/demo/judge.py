@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from deployments.glm_image.demo.scenes import COLOURS, SHAPES, SIZES, Frame, Scene, Thing, draw
 from deployments.types import Pixels
+from training.demo.scenes import COLOURS, SHAPES, SIZES, Frame, Scene, Thing, draw
 
 SIDE = 128
 """Pictures are looked at with so many pixels on their shorter side."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from deployments.glm_image.demo.scenes import COLOURS, SHAPES, Scene, Thing, random_scene, shifted
 from tests.demo.judge import drawn, wrong
+from training.demo.scenes import COLOURS, SHAPES, Scene, Thing, random_scene, shifted
 
 SCENE = Scene(
     "yellow",

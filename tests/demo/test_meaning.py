@@ -14,7 +14,6 @@ import openai
 import pytest
 from PIL import Image
 
-from deployments.glm_image.demo.scenes import COLOURS, Scene, Thing
 from deployments.types import Pixels
 from tests.demo.conftest import CONFIG, demo_config
 from tests.demo.judge import look, wrong
@@ -22,6 +21,7 @@ from tests.serve.conftest import served
 from tests.serve.test_exactness import edit
 from tests.serve.test_exactness import generate as generate_some
 from tests.serve.test_jobs import ended, pixels, submit
+from training.demo.scenes import COLOURS, Scene, Thing
 
 pytestmark = pytest.mark.slow
 EXTRA = {"num_inference_steps": 8, "seed": 1}

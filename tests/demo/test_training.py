@@ -11,10 +11,10 @@ from diffusers import GlmImagePipeline
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 
-from deployments.glm_image.demo import codebook, decoder, model, prior, reading, samples, trainer, vae
-from deployments.glm_image.demo.codebook import Codes, SumsOfParts
-from deployments.glm_image.demo.scenes import CELL, COLOURS, Frame, Scene, Thing, draw, random_scene
-from deployments.glm_image.demo.trainer import Workshop
+from training.demo import codebook, decoder, model, prior, reading, samples, trainer, vae
+from training.demo.codebook import Codes, SumsOfParts
+from training.demo.scenes import CELL, COLOURS, Frame, Scene, Thing, draw, random_scene
+from training.demo.trainer import Workshop
 
 
 @pytest.fixture(scope="module")

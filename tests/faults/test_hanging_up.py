@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from deployments.scaling import RENEWAL_S
 from tests.faults.conftest import SMALL, Client
 from tests.serve.conftest import Upstream, config_file, served, tiny_model, until

@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
-from deployments.chat_model import tiny as chat_model
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
+from deployments.helpers.chat_model import tiny as chat_model
 from tests.faults.conftest import Client
 from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
 from tests.serve.test_helpers import expanded

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from tests.receiver import Receiver
 from tests.serve.conftest import Running, Upstream, config_file, served, tiny_model, until
 from tests.serve.test_jobs import PATH, SMALL, pixels

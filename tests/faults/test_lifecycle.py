@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from tests.faults.conftest import Client, first_refused
 from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
 

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from tests.faults.conftest import Client
 from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deployments import acceleration
-from deployments.calls import Call
 from deployments.config import Acceleration, DecoderConfig
-from deployments.glm_image.decoder import Decoder
-from deployments.glm_image.language_model_gpu import GPULanguageModel
-from deployments.glm_image.pipeline import DecoderPipeline
-from deployments.glm_image.prior import PriorEngine, on_its_device
+from deployments.engines import acceleration
+from deployments.families.glm_image.decoder import Decoder
+from deployments.families.glm_image.language_model_gpu import GPULanguageModel
+from deployments.families.glm_image.pipeline import DecoderPipeline
+from deployments.families.glm_image.prior import PriorEngine, on_its_device
+from deployments.stages.calls import Call
 from deployments.types import DecodeRequest, PriorRequest, PriorTokens, Progress
 from tests.gpu import measure, models
 

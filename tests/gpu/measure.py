@@ -18,7 +18,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from deployments import compilation
+from deployments.engines import compilation
 from tests.gpu.rows import NEEDS_GPU
 
 if TYPE_CHECKING:

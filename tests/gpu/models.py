@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from deployments.glm_image import tiny
-from deployments.glm_image.transformer import Transformer
+from deployments.families.glm_image import tiny
+from deployments.families.glm_image.transformer import Transformer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +42,7 @@ def prior(
 
     Args:
         device: where the weights are made.
-        tiny_size: whether the model is `deployments.glm_image.tiny`'s.
+        tiny_size: whether the model is `deployments.families.glm_image.tiny`'s.
         layers: of the language model.
         vision_layers: of the vision encoder.
     """
@@ -86,7 +86,7 @@ def decoder(
 
     Args:
         device: where the weights are made.
-        tiny_size: whether the components are `deployments.glm_image.tiny`'s.
+        tiny_size: whether the components are `deployments.families.glm_image.tiny`'s.
         layers: of the DiT.
         glyph_layers: of the glyph encoder, which is ByT5-small's.
     """

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from tests.faults.conftest import Client
 from tests.serve.conftest import ROOT, config_file, served, until
 

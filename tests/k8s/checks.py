@@ -13,17 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tests.k8s import serving
-from tests.k8s.manifests import (
-    K8S,
-    cluster,
-    groups,
-    name_of,
-    of_kind,
-    pods,
-    ray_service,
-    variables,
-    workers,
-)
+from tests.k8s.manifests import K8S, cluster, groups, name_of, of_kind, pods, ray_service, variables, workers
 from tests.k8s.schemas import check_schemas
 
 if TYPE_CHECKING:

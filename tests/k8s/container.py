@@ -130,13 +130,17 @@ def check_dockerfile(dockerfile: str, dockerignore: str) -> list[str]:
 def usage() -> str:
     """What `python -m serve_app --help` says."""
     return subprocess.run(
-        [sys.executable, "-m", "serve_app", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "-m", "serve_app", "serve", "--help"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
 
 
 def check_command(command: list[str]) -> Iterator[str]:
     """Whether `python -m serve_app` understands it."""
-    if command[:3] != ["python", "-m", "serve_app"]:
+    if command[:4] != ["python", "-m", "serve_app", "serve"]:
         yield f"{command} is not the server"
         return
     options = set(re.findall(r"--[a-z-]+", usage()))

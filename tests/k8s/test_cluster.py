@@ -33,7 +33,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from ray.cluster_utils import Cluster
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from deployments.types import Pixels
 from tests.serve.conftest import OTHER_SIZES, ROOT, SMALL_SIZES, Running, Upstream, until
 

@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel
 
 from deployments.config import DecoderConfig, PriorConfig
-from serve_app import metrics
 from serve_app.config import AppConfig
+from serve_app.observability import metrics
 from tests.k8s.checks import alerts
 from tests.k8s.manifests import (
     K8S,

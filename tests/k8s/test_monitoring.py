@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.metrics import Histogram
-from serve_app import metrics
+from deployments.observability.metrics import Histogram
+from serve_app.observability import metrics
 
 FOLDER = Path(__file__).parents[2] / "k8s/monitoring"
 ALERTS, DASHBOARD = FOLDER / "alerts.yaml", FOLDER / "dashboard.json"

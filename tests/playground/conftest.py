@@ -13,7 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Playwright, sync_playwright
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from tests.serve.conftest import SMALL_SIZES, START_TIMEOUT_S, config_file, served, stages, tiny_model, until
 
 WAIT_MS = 60_000

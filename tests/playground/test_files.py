@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from serve_app import playground
-from serve_app.dialects.openai_schemas import QUALITIES
+from serve_app.dialects.openai.schemas import QUALITIES
 from tests.conftest import needs_node
 
 FOLDER = Path(__file__).parent

@@ -29,7 +29,7 @@ import yaml
 from diffusers import GlmImagePipeline
 from PIL import Image
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from deployments.types import Pixels
 from tests.receiver import Receiver
 

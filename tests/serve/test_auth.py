@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from serve_app.auth import _presented
+from serve_app.http.auth import _presented
 from tests.serve.conftest import Guarded
 
 OPEN = {
@@ -128,14 +128,20 @@ def test_the_openai_client_says_what_is_wrong(guarded: Guarded) -> None:
 
 def test_a_key_is_made_by_a_command() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "serve_app.auth", "new", "alice"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "serve_app", "keys", "new", "alice"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = [line.strip() for line in run.stdout.splitlines()]
     digests = [hashlib.sha256(line.encode()).hexdigest() for line in lines]
     line = next(line for line in lines if line.startswith("- {id: alice, sha256: "))
     assert line.removeprefix("- {id: alice, sha256: ").removesuffix("}") in digests
     refused = subprocess.run(
-        [sys.executable, "-m", "serve_app.auth", "new", "a b"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "serve_app", "keys", "new", "a b"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert refused.returncode == 2
     assert "letters, digits" in refused.stderr

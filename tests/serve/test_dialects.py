@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 from deployments.types import Pixels
 from tests.serve.conftest import SMALL_SIZES, Upstream, Vendors, until
 

@@ -19,9 +19,9 @@ import yaml
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from PIL import Image
 
-from deployments.glm_image import tiny as glm_image
+from deployments.families.glm_image import tiny as glm_image
+from deployments.families.z_image import tiny as z_image
 from deployments.types import Pixels
-from deployments.z_image import tiny as z_image
 from tests.serve.conftest import ROOT, Upstream, config_file, served, until
 
 pytestmark = pytest.mark.slow

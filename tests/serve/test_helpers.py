@@ -20,10 +20,10 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zai import ZaiClient, core
 
-from deployments.chat_model import tiny as chat_model
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
+from deployments.helpers.chat_model import tiny as chat_model
 from deployments.types import Pixels
-from serve_app.prompt_expansion import INSTRUCTION
+from serve_app.generation.prompt_expansion import INSTRUCTION
 from tests.classifiers import flagging
 from tests.serve.conftest import ROOT, Running, Upstream, config_file, served, until
 

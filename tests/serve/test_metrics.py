@@ -11,8 +11,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.metrics import LOADS, UNLOADS, WORK, Histogram, Metric
-from serve_app import metrics
+from deployments.observability.metrics import LOADS, UNLOADS, WORK, Histogram, Metric
+from serve_app.observability import metrics
 from tests.receiver import Receiver
 from tests.serve.conftest import Running, config_file, served, tiny_model, until
 

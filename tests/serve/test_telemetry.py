@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from serve_app.telemetry import PROBES
+from serve_app.observability.telemetry import PROBES
 from tests.receiver import Receiver
 from tests.serve.conftest import ROOT, Running, config_file, served, tiny_model, until
 from tests.spans import Collector, Span

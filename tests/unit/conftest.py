@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deployments.config import DecoderConfig, ModelConfig, PriorConfig
-from deployments.glm_image import tiny
+from deployments.families.glm_image import tiny
 
 ON_CPU = DecoderConfig(device="cpu", dtype="float32")
 

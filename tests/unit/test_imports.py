@@ -49,11 +49,27 @@ def test_the_model_plane_imports_neither_the_api_plane_nor_http() -> None:
         assert not imported_packages(file) & {"serve_app", "fastapi", "starlette"}, file
 
 
-def test_engines_import_no_ray() -> None:
-    files = sorted((ROOT / "deployments" / "glm_image").glob("*.py"))
+@pytest.mark.parametrize("package", ["engines", "families", "helpers"])
+def test_engines_import_no_ray(package: str) -> None:
+    files = sorted((ROOT / "deployments" / package).rglob("*.py"))
     assert files
     for file in files:
         assert "ray" not in imported_packages(file), file
+
+
+@pytest.mark.parametrize("package", ["generation", "jobs", "files"])
+def test_what_makes_images_knows_no_http(package: str) -> None:
+    files = sorted((ROOT / "serve_app" / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert not imported_packages(file) & {"fastapi", "starlette"}, file
+        assert not any(name.startswith("serve_app.http") for name in imported_names(file)), file
+
+
+def test_what_is_served_imports_no_trainer() -> None:
+    for plane in ("deployments", "serve_app"):
+        for file in (ROOT / plane).rglob("*.py"):
+            assert "training" not in imported_packages(file), file
 
 
 def test_the_api_plane_loads_no_torch() -> None:
@@ -102,4 +118,4 @@ def test_outside_of_a_familys_folder_one_map_alone_names_it(name: str) -> None:
         for file in (ROOT / plane).rglob("*.py")
         if name in file.read_text() and name not in file.relative_to(ROOT).parts
     }
-    assert naming == {"deployments/families.py"}
+    assert naming == {"deployments/families/__init__.py"}

@@ -1,6 +1,6 @@
 """Train the demo checkpoint, part by part.
 
-    python -m deployments.glm_image.demo FOLDER
+    python -m training.demo FOLDER
 
 Interrupted, it goes on where it was. `FOLDER/checkpoint` is the checkpoint then; beside it are a log of each
 part and `samples.png`.
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from deployments.glm_image.demo import codebook, decoder, prior, reading, samples, vae
-from deployments.glm_image.demo.trainer import Workshop
+from training.demo import codebook, decoder, prior, reading, samples, vae
+from training.demo.trainer import Workshop
 
 PARTS = {
     "codebook": codebook.train,
@@ -29,7 +29,8 @@ PARTS = {
 def main() -> None:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(
-        prog="python -m deployments.glm_image.demo", description="Train the demo checkpoint, part by part."
+        prog="python -m training.demo",
+        description="Train the demo checkpoint, part by part.",
     )
     parser.add_argument("folder", type=Path, help="for the checkpoint, logs, and samples")
     parser.add_argument(

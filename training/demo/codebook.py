@@ -15,22 +15,14 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from deployments.glm_image.demo.model import CODEBOOK, GEOMETRIES, PAIRS, PATCH, PLAIN, VISION_WIDTH
-from deployments.glm_image.demo.scenes import (
-    CELL,
-    COLOURS,
-    Frame,
-    backgrounds,
-    objects,
-    random_scene,
-    shifted,
-)
+from training.demo.model import CODEBOOK, GEOMETRIES, PAIRS, PATCH, PLAIN, VISION_WIDTH
+from training.demo.scenes import CELL, COLOURS, Frame, backgrounds, objects, random_scene, shifted
 
 if TYPE_CHECKING:
     from transformers import GlmImageForConditionalGeneration
 
-    from deployments.glm_image.demo.scenes import Scene
-    from deployments.glm_image.demo.trainer import Workshop
+    from training.demo.scenes import Scene
+    from training.demo.trainer import Workshop
 
 COMPONENTS = VISION_WIDTH // 3
 """Of each colour channel; what is left of the width is a constant."""

@@ -13,19 +13,19 @@ from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from diffusers.pipelines.glm_image.pipeline_glm_image import calculate_shift
 from torch.nn.utils import parametrize
 
-from deployments.glm_image.demo import model
-from deployments.glm_image.demo.codebook import Codes, SumsOfParts
-from deployments.glm_image.demo.prior import ALIGNED, make_scenes
-from deployments.glm_image.demo.scenes import CELL, Frame, draw
-from deployments.glm_image.demo.trainer import pick_size
-from deployments.glm_image.demo.trainer import train as train_part
-from deployments.glm_image.tiny import scheduler
+from deployments.families.glm_image.tiny import scheduler
+from training.demo import model
+from training.demo.codebook import Codes, SumsOfParts
+from training.demo.prior import ALIGNED, make_scenes
+from training.demo.scenes import CELL, Frame, draw
+from training.demo.trainer import pick_size
+from training.demo.trainer import train as train_part
 
 if TYPE_CHECKING:
     import random
 
-    from deployments.glm_image.demo.scenes import Scene
-    from deployments.glm_image.demo.trainer import Workshop
+    from training.demo.scenes import Scene
+    from training.demo.trainer import Workshop
 
 BATCH = {"cuda": 20, "cpu": 2}
 """Of 512×512; larger pictures are fewer."""

@@ -18,8 +18,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from deployments.glm_image import tiny
-from deployments.glm_image.demo.scenes import COLOURS, random_edit, random_scene
+from deployments.families.glm_image import tiny
+from training.demo.scenes import COLOURS, random_edit, random_scene
 
 PLAIN = len(COLOURS)
 """The first codes: cells of one colour."""

@@ -12,26 +12,18 @@ import torch.nn.functional as functional
 from torch import nn
 from torch.nn.utils import parametrize
 
-from deployments.glm_image.demo import codebook, model
-from deployments.glm_image.demo.scenes import (
-    CELL,
-    Frame,
-    backgrounds,
-    draw,
-    random_edit,
-    random_scene,
-    shifted,
-)
-from deployments.glm_image.demo.trainer import pick_size
-from deployments.glm_image.demo.trainer import train as train_part
+from training.demo import codebook, model
+from training.demo.scenes import CELL, Frame, backgrounds, draw, random_edit, random_scene, shifted
+from training.demo.trainer import pick_size
+from training.demo.trainer import train as train_part
 
 if TYPE_CHECKING:
     import random
 
     from transformers import GlmImageForConditionalGeneration
 
-    from deployments.glm_image.demo.scenes import Scene
-    from deployments.glm_image.demo.trainer import Workshop
+    from training.demo.scenes import Scene
+    from training.demo.trainer import Workshop
 
 TOKENS = {"cuda": 36_000, "cpu": 3_000}
 """Of a batch."""

@@ -19,26 +19,18 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import GlmImageForConditionalGeneration
 
-from deployments.glm_image.demo import codebook, samples
-from deployments.glm_image.demo.prior import SOURCE_NOISE, closeness
-from deployments.glm_image.demo.scenes import (
-    CELL,
-    COLOURS,
-    Frame,
-    backgrounds,
-    draw,
-    random_scene,
-    shifted,
-)
-from deployments.glm_image.demo.trainer import pick_size
-from deployments.glm_image.demo.trainer import train as train_part
+from training.demo import codebook, samples
+from training.demo.prior import SOURCE_NOISE, closeness
+from training.demo.scenes import CELL, COLOURS, Frame, backgrounds, draw, random_scene, shifted
+from training.demo.trainer import pick_size
+from training.demo.trainer import train as train_part
 
 if TYPE_CHECKING:
     from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel
 
-    from deployments.glm_image.demo.codebook import Codes
-    from deployments.glm_image.demo.scenes import Scene
-    from deployments.glm_image.demo.trainer import Workshop
+    from training.demo.codebook import Codes
+    from training.demo.scenes import Scene
+    from training.demo.trainer import Workshop
 
 PAINTED = 160
 """Pictures that are painted first, ..."""

@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, GlmImagePipeline, GlmImageTransformer2DMode
 from PIL import Image
 from transformers import ByT5Tokenizer, GlmImageForConditionalGeneration, GlmImageProcessor, T5EncoderModel
 
-from deployments.glm_image.demo.scenes import random_scene
-from deployments.glm_image.tiny import scheduler
+from deployments.families.glm_image.tiny import scheduler
+from training.demo.scenes import random_scene
 
 if TYPE_CHECKING:
-    from deployments.glm_image.demo.trainer import Workshop
+    from training.demo.trainer import Workshop
 
 STEPS = 8
 GUIDANCE = 1.5

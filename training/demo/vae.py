@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deployments.glm_image.demo import model
-from deployments.glm_image.demo.scenes import Frame, draw, random_scene
-from deployments.glm_image.demo.trainer import train as train_part
+from training.demo import model
+from training.demo.scenes import Frame, draw, random_scene
+from training.demo.trainer import train as train_part
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-    from deployments.glm_image.demo.scenes import Scene
-    from deployments.glm_image.demo.trainer import Workshop
+    from training.demo.scenes import Scene
+    from training.demo.trainer import Workshop
 
 BATCH = {"cuda": 24, "cpu": 4}
 LATENT_NOISE = 0.05

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import ByT5Tokenizer, GlmImageForConditionalGeneration, GlmImageProcessor, T5EncoderModel
 
-from deployments.acceleration import loading_device
-from deployments.checkpoint import load
-from deployments.glm_image import tiny
-from deployments.glm_image.pipeline import DecoderPipeline
-from deployments.glm_image.transformer import Transformer
+from deployments.engines.acceleration import loading_device
+from deployments.engines.checkpoint import load
+from deployments.families.glm_image import tiny
+from deployments.families.glm_image.pipeline import DecoderPipeline
+from deployments.families.glm_image.transformer import Transformer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

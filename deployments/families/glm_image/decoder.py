@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deployments import acceleration, compilation
-from deployments.checkpoint import WEIGHTS_SHARE, part_of
-from deployments.diffusion import PipelineDecoder
-from deployments.glm_image import checkpoint
+from deployments.engines import acceleration, compilation
+from deployments.engines.checkpoint import WEIGHTS_SHARE, part_of
+from deployments.engines.diffusion import PipelineDecoder
+from deployments.families.glm_image import checkpoint
 from deployments.types import DecodeRequest, PriorTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deployments.acceleration import Size
     from deployments.config import ModelConfig
+    from deployments.engines.acceleration import Size
     from deployments.types import Pixels, TokenGrid
 
 logger = logging.getLogger("ray.serve")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deployments.engines.memory import free_bytes
 from deployments.errors import OutOfMemoryError
-from deployments.glm_image.sampling import Sampler
-from deployments.memory import free_bytes
+from deployments.families.glm_image.sampling import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from deployments.glm_image.language_model import LanguageModel
+from deployments.families.glm_image.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import GlmImageForConditionalGeneration
 
-    from deployments.glm_image.language_model import Line
+    from deployments.families.glm_image.language_model import Line
 
 ATTENTION = "glm_image_rows_cpu"
 

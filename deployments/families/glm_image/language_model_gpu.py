@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from deployments import compilation
-from deployments.glm_image.attention_gpu import BLOCK, GPUSlots, blocks_until, fuse_projections
-from deployments.glm_image.cuda_graphs import CUDAGraphs
-from deployments.glm_image.language_model import SLICE_TOKENS, LanguageModel
-from deployments.glm_image.sampling_gpu import CandidateSampler
+from deployments.engines import compilation
+from deployments.families.glm_image.attention_gpu import BLOCK, GPUSlots, blocks_until, fuse_projections
+from deployments.families.glm_image.cuda_graphs import CUDAGraphs
+from deployments.families.glm_image.language_model import SLICE_TOKENS, LanguageModel
+from deployments.families.glm_image.sampling_gpu import CandidateSampler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import GlmImageForConditionalGeneration
 
-    from deployments.glm_image.language_model import Line
+    from deployments.families.glm_image.language_model import Line
 
 
 class Entry(nn.Module):

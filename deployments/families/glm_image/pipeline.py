@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
     from transformers import ByT5Tokenizer, T5EncoderModel
 
-    from deployments.glm_image.transformer import Transformer
+    from deployments.families.glm_image.transformer import Transformer
 
 GLYPH_CACHE_BYTES = 256 * 2**20
 """Of the device's memory; a short text takes some kilobytes, the longest prompt about 100 MB."""
@@ -67,7 +67,7 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         return embeds.view_as(embeds)  # a tensor of this unit: the DiT keeps what it computes from it as long
 
     def try_step(self, side: int) -> object:
-        """See `deployments.acceleration.Pipeline`. Its two passes come one after the other."""
+        """See `deployments.engines.acceleration.Pipeline`. Its two passes come one after the other."""
         dit = self.transformer
         latent_side = side // self.vae_scale_factor
         tokens = (latent_side // dit.config.patch_size) ** 2
@@ -87,7 +87,7 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         return output
 
     def compile(self, options: dict[str, Any]) -> None:
-        """See `deployments.acceleration.Pipeline`."""
+        """See `deployments.engines.acceleration.Pipeline`."""
         self.transformer.compile_blocks(options)
 
     def source_bytes(self, side: int) -> int:
@@ -99,7 +99,7 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         return size
 
     def cache_steps(self, threshold: float) -> None:
-        """See `deployments.acceleration.Pipeline`.
+        """See `deployments.engines.acceleration.Pipeline`.
 
         diffusers' first-block cache keeps apart what the passes with and without guidance leave, if it is
         told which is which; upstream's pipeline does not tell it.

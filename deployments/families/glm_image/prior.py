@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deployments import compilation
-from deployments.checkpoint import WEIGHTS_SHARE, part_of
+from deployments.engines import compilation
+from deployments.engines.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong, release
-from deployments.glm_image import checkpoint
-from deployments.glm_image.language_model import SLICE_TOKENS, Line
-from deployments.glm_image.language_model_cpu import CPULanguageModel
-from deployments.glm_image.language_model_gpu import GPULanguageModel
-from deployments.glm_image.sampling import UNSOUND
-from deployments.glm_image.sequence import Sequencer
+from deployments.families.glm_image import checkpoint
+from deployments.families.glm_image.language_model import SLICE_TOKENS, Line
+from deployments.families.glm_image.language_model_cpu import CPULanguageModel
+from deployments.families.glm_image.language_model_gpu import GPULanguageModel
+from deployments.families.glm_image.sampling import UNSOUND
+from deployments.families.glm_image.sequence import Sequencer
 from deployments.types import PriorTokens, Progress
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
-    from deployments.calls import Call
     from deployments.config import ModelConfig
-    from deployments.glm_image.language_model import LanguageModel
-    from deployments.glm_image.sequence import Sequence
+    from deployments.families.glm_image.language_model import LanguageModel
+    from deployments.families.glm_image.sequence import Sequence
+    from deployments.stages.calls import Call
     from deployments.types import PriorRequest
 
 PROGRESS_S = 0.25

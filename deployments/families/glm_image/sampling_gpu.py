@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from deployments.glm_image.sampling import UNSOUND
+from deployments.families.glm_image.sampling import UNSOUND
 
 if TYPE_CHECKING:
-    from deployments.glm_image.sampling import Sampler
+    from deployments.families.glm_image.sampling import Sampler
 
 ROOM_FOR_TIES = 64
 """Candidates beyond top-k, because top-k keeps all that tie with its last one.

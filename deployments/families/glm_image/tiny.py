@@ -4,7 +4,7 @@ It has the folder layout of the released checkpoint and is loaded by the same co
 server runs, for real, on a laptop. What it paints is noise. `TINY` takes seconds and megabytes;
 `BENCHMARK` is large enough for timings to mean something.
 
-    python -m deployments.glm_image.tiny FOLDER [--preset benchmark] [--prior-layers 4 …]
+    python -m deployments.families.glm_image.tiny FOLDER [--preset benchmark] [--prior-layers 4 …]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
-from deployments.recipes import Recipe
+from deployments.engines.tiny import Recipe
 
 VISION_SPECIAL_TOKENS = 2
 """Image start and image end, the first ids past the codebook, as in the released checkpoint."""

@@ -9,7 +9,7 @@ import torch
 from diffusers import GlmImageTransformer2DModel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from deployments.glm_image.fused_block import KeysValues, Layout, fused_block
+from deployments.families.glm_image.fused_block import KeysValues, Layout, fused_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +87,7 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
         Lengths are dynamic. All sizes and texts share two graphs, with source images and without.
 
         Args:
-            options: see `deployments.compilation.options`.
+            options: see `deployments.engines.compilation.options`.
         """
         self._fused_block = torch.compile(fused_block, fullgraph=True, dynamic=True, options=options)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from transformers import Qwen2Tokenizer, Qwen3Model
 
-from deployments.acceleration import loading_device
-from deployments.checkpoint import load
-from deployments.z_image import tiny
-from deployments.z_image.pipeline import DecoderPipeline
+from deployments.engines.acceleration import loading_device
+from deployments.engines.checkpoint import load
+from deployments.families.z_image import tiny
+from deployments.families.z_image.pipeline import DecoderPipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable

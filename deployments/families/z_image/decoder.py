@@ -9,19 +9,19 @@ import torch
 from diffusers import ZImageImg2ImgPipeline
 from PIL import Image, ImageOps
 
-from deployments import acceleration, compilation
-from deployments.checkpoint import WEIGHTS_SHARE, part_of
-from deployments.diffusion import PipelineDecoder
+from deployments.engines import acceleration, compilation
+from deployments.engines.checkpoint import WEIGHTS_SHARE, part_of
+from deployments.engines.diffusion import PipelineDecoder
+from deployments.families.z_image import checkpoint
 from deployments.types import DecodeRequest, TextEmbeddings
-from deployments.z_image import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deployments.acceleration import Size
     from deployments.config import ModelConfig
+    from deployments.engines.acceleration import Size
+    from deployments.families.z_image.pipeline import DecoderPipeline
     from deployments.types import Embedding
-    from deployments.z_image.pipeline import DecoderPipeline
 
 TEXT_MULTIPLE = 32
 """The DiT pads texts to a multiple of so many tokens: `SEQ_MULTI_OF` (diffusers 0.42)."""

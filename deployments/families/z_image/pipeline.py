@@ -10,7 +10,7 @@ from diffusers import ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
 from deployments.errors import UnsupportedOption
-from deployments.z_image.attention import RealRotaryAttention
+from deployments.families.z_image.attention import RealRotaryAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ class DecoderPipeline(ZImagePipeline):  # type: ignore[misc]
         self.set_progress_bar_config(disable=True)
 
     def try_step(self, side: int) -> object:
-        """See `deployments.acceleration.Pipeline`. Its two passes are one, with two lines."""
+        """See `deployments.engines.acceleration.Pipeline`. Its two passes are one, with two lines."""
         dit = self.transformer
         latent_side = side // self.vae_scale_factor
         floats: dict[str, Any] = {"dtype": dit.dtype, "device": dit.device}
@@ -49,7 +49,7 @@ class DecoderPipeline(ZImagePipeline):  # type: ignore[misc]
         return output
 
     def compile(self, options: dict[str, Any]) -> None:
-        """See `deployments.acceleration.Pipeline`.
+        """See `deployments.engines.acceleration.Pipeline`.
 
         There are six graphs: of blocks with and without time modulation, each for one line, for two, and for
         two of different lengths.
@@ -61,7 +61,7 @@ class DecoderPipeline(ZImagePipeline):  # type: ignore[misc]
                 part.forward = partial(_run_block, forward, part)
 
     def cache_steps(self, threshold: float) -> None:
-        """See `deployments.acceleration.Pipeline`."""
+        """See `deployments.engines.acceleration.Pipeline`."""
         raise UnsupportedOption("diffusers has no first-block cache for this family; set it to 0")
 
 

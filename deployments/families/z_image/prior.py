@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from deployments.engines.memory import cleared
+from deployments.engines.prompts import plain_text
 from deployments.errors import EngineFault, NotANumber, OutOfMemoryError, RequestTooLong, release
-from deployments.memory import cleared
-from deployments.prompts import plain_text
+from deployments.families.z_image import checkpoint
 from deployments.types import Progress, TextEmbeddings
-from deployments.z_image import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import Qwen2Tokenizer, Qwen3Model
 
-    from deployments.calls import Call
     from deployments.config import ModelConfig
+    from deployments.stages.calls import Call
     from deployments.types import Embedding, PriorRequest
 
 CACHE_BYTES = 256 * 2**20

@@ -1,6 +1,6 @@
-"""A small Z-Image checkpoint with random weights, made of the real classes; see `deployments.recipes`.
+"""A small Z-Image checkpoint with random weights, made of the real classes; see `deployments.engines.tiny`.
 
-python -m deployments.z_image.tiny FOLDER [--preset benchmark] [--text-layers 4 …]
+python -m deployments.families.z_image.tiny FOLDER [--preset benchmark] [--text-layers 4 …]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3Model
 
-from deployments.recipes import Recipe, chat_tokenizer
+from deployments.engines.tiny import Recipe, chat_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deployments.chat_model import tiny
-from deployments.checkpoint import load_flat
+from deployments.engines.checkpoint import load_flat
+from deployments.engines.memory import surviving
+from deployments.engines.prompts import plain_text
 from deployments.errors import Cancelled
-from deployments.memory import surviving
-from deployments.prompts import plain_text
+from deployments.helpers.chat_model import tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from deployments.calls import Call
     from deployments.config import ChatModelConfig
+    from deployments.stages.calls import Call
     from deployments.types import ExpansionRequest
 
 

@@ -1,6 +1,6 @@
-"""A small chat model with random weights, made of the real classes; see `deployments.recipes`.
+"""A small chat model with random weights, made of the real classes; see `deployments.engines.tiny`.
 
-python -m deployments.chat_model.tiny FOLDER [--preset benchmark] [--layers 4 …]
+python -m deployments.helpers.chat_model.tiny FOLDER [--preset benchmark] [--layers 4 …]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import string
 import torch
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from deployments.recipes import Recipe, chat_tokenizer
+from deployments.engines.tiny import Recipe, chat_tokenizer
 
 HEADS = 4
 

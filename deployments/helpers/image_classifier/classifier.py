@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
-from deployments.checkpoint import load_flat
+from deployments.engines.checkpoint import load_flat
+from deployments.engines.memory import surviving
 from deployments.errors import CheckpointError, NotANumber
-from deployments.image_classifier import tiny
-from deployments.memory import surviving
+from deployments.helpers.image_classifier import tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from deployments.calls import Call
     from deployments.config import ClassifierConfig
+    from deployments.stages.calls import Call
     from deployments.types import Pixels
 
 

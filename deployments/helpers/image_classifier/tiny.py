@@ -1,6 +1,6 @@
-"""A small classifier with random weights, made of the real classes; see `deployments.recipes`.
+"""A small classifier with random weights, made of the real classes; see `deployments.engines.tiny`.
 
-python -m deployments.image_classifier.tiny FOLDER [--preset benchmark] [--layers 4 …]
+python -m deployments.helpers.image_classifier.tiny FOLDER [--preset benchmark] [--layers 4 …]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from deployments.recipes import Recipe
+from deployments.engines.tiny import Recipe
 
 LABELS = ("normal", "nsfw")
 HEADS = 2

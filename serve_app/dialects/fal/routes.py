@@ -21,14 +21,14 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers, MutableHeaders
 
-from serve_app import telemetry
-from serve_app.delivery import error_of
 from serve_app.dialects.bodies import CLIENT_CLOSED, JSONFields, document_body, document_errors, read_json
-from serve_app.dialects.image_inputs import PARAMETERS, EditInput, ImageInput, InputReader
+from serve_app.dialects.hosted import PARAMETERS, EditInput, ImageInput, InputReader
 from serve_app.errors import NO_RETRY, InvalidParameter, RequestError, in_words
-from serve_app.job_runner import Submission
-from serve_app.jobs import Job, Owner, Priority
-from serve_app.webhooks import Message, Sign
+from serve_app.generation.delivery import error_of
+from serve_app.jobs.runner import Submission
+from serve_app.jobs.store import Job, Owner, Priority
+from serve_app.jobs.webhooks import Message, Sign
+from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from starlette.types import Message as ASGIMessage
 
     from serve_app.config import Limits
-    from serve_app.delivery import Delivered, Delivery
-    from serve_app.generation import Generator
-    from serve_app.job_runner import JobRunner
-    from serve_app.jobs import JobStore
-    from serve_app.links import Links
-    from serve_app.orders import Order
-    from serve_app.sources import SourceReader
-    from serve_app.types import PartialImage, StageProgress
-    from serve_app.uploads import Uploads
+    from serve_app.files.uploads import Uploads
+    from serve_app.generation.delivery import Delivered, Delivery
+    from serve_app.generation.generator import Generator
+    from serve_app.generation.orders import Order
+    from serve_app.generation.request import PartialImage, StageProgress
+    from serve_app.generation.sources import SourceReader
+    from serve_app.http.links import Links
+    from serve_app.jobs.runner import JobRunner
+    from serve_app.jobs.store import JobStore
 
 API = "fal"
 """What jobs of these routes are marked by."""

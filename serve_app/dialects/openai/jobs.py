@@ -16,11 +16,9 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app import telemetry
-from serve_app.delivery import error_of
 from serve_app.dialects.bodies import media_type
-from serve_app.dialects.openai import error_body, error_response
-from serve_app.dialects.openai_schemas import (
+from serve_app.dialects.openai.routes import error_body, error_response
+from serve_app.dialects.openai.schemas import (
     EditJobForm,
     Error,
     ImagesResponse,
@@ -30,19 +28,21 @@ from serve_app.dialects.openai_schemas import (
     job_body,
 )
 from serve_app.errors import RequestError
-from serve_app.job_runner import Submission
-from serve_app.jobs import Job, Owner, Priority, State
-from serve_app.webhooks import TRIES, Message, Sign
+from serve_app.generation.delivery import error_of
+from serve_app.jobs.runner import Submission
+from serve_app.jobs.store import Job, Owner, Priority, State
+from serve_app.jobs.webhooks import TRIES, Message, Sign
+from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
     from serve_app.config import Limits
-    from serve_app.delivery import Delivery
-    from serve_app.dialects.openai_requests import Asked, RequestReader
-    from serve_app.generation import Generator
-    from serve_app.job_runner import JobRunner
-    from serve_app.jobs import JobStore
-    from serve_app.links import Links
-    from serve_app.signing import Signer
+    from serve_app.dialects.openai.parse import Asked, RequestReader
+    from serve_app.generation.delivery import Delivery
+    from serve_app.generation.generator import Generator
+    from serve_app.http.links import Links
+    from serve_app.jobs.runner import JobRunner
+    from serve_app.jobs.signing import Signer
+    from serve_app.jobs.store import JobStore
 
 API = "images"
 """What jobs of these routes are marked by."""

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from serve_app.dialects.bodies import MAX_FIELDS, first_error, parsed_size, read_json, request_id, unknown
-from serve_app.dialects.openai_schemas import MAX_FILES, QUALITIES, ImageRequest, Quality
+from serve_app.dialects.openai.schemas import MAX_FILES, QUALITIES, ImageRequest, Quality
 from serve_app.errors import InvalidParameter, RequestError, image_too_large
-from serve_app.images import Encoding
-from serve_app.orders import Order
-from serve_app.types import Generation
+from serve_app.generation.images import Encoding
+from serve_app.generation.orders import Order
+from serve_app.generation.request import Generation
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fastapi import Request
 
     from serve_app.config import Limits
-    from serve_app.generation import Generator
-    from serve_app.sources import SourceReader
+    from serve_app.generation.generator import Generator
+    from serve_app.generation.sources import SourceReader
 
 Fields = TypeVar("Fields", bound=ImageRequest)
 

@@ -18,10 +18,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from deployments.families import PARAMETERS
-from deployments.log import FAULT
-from serve_app import images, telemetry
+from deployments.observability.log import FAULT
 from serve_app.dialects.bodies import media_type
-from serve_app.dialects.openai_schemas import (
+from serve_app.dialects.openai.schemas import (
     ANSWERS,
     HINT,
     Bounds,
@@ -43,17 +42,19 @@ from serve_app.dialects.openai_schemas import (
     usage,
 )
 from serve_app.errors import InvalidParameter, RequestError, in_words, server_error
-from serve_app.sse import BEGUN, AllSent, Event, EventStream
-from serve_app.types import GeneratedImage, PartialImage, StageProgress
+from serve_app.generation import images
+from serve_app.generation.request import GeneratedImage, PartialImage, StageProgress
+from serve_app.http.sse import BEGUN, AllSent, Event, EventStream
+from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from deployments.config import ModelConfig
     from serve_app.config import Limits
-    from serve_app.delivery import Delivery
-    from serve_app.dialects.openai_requests import Asked, RequestReader
-    from serve_app.generation import Generator
+    from serve_app.dialects.openai.parse import Asked, RequestReader
+    from serve_app.generation.delivery import Delivery
+    from serve_app.generation.generator import Generator
 
 logger = logging.getLogger("ray.serve")
 

@@ -9,18 +9,18 @@ from pydantic_core import PydanticCustomError
 
 from deployments.config import MIN_STRENGTH
 from deployments.families import GUIDANCE_PARAMETERS, PARAMETERS, Parameter
-from serve_app import images
 from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, document_errors
-from serve_app.jobs import Priority
-from serve_app.types import MAX_ID_CHARS, MAX_PARTIAL_IMAGES, MAX_SEED, Moderation
+from serve_app.generation import images
+from serve_app.generation.request import MAX_ID_CHARS, MAX_PARTIAL_IMAGES, MAX_SEED, Moderation
+from serve_app.jobs.store import Priority
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from deployments.config import ModelConfig
     from serve_app.config import Limits
-    from serve_app.delivery import Delivered
-    from serve_app.generation import Generator
+    from serve_app.generation.delivery import Delivered
+    from serve_app.generation.generator import Generator
 
 MAX_FILES = 16
 """OpenAI's own bound; what a model takes may be less."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from deployments import acceleration
-from deployments.glm_image.decoder import _units_of_each_kind
+from deployments.engines import acceleration
+from deployments.families.glm_image.decoder import _units_of_each_kind
 from tests.gpu import engines, measure
 
 if TYPE_CHECKING:

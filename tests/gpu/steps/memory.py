@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deployments import acceleration
-from deployments.calls import Call
+from deployments.engines import acceleration
+from deployments.stages.calls import Call
 from deployments.types import Progress
 from tests.gpu import engines, measure
 from tests.gpu.rows import NEEDS_GPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from deployments import acceleration
+from deployments.engines import acceleration
 from tests.gpu import engines, measure
 
 if TYPE_CHECKING:

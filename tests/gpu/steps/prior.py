@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from deployments.calls import Call
+from deployments.stages.calls import Call
 from tests.gpu import engines, measure
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from deployments.errors import EngineFault, LoadingFailed
-from deployments.loading import Loader
 from deployments.scaling import Gate, Report, ScalingPolicy
+from deployments.stages.loading import Loader
 
 IDLE_S = 30
 

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import ModelConfig, StageConfig
-from deployments.glm_image.demo.scenes import COLOURS, SHAPES, SIZES
 from serve_app.app import build_app
 from serve_app.config import AppConfig
+from training.demo.scenes import COLOURS, SHAPES, SIZES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIGS = [file for file in sorted((ROOT / "configs").glob("*.yaml")) if file.stem != "kustomization"]
 CPU = {"device": "cpu"}
 OPEN = {"auth": {"open": True}}
@@ -102,7 +102,7 @@ def test_a_request_that_is_allowed_must_be_possible(limits: dict[str, int], abov
     ("auth", "problem"),
     [
         (None, "auth"),
-        ({}, r"no api_keys: make one with `python -m serve_app.auth new NAME`, or set open: true"),
+        ({}, r"no api_keys: make one with `python -m serve_app keys new NAME`, or set open: true"),
         ({"api_keys": [{"id": "a"}]}, "either sha256 or secret_env"),
         ({"api_keys": [{"id": "a", "sha256": "0" * 64, "secret_env": "A"}]}, "either sha256 or secret_env"),
         ({"api_keys": [{"id": "a", "sha256": "secret"}]}, "sha256"),

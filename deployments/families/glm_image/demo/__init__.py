@@ -1,1 +1,1 @@
-"""The demo checkpoint: what it knows, and what trains it."""
+"""The folder of the demo checkpoint, and its model card."""

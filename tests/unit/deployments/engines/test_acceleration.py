@@ -10,15 +10,15 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from pydantic import ValidationError
 
-from deployments import acceleration
-from deployments.calls import Call
 from deployments.config import Acceleration, DecoderConfig, Defaults, ModelConfig
+from deployments.engines import acceleration
 from deployments.errors import Cancelled, OutOfMemoryError, UnsupportedOption
-from deployments.glm_image import checkpoint
-from deployments.glm_image.decoder import Decoder
+from deployments.families.glm_image import checkpoint
+from deployments.families.glm_image.decoder import Decoder
+from deployments.stages.calls import Call
 from deployments.types import Pixels, PriorTokens
 from tests.conftest import needs_compiler
-from tests.unit.test_decoder import EDIT, REQUEST, tokens
+from tests.unit.deployments.families.glm_image.test_decoder import EDIT, REQUEST, tokens
 
 LONG = replace(REQUEST, steps=8)
 

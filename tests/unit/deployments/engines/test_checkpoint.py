@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GlmImageForConditionalGeneration
 
-from deployments.chat_model.chat_model import ChatModel
 from deployments.config import ChatModelConfig, ClassifierConfig, ModelConfig
 from deployments.errors import CheckpointError
-from deployments.glm_image import checkpoint, tiny
-from deployments.image_classifier.classifier import ImageClassifier
-from deployments.z_image import checkpoint as z_image
+from deployments.families.glm_image import checkpoint, tiny
+from deployments.families.z_image import checkpoint as z_image
+from deployments.helpers.chat_model.chat_model import ChatModel
+from deployments.helpers.image_classifier.classifier import ImageClassifier
 
 PRIOR = ("processor", "vision_language_encoder")
 DECODER = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
@@ -169,7 +169,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from deployments.config import DecoderConfig, ModelConfig, PriorConfig
-from deployments.glm_image import checkpoint, tiny
+from deployments.families.glm_image import checkpoint, tiny
 stage = {"device": "cpu", "dtype": "float32"}
 model = ModelConfig(name="m", family="glm_image", checkpoint=sys.argv[1], prior=PriorConfig(**stage),
                     decoder=DecoderConfig(**stage))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from deployments import compilation
+from deployments.engines import compilation
 
 THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 CACHE = "TORCHINDUCTOR_CACHE_DIR"

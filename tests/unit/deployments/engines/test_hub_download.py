@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 import pytest
 from huggingface_hub import close_session, constants, try_to_load_from_cache
 
-from deployments.checkpoint import _LoggedProgress
 from deployments.config import DecoderConfig, ModelConfig, PriorConfig
+from deployments.engines.checkpoint import _LoggedProgress
 from deployments.errors import CheckpointError
-from deployments.glm_image import tiny
-from deployments.glm_image.checkpoint import load_decoder, load_prior
+from deployments.families.glm_image import tiny
+from deployments.families.glm_image.checkpoint import load_decoder, load_prior
 
 REPO = "org/glm-image"
 COMMIT = "a" * 40

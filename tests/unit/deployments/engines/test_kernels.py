@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing"),
 ]
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[4] / "README.md").read_text()
 OURS = ("prior-decode", "prior-prefill", "dit-image", "dit-text", "dit-source", "dit-edit", "vae")
 UPSTREAMS = "upstream-dit-compiled"
 
@@ -26,7 +26,7 @@ def generate(*parts: str, without: str = "") -> Codes:
     command = [sys.executable, "-m", "tests.benchmarks.kernels", "--json"]
     command += [f"--part={part}" for part in parts]
     command += [f"--without={without}"] if without else []
-    folder = Path(__file__).parents[2]
+    folder = Path(__file__).parents[4]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     codes: Codes = {part: [] for part in parts}

@@ -2,7 +2,7 @@
 
 import torch
 
-from deployments.memory import _Tracker, free_bytes, working_bytes
+from deployments.engines.memory import _Tracker, free_bytes, working_bytes
 
 KB = 1024
 

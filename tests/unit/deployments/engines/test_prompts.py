@@ -4,7 +4,7 @@ from diffusers import GlmImagePipeline
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deployments.prompts import quoted_texts
+from deployments.engines.prompts import quoted_texts
 
 
 @given(st.text(alphabet="ab '\"“”「」\n", max_size=24))

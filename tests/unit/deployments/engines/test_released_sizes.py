@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from deployments.glm_image import language_model_gpu
-from deployments.glm_image.language_model import Line
-from deployments.glm_image.language_model_gpu import GPULanguageModel
-from deployments.glm_image.pipeline import DecoderPipeline
-from deployments.glm_image.sequence import Sequencer
+from deployments.families.glm_image import language_model_gpu
+from deployments.families.glm_image.language_model import Line
+from deployments.families.glm_image.language_model_gpu import GPULanguageModel
+from deployments.families.glm_image.pipeline import DecoderPipeline
+from deployments.families.glm_image.sequence import Sequencer
 from deployments.types import PriorRequest
 from tests.gpu import models
 

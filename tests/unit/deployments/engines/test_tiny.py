@@ -9,9 +9,9 @@ import pytest
 from diffusers import GlmImagePipeline
 
 from deployments.config import ModelConfig
-from deployments.glm_image import checkpoint, tiny
+from deployments.families.glm_image import checkpoint, tiny
 
-COMMAND = [sys.executable, "-m", "deployments.glm_image.tiny"]
+COMMAND = [sys.executable, "-m", "deployments.families.glm_image.tiny"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -35,7 +35,8 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
 
 def test_two_processes_may_write_it_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib; from deployments.glm_image import tiny; tiny.write(pathlib.Path(sys.argv[1]))"
+        "import sys, pathlib; from deployments.families.glm_image import tiny; "
+        "tiny.write(pathlib.Path(sys.argv[1]))"
     )
     writers = [
         subprocess.Popen([sys.executable, "-c", program, tmp_path / "x"], stderr=subprocess.DEVNULL)

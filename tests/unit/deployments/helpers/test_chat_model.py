@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from deployments.calls import Call
-from deployments.chat_model import tiny
-from deployments.chat_model.chat_model import ChatModel
 from deployments.config import ChatModelConfig
 from deployments.errors import Cancelled, CheckpointError, OutOfMemoryError
+from deployments.helpers.chat_model import tiny
+from deployments.helpers.chat_model.chat_model import ChatModel
+from deployments.stages.calls import Call
 from deployments.types import ExpansionRequest
 
 

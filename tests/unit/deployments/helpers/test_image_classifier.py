@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
-from deployments.calls import Call
 from deployments.config import DEFAULT_CLASSIFIER, DEFAULT_CLASSIFIER_REVISION, ClassifierConfig
 from deployments.errors import CheckpointError, NotANumber, OutOfMemoryError
-from deployments.image_classifier import tiny
-from deployments.image_classifier.classifier import ImageClassifier
+from deployments.helpers.image_classifier import tiny
+from deployments.helpers.image_classifier.classifier import ImageClassifier
+from deployments.stages.calls import Call
 from deployments.types import Pixels
 from tests.classifiers import flagging, writable_copy
 

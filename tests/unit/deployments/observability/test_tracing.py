@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deployments import tracing
+from deployments.observability import tracing
 from tests.spans import Collector
 
 

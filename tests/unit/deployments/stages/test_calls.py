@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deployments.calls import Call, stream
+from deployments.stages.calls import Call, stream
 from deployments.types import Progress
 
 

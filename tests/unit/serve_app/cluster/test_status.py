@@ -9,8 +9,8 @@ from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve.schema import DeploymentStatusOverview
 
-from serve_app import status
-from serve_app.status import Deployment, StatusReader
+from serve_app.cluster import status
+from serve_app.cluster.status import Deployment, StatusReader
 
 READY, LOADING = {"state": "ready", "done": 5}, {"state": "loading", "progress": 0.4}
 FAILED = {"state": "failed", "reason": "no such folder"}

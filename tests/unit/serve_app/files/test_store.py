@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from serve_app.config import StorageConfig
 from serve_app.errors import RequestError
-from serve_app.storage import FileStore
+from serve_app.files.store import FileStore
 
 DATA = bytes(range(256)) * 10
 Make = Callable[..., FileStore]
@@ -88,11 +88,11 @@ def test_files_go_when_they_are_too_old(make: Make, monkeypatch: pytest.MonkeyPa
     name = asyncio.run(store.save(DATA, "png"))
     now = time.time()
     with monkeypatch.context() as later:
-        later.setattr("serve_app.storage.time.time", lambda: now + 90)
+        later.setattr("serve_app.files.store.time.time", lambda: now + 90)
         store.sweep()
     assert names(store) == {name}
     with monkeypatch.context() as later:
-        later.setattr("serve_app.storage.time.time", lambda: now + 102)
+        later.setattr("serve_app.files.store.time.time", lambda: now + 102)
         store.sweep()
     assert names(store) == set()
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from serve_app import uploads as uploads_module
 from serve_app.config import StorageConfig
-from serve_app.database import Database
 from serve_app.errors import InvalidParameter, RequestError
-from serve_app.signing import Signer
-from serve_app.storage import FileStore
-from serve_app.uploads import VALID_S, Uploads
+from serve_app.files import uploads as uploads_module
+from serve_app.files.store import FileStore
+from serve_app.files.uploads import VALID_S, Uploads
+from serve_app.jobs.database import Database
+from serve_app.jobs.signing import Signer
 
 NOW = 1_800_000_000
 

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from serve_app.admission import Admission
 from serve_app.config import Limits
 from serve_app.errors import RequestError
+from serve_app.generation.admission import Admission
 
 
 def refused(admission: Admission, units: int, key_id: str = "") -> RequestError:

@@ -13,13 +13,13 @@ from ray.serve.exceptions import BackPressureError
 from deployments.config import ModelConfig
 from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
-from serve_app import unit
 from serve_app.app import _caller
 from serve_app.config import Limits
 from serve_app.errors import InvalidParameter, ReplicaDied, RequestError
-from serve_app.generation import Generator
-from serve_app.types import MAX_SEED, GeneratedImage, Generation, PartialImage, StageProgress
-from serve_app.unit import Model
+from serve_app.generation import image as unit
+from serve_app.generation.generator import Generator
+from serve_app.generation.image import Model
+from serve_app.generation.request import MAX_SEED, GeneratedImage, Generation, PartialImage, StageProgress
 
 PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))

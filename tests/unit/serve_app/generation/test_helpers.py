@@ -21,14 +21,14 @@ from deployments.types import (
     PriorTokens,
     Progress,
 )
-from serve_app import metrics
 from serve_app.config import Limits, PromptExpanderConfig, SafetyCheckerConfig
 from serve_app.errors import InvalidParameter, RequestError
-from serve_app.generation import Generator
-from serve_app.prompt_expansion import PromptExpansion
-from serve_app.safety import SafetyCheck
-from serve_app.types import GeneratedImage, Generation, PartialImage
-from serve_app.unit import Model
+from serve_app.generation.generator import Generator
+from serve_app.generation.image import Model
+from serve_app.generation.prompt_expansion import PromptExpansion
+from serve_app.generation.request import GeneratedImage, Generation, PartialImage
+from serve_app.generation.safety import SafetyCheck
+from serve_app.observability import metrics
 
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
 

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 
 from deployments.families import FAMILIES
 from deployments.types import Pixels
-from serve_app import images
 from serve_app.errors import InvalidParameter
-from serve_app.images import Encoding, encode, legal_size
+from serve_app.generation import images
+from serve_app.generation.images import Encoding, encode, legal_size
 
 GLM_IMAGE = FAMILIES["glm_image"]
 decode_source = partial(images.decode_source, max_pixels=2**25)

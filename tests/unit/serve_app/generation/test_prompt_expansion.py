@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deployments.engines.prompts import quoted_texts
 from deployments.errors import LoadingFailed
-from deployments.prompts import quoted_texts
 from deployments.types import ExpansionRequest
 from serve_app.config import EndpointConfig, OutboundConfig, PromptExpanderConfig
 from serve_app.errors import ReplicaDied, RequestError
+from serve_app.generation.prompt_expansion import Ask, Expansion, ExpansionError, PromptExpansion, by_endpoint
 from serve_app.outbound import Outbound
-from serve_app.prompt_expansion import Ask, Expansion, ExpansionError, PromptExpansion, by_endpoint
 
 ENDPOINT = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
 

@@ -11,8 +11,8 @@ from deployments.errors import LoadingFailed, NotANumber
 from deployments.types import CheckRequest, Event
 from serve_app.config import SafetyCheckerConfig
 from serve_app.errors import ReplicaDied, RequestError
-from serve_app.safety import SafetyCheck
-from serve_app.types import Moderation
+from serve_app.generation.request import Moderation
+from serve_app.generation.safety import SafetyCheck
 
 IMAGE = np.zeros((4, 4, 3), dtype=np.uint8)
 Checker = Callable[[CheckRequest], AsyncGenerator[Event | float, None]]

@@ -17,12 +17,12 @@ from PIL import Image
 from deployments.config import ModelConfig
 from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
 from serve_app.config import AppConfig
-from serve_app.database import Database
-from serve_app.generation import Generator
-from serve_app.ingress import create_app
+from serve_app.files.store import FileStore
+from serve_app.generation.generator import Generator
+from serve_app.generation.image import Model
+from serve_app.http.application import create_app
+from serve_app.jobs.database import Database
 from serve_app.outbound import Outbound
-from serve_app.storage import FileStore
-from serve_app.unit import Model
 
 
 async def decode(request: DecodeRequest) -> AsyncGenerator[Pixels, None]:

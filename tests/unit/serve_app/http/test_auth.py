@@ -7,9 +7,9 @@ from typing import Any
 import jwt
 import pytest
 
-from serve_app.auth import Keys
 from serve_app.config import AuthConfig
 from serve_app.errors import RequestError
+from serve_app.http.auth import Keys
 
 ID, SECRET = "0123456789abcdef", "a-secret-of-thirty-two-bytes-or-more"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from serve_app import sse
-from serve_app.sse import BEGUN, AllSent, Event, EventStream
+from serve_app.http import sse
+from serve_app.http.sse import BEGUN, AllSent, Event, EventStream
 
 Tell = Callable[[Any], None]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app import tls
+from serve_app.http import tls
 
 
 def shake_hands(certificate: Path, key: Path, name: str, trusted: Path) -> None:

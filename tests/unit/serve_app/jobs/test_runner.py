@@ -13,22 +13,22 @@ from sqlalchemy import text
 
 from deployments.config import ModelConfig
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
-from serve_app import images
-from serve_app import job_runner as runner_module
-from serve_app import jobs as jobs_module
 from serve_app.config import Limits, OutboundConfig, StorageConfig
-from serve_app.database import Database
 from serve_app.errors import RequestError
-from serve_app.generation import Generator
-from serve_app.images import Encoding
-from serve_app.job_runner import JobRunner, Submission
-from serve_app.jobs import Job, JobStore, Owner
-from serve_app.orders import Order
+from serve_app.files.store import FileStore
+from serve_app.generation import images
+from serve_app.generation.generator import Generator
+from serve_app.generation.image import Model
+from serve_app.generation.images import Encoding
+from serve_app.generation.orders import Order
+from serve_app.generation.request import Generation
+from serve_app.generation.sources import SourceReader
+from serve_app.jobs import runner as runner_module
+from serve_app.jobs import store as jobs_module
+from serve_app.jobs.database import Database
+from serve_app.jobs.runner import JobRunner, Submission
+from serve_app.jobs.store import Job, JobStore, Owner
 from serve_app.outbound import Outbound
-from serve_app.sources import SourceReader
-from serve_app.storage import FileStore
-from serve_app.types import Generation
-from serve_app.unit import Model
 
 SOURCE = np.full((512, 512, 3), 9, dtype=np.uint8)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from serve_app import jobs as jobs_module
-from serve_app.database import Database
 from serve_app.errors import RequestError
-from serve_app.jobs import Job, JobStore, NewJob, Owner, Running
+from serve_app.jobs import store as jobs_module
+from serve_app.jobs.database import Database
+from serve_app.jobs.store import Job, JobStore, NewJob, Owner, Running
 
 MODELS = ["m", "other"]
 OWNER = Owner("k", "images")

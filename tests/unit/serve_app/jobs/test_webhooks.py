@@ -12,18 +12,18 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from serve_app import webhooks as webhooks_module
 from serve_app.config import Limits, OutboundConfig, StorageConfig
-from serve_app.database import Database
-from serve_app.delivery import Delivery
-from serve_app.dialects.jobs import API, Views
-from serve_app.generation import Generator
-from serve_app.jobs import Job, JobStore, NewJob, Owner
-from serve_app.links import Links
+from serve_app.dialects.openai.jobs import API, Views
+from serve_app.files.store import FileStore
+from serve_app.generation.delivery import Delivery
+from serve_app.generation.generator import Generator
+from serve_app.http.links import Links
+from serve_app.jobs import webhooks as webhooks_module
+from serve_app.jobs.database import Database
+from serve_app.jobs.signing import Signer
+from serve_app.jobs.store import Job, JobStore, NewJob, Owner
+from serve_app.jobs.webhooks import Webhooks
 from serve_app.outbound import Outbound
-from serve_app.signing import Signer
-from serve_app.storage import FileStore
-from serve_app.webhooks import Webhooks
 from tests.receiver import Receiver
 
 OWNER = Owner("k", API)

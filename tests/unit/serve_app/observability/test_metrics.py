@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from deployments.metrics import SECONDS, Counter, Gauge, Histogram, Metric
-from serve_app import metrics
+from deployments.observability.metrics import SECONDS, Counter, Gauge, Histogram, Metric
+from serve_app.observability import metrics
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[4] / "README.md").read_text()
 
 
 def row(metric: Metric) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray.serve  # noqa: F401 - now, since it sets up the logger
 
-from serve_app.telemetry import Requests
+from serve_app.observability.telemetry import Requests
 
 App = Callable[..., Awaitable[None]]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.glm_image.cuda_graphs import MAX_AHEAD, WARM_UP_RUNS, CUDAGraphs
+from deployments.families.glm_image.cuda_graphs import MAX_AHEAD, WARM_UP_RUNS, CUDAGraphs
 
 CUDA = torch.device("cuda")
 

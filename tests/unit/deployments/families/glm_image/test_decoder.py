@@ -11,15 +11,15 @@ import pytest
 import torch
 from diffusers import GlmImagePipeline
 
-from deployments import diffusion
-from deployments.calls import Call
 from deployments.config import ModelConfig
+from deployments.engines import diffusion
+from deployments.engines.memory import wait_for
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError
-from deployments.glm_image import checkpoint
-from deployments.glm_image import pipeline as pipeline_module
-from deployments.glm_image.decoder import Decoder
-from deployments.glm_image.pipeline import DecoderPipeline
-from deployments.memory import wait_for
+from deployments.families.glm_image import checkpoint
+from deployments.families.glm_image import pipeline as pipeline_module
+from deployments.families.glm_image.decoder import Decoder
+from deployments.families.glm_image.pipeline import DecoderPipeline
+from deployments.stages.calls import Call
 from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorTokens, Progress
 
 

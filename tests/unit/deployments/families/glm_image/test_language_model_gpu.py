@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from deployments import compilation
 from deployments.config import ModelConfig
-from deployments.glm_image import attention_gpu, checkpoint, tiny
-from deployments.glm_image.attention_gpu import BLOCK, FusedAttention, GPUSlots, fuse_projections
-from deployments.glm_image.language_model import SLICE_TOKENS, LanguageModel, Line
-from deployments.glm_image.language_model_cpu import CPULanguageModel
-from deployments.glm_image.language_model_gpu import GPULanguageModel
+from deployments.engines import compilation
+from deployments.families.glm_image import attention_gpu, checkpoint, tiny
+from deployments.families.glm_image.attention_gpu import BLOCK, FusedAttention, GPUSlots, fuse_projections
+from deployments.families.glm_image.language_model import SLICE_TOKENS, LanguageModel, Line
+from deployments.families.glm_image.language_model_cpu import CPULanguageModel
+from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 
 ROWS = 3
 ROW_TOKENS = 400

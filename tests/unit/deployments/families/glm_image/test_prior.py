@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch._dynamo.backends.debugging import aot_eager
 
-from deployments import compilation
-from deployments.calls import Call
 from deployments.config import DecoderConfig, ModelConfig, PriorConfig
+from deployments.engines import compilation
+from deployments.engines.prompts import plain_text
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong
-from deployments.glm_image import checkpoint, prior
-from deployments.glm_image.attention_gpu import blocks_until
-from deployments.glm_image.language_model_cpu import CPULanguageModel, PackedLinear
-from deployments.glm_image.language_model_gpu import GPULanguageModel
-from deployments.glm_image.prior import PROGRESS_S, PriorEngine
-from deployments.prompts import plain_text
+from deployments.families.glm_image import checkpoint, prior
+from deployments.families.glm_image.attention_gpu import blocks_until
+from deployments.families.glm_image.language_model_cpu import CPULanguageModel, PackedLinear
+from deployments.families.glm_image.language_model_gpu import GPULanguageModel
+from deployments.families.glm_image.prior import PROGRESS_S, PriorEngine
+from deployments.stages.calls import Call
 from deployments.types import Pixels, PriorRequest, PriorTokens, TokenGrid
 
 CODEBOOK_SIZE = 256

@@ -10,9 +10,9 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from deployments.config import ModelConfig
-from deployments.glm_image import checkpoint
-from deployments.glm_image.sampling import UNSOUND, Sampler
-from deployments.glm_image.sampling_gpu import MAX_CANDIDATES, CandidateSampler
+from deployments.families.glm_image import checkpoint
+from deployments.families.glm_image.sampling import UNSOUND, Sampler
+from deployments.families.glm_image.sampling_gpu import MAX_CANDIDATES, CandidateSampler
 
 LINES = 16
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 
-from deployments.calls import Call
 from deployments.config import Acceleration, DecoderConfig, Defaults, ModelConfig, PriorConfig
+from deployments.engines.prompts import plain_text
 from deployments.errors import (
     Cancelled,
     EngineFault,
@@ -22,7 +22,12 @@ from deployments.errors import (
     UnsupportedOption,
 )
 from deployments.families import FAMILIES
-from deployments.prompts import plain_text
+from deployments.families.z_image import checkpoint, tiny
+from deployments.families.z_image import prior as prior_module
+from deployments.families.z_image.decoder import Decoder
+from deployments.families.z_image.pipeline import DecoderPipeline
+from deployments.families.z_image.prior import PriorEngine
+from deployments.stages.calls import Call
 from deployments.types import (
     DecodeRequest,
     Embedding,
@@ -33,11 +38,6 @@ from deployments.types import (
     Progress,
     TextEmbeddings,
 )
-from deployments.z_image import checkpoint, tiny
-from deployments.z_image import prior as prior_module
-from deployments.z_image.decoder import Decoder
-from deployments.z_image.pipeline import DecoderPipeline
-from deployments.z_image.prior import PriorEngine
 
 ON_CPU = DecoderConfig(device="cpu", dtype="float32")
 ROWS = 4

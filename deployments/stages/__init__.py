@@ -1,0 +1,1 @@
+"""The Ray Serve deployments of the model plane."""

@@ -1,0 +1,1 @@
+"""HTTP: the application, its middleware, keys, streams and the OpenAPI document."""

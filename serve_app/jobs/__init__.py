@@ -1,0 +1,1 @@
+"""Jobs: their records, the database, the runner and the webhooks."""
