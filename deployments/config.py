@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -96,14 +97,27 @@ class StageConfig(Config):
 class PriorConfig(StageConfig):
     """The prior stage."""
 
-    rows: int = Field(default=8, ge=1, description="Requests that one replica runs side by side.")
-    row_tokens: int | None = Field(
+    max_batch_size: int = Field(
+        default=8, ge=1, description="Most requests that one replica runs at the same time."
+    )
+    max_sequence_length: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens that each of them may have: what is read, and what is drawn. Where tokens are "
-        f"drawn, the cache for all rows is taken at the start. Unset, the family's: "
-        f"{_of_families('row_tokens')}.",
+        description="Most tokens of one request, read and generated. A family that generates tokens allocates "
+        "its cache for all requests when it loads. Defaults to the family's: "
+        f"{_of_families('max_sequence_length')}.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, fields: Any) -> Any:
+        for old, new in {"rows": "max_batch_size", "row_tokens": "max_sequence_length"}.items():
+            if isinstance(fields, dict) and old in fields:
+                if new in fields:
+                    raise ValueError(f"{old} is the old name of {new}; give {new} alone")
+                warnings.warn(f"prior.{old} is now prior.{new}; rename it", FutureWarning, stacklevel=2)
+                fields = {new if name == old else name: value for name, value in fields.items()}
+        return fields
 
 
 class Acceleration(Config):
@@ -336,9 +350,9 @@ class ModelConfig(Config):
         return f"{self.family} {self.checkpoint} {self.revision}"
 
     @property
-    def row_tokens(self) -> int:
+    def max_sequence_length(self) -> int:
         """Tokens that a request may have in the prior stage."""
-        return self.prior.row_tokens or self.traits.row_tokens
+        return self.prior.max_sequence_length or self.traits.max_sequence_length
 
     def guidance_scale(self, *, editing: bool) -> float:
         """What a request gets that leaves it out."""

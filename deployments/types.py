@@ -1,4 +1,4 @@
-"""What crosses a Serve handle: plain, picklable values. No torch, no Ray, no HTTP."""
+"""Values that cross a Serve handle. They are picklable and know no torch, no Ray and no HTTP."""
 
 from __future__ import annotations
 
@@ -21,40 +21,17 @@ Embedding = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class StageRequest:
-    """What is asked of any stage.
+    """Base of the requests to all stages.
 
     Attributes:
-        asked_at: when the unit was asked for, on the clock of `time.time`; see `deployments.stages.loading`.
-        request_id: of the request that it belongs to, for the log.
-        traceparent: of the span that asks; see `deployments.observability.tracing`.
+        submitted_at: time of submission, by `time.time`; see `deployments.stages.loading`.
+        request_id: id of the client's request, for the log.
+        traceparent: trace context of the caller; see `deployments.observability.tracing`.
     """
 
-    asked_at: float = field(default_factory=time.time)
+    submitted_at: float = field(default_factory=time.time)
     request_id: str = ""
     traceparent: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorRequest(StageRequest):
-    """Asks the prior stage about one unit.
-
-    Attributes:
-        prompt: plain text. Whatever it contains, none of it is read as a control token.
-        width: of the image to be made, in pixels; legal for the family (see `deployments.families`).
-        height: likewise.
-        seed: 0 to 2**63 - 1. Equal requests with equal seeds get equal answers.
-        negative_prompt: what not to paint; empty for families that have none.
-        guidance_scale: as in the decoder's request.
-        sources: source images, already of legal size; empty for text-to-image.
-    """
-
-    prompt: str
-    width: int
-    height: int
-    seed: int
-    negative_prompt: str = ""
-    guidance_scale: float = 0
-    sources: tuple[Pixels, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +41,13 @@ class Prior:
     Attributes:
         text_tokens: how many tokens were read of the texts.
         source_tokens: how many of the source images.
-        drawn_tokens: how many were drawn.
+        generated_tokens: how many were drawn.
         weights: of the model that made it, see `deployments.config.ModelConfig`; the stage says so.
     """
 
     text_tokens: int = 0
     source_tokens: int = 0
-    drawn_tokens: int = 0
+    generated_tokens: int = 0
     weights: str = ""
 
 
@@ -116,34 +93,38 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeRequest(StageRequest):
-    """Asks the decoder stage for the pixels of one unit.
+class ImageRequest(StageRequest):
+    """One image to make. The prior stage gets it first; the decoder stage gets it with its `prior`.
+
+    Equal requests give equal results.
 
     Attributes:
-        prompt: as in the prior's request.
-        width: in pixels.
-        height: in pixels.
-        seed: of the initial noise, 0 to 2**63 - 1.
-        steps: denoising steps, at least 1.
-        guidance_scale: classifier-free guidance, 0 or more; from where on it is off the family says.
+        prompt: plain text; no part of it is read as a control token.
+        width: width of the image in pixels, legal for the family (see `deployments.families`).
+        height: height of the image in pixels, legal for the family.
+        seed: 0 to 2**63 - 1.
+        steps: denoising steps, 1 or more.
+        guidance_scale: classifier-free guidance, 0 or more. `Family.guidance_off` says where it is off.
+        negative_prompt: what not to paint; empty for families without it.
         cfg_normalization: whether guidance may not lengthen the velocity; for families that have it.
-        strength: how much of the source image is painted over, more than 0 to 1; likewise.
-        previews: how many are wanted, 0 to 3; fewer come when there are few steps.
-        prior: what the prior stage answered.
-        sources: the same source images that the prior stage was given.
+        strength: share of the source image that is painted over, above 0 to 1; for families that have it.
+        previews: number of previews wanted, 0 to 3. Few steps give fewer.
+        sources: source images of legal sizes; empty for text-to-image.
+        prior: result of the prior stage; None before it.
     """
 
     prompt: str
     width: int
     height: int
     seed: int
-    steps: int
-    guidance_scale: float
-    prior: Prior
+    steps: int = 1
+    guidance_scale: float = 0
+    negative_prompt: str = ""
     cfg_normalization: bool = False
     strength: float = 1
     previews: int = 0
     sources: tuple[Pixels, ...] = ()
+    prior: Prior | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +157,7 @@ class ExpansionRequest(StageRequest):
 
     Attributes:
         instruction: what it is to do.
-        prompt: plain text, as in `PriorRequest`.
+        prompt: plain text, as in `ImageRequest`.
         max_tokens: of the answer, at least 1.
     """
 

@@ -108,8 +108,8 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
 def _add_drain(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Let an application on a Ray cluster finish. It rejects new requests with a 503 from now on. The "
-        "command returns when running requests have ended and running jobs are back in the queue. Run it before "
-        "`serve shutdown`, which closes all connections at once."
+        "command returns when running requests have ended and running jobs are back in the queue. "
+        "Run it before `serve shutdown`, which closes all connections at once."
     )
     parser.add_argument("--name", default="glm-image", help="name of the application; glm-image by default")
     parser.set_defaults(run=partial(_drain, parser))

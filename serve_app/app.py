@@ -92,7 +92,7 @@ def _parts(config: AppConfig) -> dict[str, dict[str, _Part]]:
                 cls=PriorStage,
                 argument=model,
                 config=model.prior,
-                at_once=model.prior.rows,
+                at_once=model.prior.max_batch_size,
                 needed_as=model.name,
             ),
             "decoder": _Part(

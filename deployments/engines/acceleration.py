@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from deployments.config import DecoderConfig, ModelConfig
-    from deployments.types import DecodeRequest
+    from deployments.types import ImageRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -115,8 +115,8 @@ def warm_up_sizes(model: ModelConfig) -> tuple[Size, Size]:
 
 def warm_up(
     config: DecoderConfig,
-    decode: Callable[[DecodeRequest, Call], Any],
-    units: Sequence[DecodeRequest],
+    decode: Callable[[ImageRequest, Call], Any],
+    units: Sequence[ImageRequest],
     report: Callable[[float], None],
 ) -> None:
     """Makes one image of each kind, if the first one of a kind is slow or may fail.

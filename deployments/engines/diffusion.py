@@ -17,7 +17,7 @@ from deployments.types import Preview, Progress
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from deployments.types import DecodeRequest, Pixels
+    from deployments.types import ImageRequest, Pixels
 
 PREVIEW_SIDE = 512
 """The longer side of a preview, in pixels, is this or less, and at most half the image's."""
@@ -45,7 +45,7 @@ class PipelineDecoder(ABC):
             block.register_forward_pre_hook(lambda *_: self._stop_if_cancelled())
 
     @abstractmethod
-    def _run(self, request: DecodeRequest, **arguments: Any) -> torch.Tensor:
+    def _run(self, request: ImageRequest, **arguments: Any) -> torch.Tensor:
         """Call the pipeline: what is the family's own, and these arguments, which every pipeline takes.
 
         Returns:
@@ -57,7 +57,7 @@ class PipelineDecoder(ABC):
         """Latents as the VAE takes them."""
 
     @torch.inference_mode()
-    def decode(self, request: DecodeRequest, call: Call) -> Pixels:
+    def decode(self, request: ImageRequest, call: Call) -> Pixels:
         """See `deployments.families.Decoder`."""
         if self.fault:
             raise self.fault
@@ -74,7 +74,7 @@ class PipelineDecoder(ABC):
             self._clean_up(error)
             raise
 
-    def _paint(self, request: DecodeRequest) -> Pixels:
+    def _paint(self, request: ImageRequest) -> Pixels:
         self._stop_if_cancelled()
         began = time.monotonic()
 

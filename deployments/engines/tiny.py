@@ -43,7 +43,7 @@ class Part(Protocol):
         """Write it, weights as safetensors."""
 
 
-class Recipe(Generic[Sizes]):
+class TinyCheckpoint(Generic[Sizes]):
     """How random checkpoints are made.
 
     Args:

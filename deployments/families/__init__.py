@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from deployments.config import ModelConfig
     from deployments.stages.calls import Call
-    from deployments.types import DecodeRequest, Pixels, Prior, PriorRequest
+    from deployments.types import ImageRequest, Pixels, Prior
 
 
 Parameter = Literal["negative_prompt", "cfg_normalization", "strength"]
@@ -52,7 +52,7 @@ class PriorEngine(Protocol):
             CheckpointError: one of them is missing or does not fit.
         """
 
-    def submit(self, request: PriorRequest, call: Call) -> Future[Prior]:
+    def submit(self, request: ImageRequest, call: Call) -> Future[Prior]:
         """Ask for the prior of one unit; may be called from any thread.
 
         Progress is reported a few times a second at most. The future fails with `Cancelled` within a token
@@ -90,7 +90,7 @@ class Decoder(Protocol):
             CheckpointError: one of them is missing or does not fit.
         """
 
-    def decode(self, request: DecodeRequest, call: Call) -> Pixels:
+    def decode(self, request: ImageRequest, call: Call) -> Pixels:
         """Make the pixels of one unit. Progress is reported after every denoising step, and previews.
 
         Raises:
@@ -110,7 +110,7 @@ class Family:
         guidance_scale: what a request gets that leaves it out, unless the configuration says another.
         edit_guidance_scale: likewise with source images; None is the same as without.
         guidance_off: the largest guidance scale at which guidance is off.
-        row_tokens: of the prior stage, unless the configuration says another.
+        max_sequence_length: of the prior stage, unless the configuration says another.
         hosted_steps: denoising steps that fal's and Pixazo's documents take for unset; None where they have
             none: the model's own.
         side_multiple: both sides of every image, made or given, are multiples of it.
@@ -125,7 +125,7 @@ class Family:
     guidance_scale: float
     edit_guidance_scale: float | None
     guidance_off: float
-    row_tokens: int
+    max_sequence_length: int
     hosted_steps: int | None
     side_multiple: int
     min_side: int
@@ -165,7 +165,7 @@ FAMILIES = {
         guidance_scale=1.5,
         edit_guidance_scale=None,
         guidance_off=1,
-        row_tokens=24_576,
+        max_sequence_length=24_576,
         hosted_steps=30,
         side_multiple=32,
         min_side=512,
@@ -180,7 +180,7 @@ FAMILIES = {
         guidance_scale=4,
         edit_guidance_scale=1.5,
         guidance_off=0,
-        row_tokens=512,
+        max_sequence_length=512,
         hosted_steps=None,
         side_multiple=32,
         min_side=512,

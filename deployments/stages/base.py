@@ -65,7 +65,7 @@ class Stage(Generic[Engine]):
         came = began = time.time()
         has_begun, outcome = False, "cancelled"
         try:
-            engine = await self._loader.engine(request.asked_at)
+            engine = await self._loader.engine(request.submitted_at)
             began = time.time()
             items = stream(lambda call: start(engine, call), request.request_id)
             async with aclosing(items):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from deployments.config import ModelConfig
-    from deployments.types import DecodeRequest, Event, Pixels
+    from deployments.types import Event, ImageRequest, Pixels
 
 
 class DecoderStage(Stage[Decoder]):
@@ -28,13 +28,13 @@ class DecoderStage(Stage[Decoder]):
     def _load(self, report: Callable[[float], None]) -> Decoder:
         return self._model.traits.decoder().load(self._model, report)
 
-    async def decode(self, request: DecodeRequest) -> AsyncIterator[Event | Pixels]:
+    async def decode(self, request: ImageRequest) -> AsyncIterator[Event | Pixels]:
         """Make the pixels of one unit, the last item; a cancelled call stops within a denoising step.
 
         Raises:
-            OtherWeights: its prior was made by another model.
+            OtherWeights: its prior is missing, or was made by another model.
         """
-        if request.prior.weights != self._model.weights:
+        if request.prior is None or request.prior.weights != self._model.weights:
             raise OtherWeights
         items = self._answers(
             request, lambda decoder, call: self._loader.thread.submit(decoder.decode, request, call)

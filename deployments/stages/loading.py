@@ -82,17 +82,17 @@ class Loader(Generic[Engine]):
             if await asyncio.to_thread(has_ready_sibling):
                 raise LoadingFailed(error.reason) from None
 
-    async def engine(self, asked_at: float) -> Engine:
+    async def engine(self, submitted_at: float) -> Engine:
         """The engine, as soon as it is there.
 
         Args:
-            asked_at: by `time.time`, which is taken to be the same on all nodes. Whoever asked before the
+            submitted_at: by `time.time`, which is taken to be the same on all nodes. Whoever asked before the
                 last try failed has had that try; whoever asked later gets another one.
 
         Raises:
             LoadingFailed: it cannot be loaded.
         """
-        if self._loading.done() and self._loading.exception() and asked_at > self._failed_at:
+        if self._loading.done() and self._loading.exception() and submitted_at > self._failed_at:
             self._loading = self.thread.submit(self._try)
         try:  # whoever waits may leave; the loading goes on
             return await asyncio.shield(asyncio.wrap_future(self._loading))

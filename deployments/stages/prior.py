@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from deployments.config import ModelConfig
-    from deployments.types import Event, PriorRequest
+    from deployments.types import Event, ImageRequest
 
 
 class PriorStage(Stage[PriorEngine]):
@@ -31,7 +31,7 @@ class PriorStage(Stage[PriorEngine]):
         self._loader.thread.submit(engine.run)
         return engine
 
-    async def generate(self, request: PriorRequest) -> AsyncIterator[Event | Prior]:
+    async def generate(self, request: ImageRequest) -> AsyncIterator[Event | Prior]:
         """Make the prior of one unit, the last item; a cancelled call stops as soon as the engine can."""
         items = self._answers(request, lambda engine, call: engine.submit(request, call))
         async with aclosing(items):

@@ -208,8 +208,8 @@ def _withheld(error: RequestError | InvalidParameter) -> list[ContentFilter] | N
 
 def _found(made: Sequence[Delivered]) -> list[ContentFilter]:
     """What was found of images that are not withheld: their levels are thirds of what is."""
-    unsafety = max(one.facts["unsafety"] or 0 for one in made)
-    return [ContentFilter(level=3 - int(3 * unsafety))]
+    risk = max(one.facts["risk"] or 0 for one in made)
+    return [ContentFilter(level=3 - int(3 * risk))]
 
 
 def _images(made: Sequence[Delivered]) -> list[Image]:

@@ -44,7 +44,7 @@ class Delivered:
     @property
     def is_flagged(self) -> bool:
         """Whether the safety checker has found something."""
-        return (self.facts["unsafety"] or 0) >= 1
+        return (self.facts["risk"] or 0) >= 1
 
     @property
     def data_url(self) -> str:
@@ -144,7 +144,7 @@ class Delivery:
 
     async def _kept(self, job: Job, facts: dict[str, Any], base: str, *, inline: bool) -> Delivered:
         media_type = f"image/{job.encoding['format']}"
-        facts = {"prompt": job.request["prompt"], "unsafety": None} | facts  # of older versions' jobs
+        facts = {"prompt": job.request["prompt"], "risk": None} | facts  # of older versions' jobs
         if not inline:
             url = await self._links.file(base, facts["name"])
             return Delivered(url=url, media_type=media_type, facts=facts)

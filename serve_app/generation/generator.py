@@ -315,12 +315,12 @@ class Generator:
             raise failures.exceptions[0] from None
         return [unit.result() for unit in units]
 
-    async def _unsafety(self, pixels: Pixels, generation: Generation) -> float | None:
-        """See `SafetyCheck.unsafety`."""
+    async def _risk(self, pixels: Pixels, generation: Generation) -> float | None:
+        """See `SafetyCheck.risk`."""
         if not self._safety or not self._safety.looks(generation.moderation):
             return None
         with tracing.span("safety"):
-            return await self._safety.unsafety(pixels, generation.moderation, generation.request_id)
+            return await self._safety.risk(pixels, generation.moderation, generation.request_id)
 
     async def _check_sources(self, generation: Generation) -> None:
         """Have the source images looked at.
@@ -330,7 +330,7 @@ class Generator:
             RequestError: one could not be checked.
         """
         for source in generation.sources:
-            if is_flagged(await self._unsafety(source, generation)):
+            if is_flagged(await self._risk(source, generation)):
                 raise InvalidParameter(
                     "sources", "was flagged by the safety checker; send another image", code=safety.VIOLATION
                 )
@@ -342,7 +342,7 @@ class Generator:
         try:
             with tracing.span("image", index=image):
                 made = await self._unit(generation, expansion, image, report)
-            outcome = "flagged" if is_flagged(made.unsafety) else "made"
+            outcome = "flagged" if is_flagged(made.risk) else "made"
             width, height = generation.size
             metrics.MEGAPIXELS.add(width * height / 1e6, api=generation.api, model=generation.model)
             parts = {"waiting": made.waiting_s, "prior": made.prior_s, "decoder": made.decoder_s}
@@ -367,7 +367,7 @@ class Generator:
     async def _unit(
         self, generation: Resolved, expansion: Expansion, image: int, report: Report
     ) -> GeneratedImage:
-        unit = Unit(self._models[generation.model], generation, image, report, self._unsafety)
+        unit = Unit(self._models[generation.model], generation, image, report, self._risk)
         self._units.append(unit.running)
         try:
             await self._turn()

@@ -14,7 +14,7 @@ import numpy as np
 
 from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
 from deployments.observability import log, tracing
-from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, Progress, StageRequest
+from deployments.types import Event, ImageRequest, Pixels, Preview, Progress, StageRequest
 from serve_app.errors import NO_RETRY, InvalidParameter, ReplicaDied, RequestError
 from serve_app.generation import safety
 from serve_app.generation.images import cropped
@@ -42,7 +42,7 @@ UPDATE_S = 1.0
 Asked = TypeVar("Asked", bound=StageRequest)
 Result = TypeVar("Result")
 StageCall = Callable[[Asked], AsyncGenerator[Event | Result, None]]
-Unsafety = Callable[[Pixels, Resolved], Awaitable[float | None]]
+Risk = Callable[[Pixels, Resolved], Awaitable[float | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,13 @@ class Model:
     """A served model and its two stages, each of which tells how it gets on before its result."""
 
     config: ModelConfig
-    prior: StageCall[PriorRequest, Prior]
-    decode: StageCall[DecodeRequest, Pixels]
+    prior: StageCall[ImageRequest, Prior]
+    decode: StageCall[ImageRequest, Pixels]
 
 
-def is_flagged(unsafety: float | None) -> bool:
-    """Whether an image is not to be shown, see `SafetyCheck.unsafety`."""
-    return unsafety is not None and unsafety >= 1
+def is_flagged(risk: float | None) -> bool:
+    """Whether an image is not to be shown, see `SafetyCheck.risk`."""
+    return risk is not None and risk >= 1
 
 
 class Unit:
@@ -67,21 +67,19 @@ class Unit:
         generation: the request.
         image: which of its images it is, from 0.
         report: see `Generator.run`.
-        unsafety: see `SafetyCheck.unsafety`.
+        risk: see `SafetyCheck.risk`.
 
     Attributes:
         running: how it gets on.
     """
 
-    def __init__(
-        self, model: Model, generation: Resolved, image: int, report: Report, unsafety: Unsafety
-    ) -> None:
+    def __init__(self, model: Model, generation: Resolved, image: int, report: Report, risk: Risk) -> None:
         self._model = model
         self._generation = generation
         self._image = image
         self._seed = (generation.seed + image) % (MAX_SEED + 1)
         self._report = report
-        self._unsafety = unsafety
+        self._risk = risk
         self._asked_at = time.time()
         self._seconds: dict[Stage, float] = {"prior": 0, "decoder": 0}
         self.running = RunningUnit(
@@ -104,9 +102,9 @@ class Unit:
         if generation.crop:
             pixels = cropped(pixels, *generation.crop)
         check_began = time.monotonic()
-        unsafety = await self._unsafety(pixels, generation)
+        risk = await self._risk(pixels, generation)
         safety_s = time.monotonic() - check_began
-        if is_flagged(unsafety):
+        if is_flagged(risk):
             if not generation.blacken:
                 raise RequestError(
                     "The image was flagged by the safety checker; change the prompt, or the source images.",
@@ -121,11 +119,11 @@ class Unit:
             prompt=generation.prompt,
             not_expanded=expansion.problem,
             expansion_s=expansion.seconds,
-            unsafety=unsafety,
+            risk=risk,
             safety_s=safety_s,
             text_tokens=prior.text_tokens,
             source_tokens=prior.source_tokens,
-            drawn_tokens=prior.drawn_tokens,
+            generated_tokens=prior.generated_tokens,
             waiting_s=time.monotonic() - self.running.began - worked_s,
             prior_s=self._seconds["prior"],
             decoder_s=self._seconds["decoder"],
@@ -137,7 +135,7 @@ class Unit:
         """The prior, and the pixels that the same model makes of it."""
         generation = self._generation
         width, height = generation.size
-        prior_request = PriorRequest(
+        prior_request = ImageRequest(
             prompt=generation.prompt,
             width=width,
             height=height,
@@ -145,12 +143,12 @@ class Unit:
             negative_prompt=generation.negative_prompt,
             guidance_scale=generation.guidance_scale,
             sources=generation.sources,
-            asked_at=self._asked_at,
+            submitted_at=self._asked_at,
             request_id=generation.request_id,
         )
         while True:
             prior = await self._by_stage("prior", self._model.prior, prior_request)
-            decode_request = DecodeRequest(
+            decode_request = ImageRequest(
                 prompt=generation.prompt,
                 width=width,
                 height=height,
@@ -162,7 +160,7 @@ class Unit:
                 previews=generation.partial_images,
                 prior=prior,
                 sources=generation.sources,
-                asked_at=self._asked_at,
+                submitted_at=self._asked_at,
                 request_id=generation.request_id,
             )
             try:
@@ -199,7 +197,7 @@ class Unit:
         if isinstance(event, Preview):
             # What cannot be checked is not shown; the image is looked at, too.
             with suppress(RequestError):
-                if not is_flagged(await self._unsafety(event.pixels, self._generation)):
+                if not is_flagged(await self._risk(event.pixels, self._generation)):
                     self._report(PartialImage(image=self._image, index=event.index, pixels=event.pixels))
             return
         if self.running.progress is None:

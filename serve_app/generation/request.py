@@ -91,11 +91,11 @@ class GeneratedImage:
         prompt: what was painted.
         not_expanded: why that is the prompt that was sent, though it was to be expanded.
         expansion_s: seconds that the expansion took.
-        unsafety: from 1 on it was flagged, see `SafetyCheck.unsafety`; None if it was not checked.
+        risk: from 1 on it was flagged, see `SafetyCheck.risk`; None if it was not checked.
         safety_s: seconds that the check took.
         text_tokens: what the prior stage read of the prompt.
         source_tokens: what it read of the source images.
-        drawn_tokens: what it drew.
+        generated_tokens: what it drew.
         waiting_s: seconds for which it waited for a stage, loading included.
         prior_s: seconds of the prior stage's work on it.
         decoder_s: seconds of the decoder stage's.
@@ -106,11 +106,11 @@ class GeneratedImage:
     prompt: str
     not_expanded: str = ""
     expansion_s: float = 0
-    unsafety: float | None = None
+    risk: float | None = None
     safety_s: float = 0
     text_tokens: int = 0
     source_tokens: int = 0
-    drawn_tokens: int = 0
+    generated_tokens: int = 0
     waiting_s: float = 0
     prior_s: float = 0
     decoder_s: float = 0

@@ -44,7 +44,7 @@ class SafetyCheck:
         """Whether images are checked at all."""
         return self._threshold(moderation) is not None
 
-    async def unsafety(self, pixels: Pixels, moderation: Moderation, request_id: str = "") -> float | None:
+    async def risk(self, pixels: Pixels, moderation: Moderation, request_id: str = "") -> float | None:
         """How unsafe an image is, in parts of what is flagged: from 1 on it is. None if it was not checked.
 
         Args:

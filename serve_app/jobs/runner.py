@@ -286,7 +286,7 @@ class JobRunner:
             model.name
             for model in self._generator.models()
             if sum(run.job.request["n"] for run in self._running.values() if run.job.model == model.name)
-            < model.prior.rows * model.prior.max_replicas + model.decoder.max_replicas
+            < model.prior.max_batch_size * model.prior.max_replicas + model.decoder.max_replicas
         ]
 
     async def _tell(self) -> None:

@@ -114,7 +114,7 @@ class Owner(NamedTuple):
     api: str
 
 
-class Census(NamedTuple):
+class Counts(NamedTuple):
     """How many jobs have not ended.
 
     Attributes:
@@ -598,15 +598,15 @@ class JobStore:
 
         return await self._database.write(call)
 
-    async def census(self) -> Census:
+    async def counts(self) -> Counts:
         """How many jobs have not ended."""
 
-        def call(connection: Connection) -> Census:
+        def call(connection: Connection) -> Counts:
             counted = select(_j.state, func.count(), now() - func.min(_j.created_at))
             unfinished = counted.where(_j.state.in_(("queued", "running"))).group_by(_j.state)
             rows = {state: (count, age) for state, count, age in connection.execute(unfinished)}
             queued, oldest_s = rows.get("queued", (0, 0.0))
-            return Census(queued=queued, running=rows.get("running", (0, 0.0))[0], oldest_s=oldest_s)
+            return Counts(queued=queued, running=rows.get("running", (0, 0.0))[0], oldest_s=oldest_s)
 
         return await self._database.read(call)
 

@@ -58,8 +58,8 @@ class Gauges:
         if self._files.kept_bytes is not None:
             metrics.FILES_BYTES.set(self._files.kept_bytes)
         with suppress(RequestError):
-            census = await self._store.census()
-            self.jobs_queued = census.queued
-            metrics.JOBS.set(census.queued, state="queued")
-            metrics.JOBS.set(census.running, state="running")
-            metrics.OLDEST_JOB_SECONDS.set(census.oldest_s)
+            counts = await self._store.counts()
+            self.jobs_queued = counts.queued
+            metrics.JOBS.set(counts.queued, state="queued")
+            metrics.JOBS.set(counts.running, state="running")
+            metrics.OLDEST_JOB_SECONDS.set(counts.oldest_s)

@@ -23,7 +23,7 @@ from deployments.errors import Cancelled
 from deployments.families.glm_image import tiny
 from deployments.families.glm_image.decoder import Decoder
 from deployments.stages.calls import Call
-from deployments.types import DecodeRequest, PriorTokens, Progress
+from deployments.types import ImageRequest, PriorTokens, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deployments.types import Event
 
 TOKENS = PriorTokens(target=np.random.default_rng(0).integers(0, tiny.BENCHMARK.codebook, (16, 16)))
-REQUEST = DecodeRequest(
+REQUEST = ImageRequest(
     prompt='A red boat called "Aurora" at dawn',
     width=512,
     height=512,
@@ -49,7 +49,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def upstream(pipeline: GlmImagePipeline, request: DecodeRequest) -> None:
+def upstream(pipeline: GlmImagePipeline, request: ImageRequest) -> None:
     tokens = torch.from_numpy(TOKENS.target.repeat(2, 0).repeat(2, 1).reshape(1, -1))
     pipeline(
         prompt=request.prompt,
@@ -76,13 +76,13 @@ class Busy:
         self.spans[-1] = (self.spans[-1][0], time.perf_counter())
 
 
-def idle_between(busy: Busy, decoder: Decoder, units: list[DecodeRequest]) -> tuple[float, float]:
+def idle_between(busy: Busy, decoder: Decoder, units: list[ImageRequest]) -> tuple[float, float]:
     """Units in a row through a stage's thread: seconds in all, and seconds idle between two of them."""
     busy.spans.clear()
     ends: list[int] = []
     with ThreadPoolExecutor(1) as thread:
 
-        def unit(request: DecodeRequest) -> None:
+        def unit(request: ImageRequest) -> None:
             decoder.decode(request, Call())
             ends.append(len(busy.spans))
 

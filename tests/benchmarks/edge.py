@@ -21,7 +21,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
+from deployments.types import ImageRequest, Pixels, PriorTokens
 from serve_app.app import Ingress
 from serve_app.config import AppConfig
 from serve_app.generation.images import Encoding, encode
@@ -37,10 +37,10 @@ PIXELS: Pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=
 class Stage:
     """Either one, without a model."""
 
-    async def generate(self, _: PriorRequest) -> AsyncIterator[PriorTokens]:
+    async def generate(self, _: ImageRequest) -> AsyncIterator[PriorTokens]:
         yield TOKENS
 
-    async def decode(self, _: DecodeRequest) -> AsyncIterator[Pixels]:
+    async def decode(self, _: ImageRequest) -> AsyncIterator[Pixels]:
         yield PIXELS
 
 
@@ -57,9 +57,9 @@ class Bare:
 
     @bare_app.post("/")
     async def generate(self) -> dict[str, int]:
-        asked = PriorRequest(prompt="a boat", width=512, height=512, seed=1)
+        asked = ImageRequest(prompt="a boat", width=512, height=512, seed=1)
         async for tokens in self._prior.generate.remote(asked):
-            request = DecodeRequest(
+            request = ImageRequest(
                 prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, prior=tokens
             )
         async for pixels in self._decoder.decode.remote(request):

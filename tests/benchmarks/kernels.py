@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     Pass = Callable[[], object]
 
 ROWS = 8
-ROW_TOKENS = 24_576
+MAX_SEQUENCE_LENGTH = 24_576
 SIDE = 1024
 """Side of the image and of the source image, in pixels."""
 LATENT_SIDE = SIDE // 8
@@ -73,7 +73,7 @@ def prior() -> GPULanguageModel:
     with without_weights():
         model, _ = models.prior(fake_cuda.DEVICE, vision_layers=1)
     with mock.patch.object(CUDAGraphs, "capture", lambda _, run: run):
-        return GPULanguageModel(model, rows=ROWS, row_tokens=ROW_TOKENS)
+        return GPULanguageModel(model, rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
 
 
 @cache

@@ -18,7 +18,7 @@ import torch
 from deployments.config import DecoderConfig, Defaults, ModelConfig, PriorConfig
 from deployments.families.glm_image.decoder import Decoder
 from deployments.stages.calls import Call
-from deployments.types import DecodeRequest, Pixels, PriorTokens
+from deployments.types import ImageRequest, Pixels, PriorTokens
 
 PLAIN: dict[str, Any] = {}
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -31,10 +31,10 @@ TILED_SIDE, TILED_STEPS = 1536, 2
 """The VAE's tiles have 1024 pixels a side, so that smaller images have one."""
 
 
-def unit(side: int, steps: int) -> DecodeRequest:
+def unit(side: int, steps: int) -> ImageRequest:
     """A square image from random prior tokens."""
     tokens = np.random.default_rng(0).integers(0, 256, (side // 32, side // 32))
-    return DecodeRequest(
+    return ImageRequest(
         prompt="A red boat at dawn",
         width=side,
         height=side,
@@ -45,7 +45,7 @@ def unit(side: int, steps: int) -> DecodeRequest:
     )
 
 
-def paint(request: DecodeRequest, options: dict[str, Any]) -> tuple[Pixels, float]:
+def paint(request: ImageRequest, options: dict[str, Any]) -> tuple[Pixels, float]:
     """Returns the pixels and the seconds of the second of two equal units."""
     stage = {"device": "cpu", "dtype": "float32", "cpu_threads": 1}
     model = ModelConfig(

@@ -23,7 +23,7 @@ from deployments.config import ModelConfig
 from deployments.families.glm_image.decoder import Decoder
 from deployments.families.glm_image.prior import PriorEngine
 from deployments.stages.calls import Call
-from deployments.types import DecodeRequest, PriorRequest
+from deployments.types import ImageRequest
 from serve_app.generation.images import Encoding, encode
 from tests.serve.conftest import served
 
@@ -45,9 +45,9 @@ def direct() -> Callable[[], None]:
     threading.Thread(target=prior.run, daemon=True).start()
 
     def generate() -> None:
-        asked = PriorRequest(prompt="a boat", width=512, height=512, seed=1)
+        asked = ImageRequest(prompt="a boat", width=512, height=512, seed=1)
         tokens = prior.submit(asked, call).result()
-        request = DecodeRequest(
+        request = ImageRequest(
             prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, prior=tokens
         )
         encode(decoder.decode(request, call), Encoding())

@@ -21,7 +21,7 @@ from deployments.config import DecoderConfig, ModelConfig, PriorConfig
 from deployments.families.glm_image import checkpoint, tiny
 from deployments.families.glm_image.prior import PriorEngine
 from deployments.stages.calls import Call
-from deployments.types import PriorRequest
+from deployments.types import ImageRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,9 +33,9 @@ ROWS = 8
 SOURCE = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
 
 
-def request(seed: int, width: int = 512, height: int = 512, *, edit: bool = False) -> PriorRequest:
+def request(seed: int, width: int = 512, height: int = 512, *, edit: bool = False) -> ImageRequest:
     sources = (SOURCE,) if edit else ()
-    return PriorRequest(prompt="A red boat at dawn", width=width, height=height, seed=seed, sources=sources)
+    return ImageRequest(prompt="A red boat at dawn", width=width, height=height, seed=seed, sources=sources)
 
 
 MIXED = [
@@ -61,7 +61,7 @@ class Upstream:
         weights, processor = checkpoint.load_prior(model)
         self._pipeline = GlmImagePipeline(None, processor, None, weights, None, None, None)
 
-    def __call__(self, *requests: PriorRequest) -> None:
+    def __call__(self, *requests: ImageRequest) -> None:
         """One request, or a batch of requests of one size, which upstream pads."""
         first = requests[0]
         self._pipeline.generate_prior_tokens(
@@ -81,10 +81,10 @@ class Ours:
     def __init__(self, model: ModelConfig) -> None:
         self._engine = PriorEngine.load(model)
 
-    def __call__(self, *requests: PriorRequest) -> None:
+    def __call__(self, *requests: ImageRequest) -> None:
         self.arriving(list(requests), every_s=0)
 
-    def arriving(self, requests: list[PriorRequest], every_s: float) -> tuple[float, float]:
+    def arriving(self, requests: list[ImageRequest], every_s: float) -> tuple[float, float]:
         """Submit one request after the other; seconds until the first one and until all are done."""
         began = time.perf_counter()
         futures: list[Future[PriorTokens]] = []
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    stage = PriorConfig(device="cpu", dtype="float32", rows=ROWS, row_tokens=4096)
+    stage = PriorConfig(device="cpu", dtype="float32", max_batch_size=ROWS, max_sequence_length=4096)
     checkpoint_folder = str(tiny.cached(tiny.BENCHMARK))
     model = ModelConfig(
         name="benchmark",

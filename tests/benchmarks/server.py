@@ -83,7 +83,7 @@ def ours(folder: Path, decoders: int) -> Iterator[Callable[[int], str]]:
     model = tiny_model(
         MODEL,
         checkpoint=str(folder),
-        prior={"row_tokens": 4096},
+        prior={"max_sequence_length": 4096},
         decoder={"min_replicas": decoders, "max_replicas": decoders},
     )
     with (

@@ -17,7 +17,7 @@ from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.pipeline import DecoderPipeline
 from deployments.families.glm_image.prior import PriorEngine, on_its_device
 from deployments.stages.calls import Call
-from deployments.types import DecodeRequest, PriorRequest, PriorTokens, Progress
+from deployments.types import ImageRequest, PriorTokens, Progress
 from tests.gpu import measure, models
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PROMPT = "A red boat at dawn"
 ROWS = 8
-ROW_TOKENS = 24_576
+MAX_SEQUENCE_LENGTH = 24_576
 """Rows and their tokens in the default configuration."""
 
 
@@ -80,14 +80,16 @@ def load_prior(run: Run, device: torch.device, *, as_on_gpu: bool = False) -> Pr
             lambda: models.prior(device, tiny_size=run.tiny), device
         )
         values["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    row_tokens = run.count(ROW_TOKENS, 1024)
+    max_sequence_length = run.count(MAX_SEQUENCE_LENGTH, 1024)
 
     def language_model() -> Any:
         if as_on_gpu:
-            return GPULanguageModel(model, rows=ROWS, row_tokens=row_tokens)
-        return on_its_device(model, ROWS, row_tokens)
+            return GPULanguageModel(model, rows=ROWS, max_sequence_length=max_sequence_length)
+        return on_its_device(model, ROWS, max_sequence_length)
 
-    with run.figure("prior, compiled and captured", rows=ROWS, row_tokens=row_tokens) as values:
+    with run.figure(
+        "prior, compiled and captured", rows=ROWS, max_sequence_length=max_sequence_length
+    ) as values:
         memory = measure.Memory(device)
         with stage_log() as lines:
             loaded, values["seconds"] = measure.seconds(language_model, device)
@@ -96,10 +98,10 @@ def load_prior(run: Run, device: torch.device, *, as_on_gpu: bool = False) -> Pr
     return Prior(engine=PriorEngine(model, processor, loaded), language_model=loaded)
 
 
-def prior_request(side: int, *, seed: int = 0, sources: int = 0, source_side: int = 0) -> PriorRequest:
+def prior_request(side: int, *, seed: int = 0, sources: int = 0, source_side: int = 0) -> ImageRequest:
     """Returns a request for the prior of a square image."""
     images = source_images(sources, source_side)
-    return PriorRequest(prompt=PROMPT, width=side, height=side, seed=seed, sources=images)
+    return ImageRequest(prompt=PROMPT, width=side, height=side, seed=seed, sources=images)
 
 
 def source_images(count: int, side: int) -> tuple[Pixels, ...]:
@@ -108,7 +110,7 @@ def source_images(count: int, side: int) -> tuple[Pixels, ...]:
     return tuple(random.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count))
 
 
-def generate(prior: Prior, requests: Sequence[PriorRequest]) -> tuple[list[PriorTokens], float]:
+def generate(prior: Prior, requests: Sequence[ImageRequest]) -> tuple[list[PriorTokens], float]:
     """Runs requests side by side; returns their answers, and the seconds until the last one."""
     began = time.perf_counter()
     futures = [prior.engine.submit(request, Call()) for request in requests]
@@ -177,7 +179,7 @@ def unit(
     sources: int = 0,
     source_side: int = 0,
     prior: PriorTokens | None = None,
-) -> DecodeRequest:
+) -> ImageRequest:
     """Returns a request for the pixels of a square image, with random prior tokens unless some are given."""
     random = np.random.default_rng(0)
     codebook = 256 if run.tiny else models.CODEBOOK
@@ -185,7 +187,7 @@ def unit(
         random.integers(0, codebook, (pixels // 32, pixels // 32))
         for pixels in (side, *[source_side] * sources)
     ]
-    return DecodeRequest(
+    return ImageRequest(
         prompt=PROMPT,
         width=side,
         height=side,
@@ -223,7 +225,7 @@ class Painted:
         return self.seconds + (steps - made) * self.step_s
 
 
-def paint(decoder: Decoder, request: DecodeRequest, device: torch.device) -> Painted:
+def paint(decoder: Decoder, request: ImageRequest, device: torch.device) -> Painted:
     """Makes an image."""
     ends: list[float] = []
 

@@ -13,7 +13,7 @@ from deployments.engines import acceleration, compilation
 from deployments.engines.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.engines.diffusion import PipelineDecoder
 from deployments.families.glm_image import checkpoint
-from deployments.types import DecodeRequest, PriorTokens
+from deployments.types import ImageRequest, PriorTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ class Decoder(PipelineDecoder):
         acceleration.warm_up(model.decoder, decoder.decode, units, part_of(report, read, 1))
         return decoder
 
-    def _run(self, request: DecodeRequest, **arguments: Any) -> torch.Tensor:
+    def _run(self, request: ImageRequest, **arguments: Any) -> torch.Tensor:
         images: torch.Tensor = self._pipeline(
             prompt=request.prompt,
             width=request.width,
@@ -56,7 +56,7 @@ class Decoder(PipelineDecoder):
         ).images
         return images
 
-    def _conditions(self, request: DecodeRequest) -> dict[str, Any]:
+    def _conditions(self, request: ImageRequest) -> dict[str, Any]:
         """The prior tokens and source images, as the pipeline takes them."""
         prior = request.prior
         assert isinstance(prior, PriorTokens)  # noqa: S101 - both stages are of one family
@@ -83,7 +83,7 @@ class Decoder(PipelineDecoder):
         return latents * std + mean
 
 
-def _units_of_each_kind(first: Size, others: Size) -> list[DecodeRequest]:
+def _units_of_each_kind(first: Size, others: Size) -> list[ImageRequest]:
     """Units for all graphs of the DiT and all parts of the pipeline: without text, with text, and an edit.
 
     Args:
@@ -97,7 +97,7 @@ def _units_of_each_kind(first: Size, others: Size) -> list[DecodeRequest]:
         ('"text"', others, (source,)),
     ]
     return [
-        DecodeRequest(
+        ImageRequest(
             prompt=prompt,
             width=size[0],
             height=size[1],

@@ -53,27 +53,29 @@ class LanguageModel:
     Args:
         model: upstream's. Its language model is changed for this use.
         rows: number of requests at once.
-        row_tokens: number of tokens that a row holds.
+        max_sequence_length: number of tokens that a row holds.
 
     Attributes:
         rows: number of requests at once.
-        row_tokens: number of tokens that a row holds.
+        max_sequence_length: number of tokens that a row holds.
 
     Raises:
         CheckpointError: the checkpoint asks for a way of sampling that is not supported.
         OutOfMemoryError: the cache does not fit on the model's device.
     """
 
-    def __init__(self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int) -> None:
+    def __init__(
+        self, model: GlmImageForConditionalGeneration, *, rows: int, max_sequence_length: int
+    ) -> None:
         self.rows = rows
-        self.row_tokens = row_tokens
+        self.max_sequence_length = max_sequence_length
         self._layers = model.model.language_model
         self._device = model.device
         self._sampler = Sampler(model)
         config = self._layers.config
         channels = config.hidden_size // config.num_attention_heads
         # With the rows next to the positions, both one row and all rows in sequence are views.
-        shape = (2, config.num_key_value_heads, rows, row_tokens, channels)
+        shape = (2, config.num_key_value_heads, rows, max_sequence_length, channels)
         _plan(shape, config.num_hidden_layers, model)
         # Zeros, because masked values are multiplied by zero too, and NaN times zero is NaN.
         self._caches = [
@@ -133,14 +135,15 @@ class LanguageModel:
 
 def _plan(shape: tuple[int, ...], layers: int, model: GlmImageForConditionalGeneration) -> None:
     """Logs how much memory the cache takes, and refuses a cache that does not fit."""
-    _, _, rows, row_tokens, _ = shape
+    _, _, rows, max_sequence_length, _ = shape
     device: torch.device = model.device
     needed = torch.Size(shape).numel() * layers * model.dtype.itemsize
     free = free_bytes(device)
     plan = (
-        f"the key/value cache of {rows} rows of {row_tokens} tokens takes {needed / 1e9:.2f} GB "
-        f"({needed / (rows * row_tokens) / 1e3:.1f} KB a token); {free / 1e9:.2f} GB are free on {device}"
+        f"the key/value cache of {rows} rows of {max_sequence_length} tokens takes {needed / 1e9:.2f} GB "
+        f"({needed / (rows * max_sequence_length) / 1e3:.1f} KB a token); "
+        f"{free / 1e9:.2f} GB are free on {device}"
     )
     if needed > free:
-        raise OutOfMemoryError(f"{plan}: set fewer prior.rows or fewer prior.row_tokens")
+        raise OutOfMemoryError(f"{plan}: reduce prior.max_batch_size or prior.max_sequence_length")
     logger.info("%s", plan)

@@ -124,8 +124,10 @@ class PackedLinear(nn.Module):
 class CPULanguageModel(LanguageModel):
     """See `LanguageModel`."""
 
-    def __init__(self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int) -> None:
-        super().__init__(model, rows=rows, row_tokens=row_tokens)
+    def __init__(
+        self, model: GlmImageForConditionalGeneration, *, rows: int, max_sequence_length: int
+    ) -> None:
+        super().__init__(model, rows=rows, max_sequence_length=max_sequence_length)
         self._layers.config._attn_implementation = ATTENTION
         self._head = model.lm_head
         if model.dtype == torch.float32 and torch.backends.mkldnn.is_available():

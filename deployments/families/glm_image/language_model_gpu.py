@@ -84,10 +84,12 @@ class GPULanguageModel(LanguageModel):
     so that no request waits for the compiler.
     """
 
-    def __init__(self, model: GlmImageForConditionalGeneration, *, rows: int, row_tokens: int) -> None:
+    def __init__(
+        self, model: GlmImageForConditionalGeneration, *, rows: int, max_sequence_length: int
+    ) -> None:
         fuse_projections(model)
-        blocks = -(-row_tokens // BLOCK)
-        super().__init__(model, rows=rows, row_tokens=blocks * BLOCK)
+        blocks = -(-max_sequence_length // BLOCK)
+        super().__init__(model, rows=rows, max_sequence_length=blocks * BLOCK)
 
         self._entry, self._exit = Entry(self._layers), Exit(model)
         self._candidate_sampler = CandidateSampler.like(self._sampler)
@@ -180,7 +182,7 @@ class GPULanguageModel(LanguageModel):
         caches = [cache.flatten(2, 3)[:, None] for cache in self._caches]  # one line, all rows in sequence
         indices = self._all_blocks.index_select(0, row)[:, None, None]
         hidden = self._forward(
-            self._slice[:1], self._slice[1:, None], caches, row * self.row_tokens, start, indices
+            self._slice[:1], self._slice[1:, None], caches, row * self.max_sequence_length, start, indices
         )
         logits: torch.Tensor = self._exit(hidden.index_select(1, last))
         return logits

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from deployments.families.glm_image.language_model import LanguageModel
     from deployments.families.glm_image.sequence import Sequence
     from deployments.stages.calls import Call
-    from deployments.types import PriorRequest
+    from deployments.types import ImageRequest
 
 PROGRESS_S = 0.25
 """Seconds between two reports of a request's progress, at least."""
@@ -86,10 +86,12 @@ class _Job:
             )
 
 
-def on_its_device(model: GlmImageForConditionalGeneration, rows: int, row_tokens: int) -> LanguageModel:
+def on_its_device(
+    model: GlmImageForConditionalGeneration, rows: int, max_sequence_length: int
+) -> LanguageModel:
     """Returns the language model for the device that the weights are on."""
     runner = CPULanguageModel if model.device.type == "cpu" else GPULanguageModel
-    return runner(model, rows=rows, row_tokens=row_tokens)
+    return runner(model, rows=rows, max_sequence_length=max_sequence_length)
 
 
 class PriorEngine:
@@ -133,11 +135,13 @@ class PriorEngine:
         weights, processor = checkpoint.load_prior(
             model, part_of(report, 0, WEIGHTS_SHARE if compiles else 1)
         )
-        engine = cls(weights, processor, on_its_device(weights, model.prior.rows, model.row_tokens))
+        engine = cls(
+            weights, processor, on_its_device(weights, model.prior.max_batch_size, model.max_sequence_length)
+        )
         report(1)
         return engine
 
-    def submit(self, request: PriorRequest, call: Call) -> Future[PriorTokens]:
+    def submit(self, request: ImageRequest, call: Call) -> Future[PriorTokens]:
         """See `deployments.families.PriorEngine`. Requests get their rows in the order of submission."""
         future: Future[PriorTokens] = Future()
         if self.fault:
@@ -145,12 +149,12 @@ class PriorEngine:
         self._preparing.submit(self._prepare, request, call, future)
         return future
 
-    def _prepare(self, request: PriorRequest, call: Call, future: Future[PriorTokens]) -> None:
+    def _prepare(self, request: ImageRequest, call: Call, future: Future[PriorTokens]) -> None:
         """Tokenizes the prompt and cuts patches while the device works."""
         try:
             sequence = self._sequencer.sequence(request)
-            if sequence.length > self._language_model.row_tokens:
-                raise RequestTooLong(sequence.length, self._language_model.row_tokens)  # noqa: TRY301 - caught with all else
+            if sequence.length > self._language_model.max_sequence_length:
+                raise RequestTooLong(sequence.length, self._language_model.max_sequence_length)  # noqa: TRY301 - caught with all else
         except Exception as error:  # noqa: BLE001 - the caller gets it
             future.set_exception(error)
             return
@@ -294,5 +298,5 @@ def _result(job: _Job) -> PriorTokens | NotANumber:
         sources=tuple(tokens.view(grid).numpy() for tokens, grid in sources),
         text_tokens=len(job.sequence.prompt) - sum(rows * columns for rows, columns in job.sequence.sources),
         source_tokens=sum(rows * columns for rows, columns in job.sequence.sources),
-        drawn_tokens=len(drawn),
+        generated_tokens=len(drawn),
     )

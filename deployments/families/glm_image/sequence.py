@@ -13,7 +13,7 @@ from deployments.engines.prompts import plain_text
 if TYPE_CHECKING:
     from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
-    from deployments.types import PriorRequest
+    from deployments.types import ImageRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Sequencer:
         self._model = model
         self._processor = processor
 
-    def sequence(self, request: PriorRequest) -> Sequence:
+    def sequence(self, request: ImageRequest) -> Sequence:
         """Tokenize the request as upstream does, except that its prompt holds no control tokens."""
         content: list[dict[str, Any]] = [
             {"type": "image", "image": Image.fromarray(source)} for source in request.sources

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
-from deployments.engines.tiny import Recipe
+from deployments.engines.tiny import TinyCheckpoint
 
 VISION_SPECIAL_TOKENS = 2
 """Image start and image end, the first ids past the codebook, as in the released checkpoint."""
@@ -275,7 +275,7 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
-RECIPE = Recipe(__file__, PRESETS, lambda sizes: (_pipeline(sizes),))
+RECIPE = TinyCheckpoint(__file__, PRESETS, lambda sizes: (_pipeline(sizes),))
 cached = RECIPE.cached
 write = RECIPE.write
 

@@ -13,7 +13,7 @@ from deployments.engines import acceleration, compilation
 from deployments.engines.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.engines.diffusion import PipelineDecoder
 from deployments.families.z_image import checkpoint
-from deployments.types import DecodeRequest, TextEmbeddings
+from deployments.types import ImageRequest, TextEmbeddings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,7 @@ class Decoder(PipelineDecoder):
         acceleration.warm_up(model.decoder, decoder.decode, units, part_of(report, read, 1))
         return decoder
 
-    def _run(self, request: DecodeRequest, **arguments: Any) -> torch.Tensor:
+    def _run(self, request: ImageRequest, **arguments: Any) -> torch.Tensor:
         texts = request.prior
         assert isinstance(texts, TextEmbeddings)  # noqa: S101 - both stages are of one family
         arguments |= {
@@ -84,7 +84,7 @@ class Decoder(PipelineDecoder):
         return unscaled
 
 
-def _units_of_each_kind(first: Size, others: Size, channels: int) -> list[DecodeRequest]:
+def _units_of_each_kind(first: Size, others: Size, channels: int) -> list[ImageRequest]:
     """Units for all graphs of the DiT: with guidance and without.
 
     Texts of different lengths are a kind of their own, since the shorter one is masked.
@@ -97,7 +97,7 @@ def _units_of_each_kind(first: Size, others: Size, channels: int) -> list[Decode
     # The lengths are none of the model's widths, see `acceleration.warm_up_sizes`.
     short, long = (np.zeros((tokens, channels), dtype=np.float32) for tokens in (8, 3 * TEXT_MULTIPLE))
     return [
-        DecodeRequest(
+        ImageRequest(
             prompt="",
             width=width,
             height=height,

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
     from deployments.config import ModelConfig
     from deployments.stages.calls import Call
-    from deployments.types import Embedding, PriorRequest
+    from deployments.types import Embedding, ImageRequest
 
 CACHE_BYTES = 256 * 2**20
 """Of embeddings, in the CPU's memory; the longest text takes 5 MB."""
 GPU_LINES = 2
-"""Texts of one batch on a GPU: a prompt and its negative one. Each is of `row_tokens`, so that arithmetic
-takes the time already, not reading weights; and what would fill up a larger batch is arithmetic, too."""
+"""Texts of one batch on a GPU: a prompt and its negative prompt. Each is padded to `max_sequence_length`, so the
+batch is bound by arithmetic already, and a larger one would not be faster."""
 
 Tokens = tuple[int, ...]
 
 
 class _Asked(NamedTuple):
-    request: PriorRequest
+    request: ImageRequest
     call: Call
     future: Future[TextEmbeddings]
 
@@ -53,11 +53,11 @@ class PriorEngine:
         text_encoder: the checkpoint's; its last layer, whose output nobody reads, is taken away.
         tokenizer: the checkpoint's.
         rows: texts of one batch, on a CPU, and requests that are answered together.
-        row_tokens: of each, chat template included; shorter ones are padded.
+        max_sequence_length: of each, chat template included; shorter ones are padded.
     """
 
     def __init__(
-        self, text_encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, *, rows: int, row_tokens: int
+        self, text_encoder: Qwen3Model, tokenizer: Qwen2Tokenizer, *, rows: int, max_sequence_length: int
     ) -> None:
         # Upstream reads what goes into the last layer: `hidden_states[-2]`, before the norm.
         text_encoder.layers = text_encoder.layers[:-1]
@@ -65,7 +65,7 @@ class PriorEngine:
         self._text_encoder = text_encoder
         self._tokenizer = tokenizer
         self._rows = rows
-        self._row_tokens = row_tokens
+        self._row_tokens = max_sequence_length
         self._fixed_shape = text_encoder.device.type != "cpu"
         self._lines = GPU_LINES if self._fixed_shape else rows
         self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
@@ -78,9 +78,14 @@ class PriorEngine:
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
         """See `deployments.families.PriorEngine`."""
         text_encoder, tokenizer = checkpoint.load_prior(model, report)
-        return cls(text_encoder, tokenizer, rows=model.prior.rows, row_tokens=model.row_tokens)
+        return cls(
+            text_encoder,
+            tokenizer,
+            rows=model.prior.max_batch_size,
+            max_sequence_length=model.max_sequence_length,
+        )
 
-    def submit(self, request: PriorRequest, call: Call) -> Future[TextEmbeddings]:
+    def submit(self, request: ImageRequest, call: Call) -> Future[TextEmbeddings]:
         """See `deployments.families.PriorEngine`."""
         future: Future[TextEmbeddings] = Future()
         self._asked.put(_Asked(request, call, future))
@@ -127,7 +132,7 @@ class PriorEngine:
             self._fail([one for one, _ in readable if not one.future.done()], error)
         self._forget()
 
-    def _texts(self, request: PriorRequest) -> list[Tokens]:
+    def _texts(self, request: ImageRequest) -> list[Tokens]:
         """The prompt and, if there is guidance, the negative prompt.
 
         Raises:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3Model
 
-from deployments.engines.tiny import Recipe, chat_tokenizer
+from deployments.engines.tiny import TinyCheckpoint, chat_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
-RECIPE = Recipe(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, lambda sizes: (_pipeline(sizes),))
+RECIPE = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, lambda sizes: (_pipeline(sizes),))
 cached = RECIPE.cached
 write = RECIPE.write
 

@@ -11,7 +11,7 @@ import string
 import torch
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from deployments.engines.tiny import Recipe, chat_tokenizer
+from deployments.engines.tiny import TinyCheckpoint, chat_tokenizer
 
 HEADS = 4
 
@@ -70,7 +70,7 @@ def _make(sizes: Sizes) -> tuple[Qwen3ForCausalLM, Qwen2Tokenizer]:
     return model, tokenizer
 
 
-RECIPE = Recipe(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
+RECIPE = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
 cached = RECIPE.cached
 write = RECIPE.write
 

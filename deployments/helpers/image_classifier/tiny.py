@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from deployments.engines.tiny import Recipe
+from deployments.engines.tiny import TinyCheckpoint
 
 LABELS = ("normal", "nsfw")
 HEADS = 2
@@ -62,7 +62,7 @@ def _make(sizes: Sizes) -> tuple[ViTForImageClassification, ViTImageProcessorPil
     return model, ViTImageProcessorPil(size={"height": sizes.side, "width": sizes.side})
 
 
-RECIPE = Recipe(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
+RECIPE = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
 cached = RECIPE.cached
 write = RECIPE.write
 

@@ -13,7 +13,7 @@ from tests.gpu.rows import NEEDS_GPU
 if TYPE_CHECKING:
     import torch
 
-    from deployments.types import DecodeRequest
+    from deployments.types import ImageRequest
     from tests.gpu.engines import LoadedDecoder
     from tests.gpu.rows import Run
 
@@ -47,7 +47,7 @@ def offload(run: Run) -> None:
         offloaded(run, way, device)
 
 
-def parts_of(loaded: LoadedDecoder, request: DecodeRequest, device: torch.device) -> Any:
+def parts_of(loaded: LoadedDecoder, request: ImageRequest, device: torch.device) -> Any:
     """Returns gigabytes beside the weights: the most in each part, and what stays between steps."""
     measure.free(device)
     memory = measure.Memory(device)

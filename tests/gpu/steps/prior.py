@@ -15,7 +15,7 @@ from tests.gpu import engines, measure
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from deployments.types import PriorRequest
+    from deployments.types import ImageRequest
     from tests.gpu.engines import Prior
     from tests.gpu.rows import Run
 
@@ -36,7 +36,7 @@ def prior(run: Run) -> None:
     for count, name in ((1, "alone"), (engines.ROWS, "eight together")):
         with run.figure(f"prior, {name}", side=side, requests=count) as values:
             answers, seconds = engines.generate(loaded, requests[:count])
-            tokens = sum(answer.drawn_tokens for answer in answers)
+            tokens = sum(answer.generated_tokens for answer in answers)
             values |= {
                 "seconds": seconds,
                 "tokens_s": tokens / seconds,
@@ -68,7 +68,7 @@ def first_tokens(run: Run, loaded: Prior) -> None:
 
 
 @contextmanager
-def busy(loaded: Prior, requests: Sequence[PriorRequest]) -> Iterator[None]:
+def busy(loaded: Prior, requests: Sequence[ImageRequest]) -> Iterator[None]:
     """Keeps the engine between two decoding steps of all requests; cancels them in the end."""
     call, engine = Call(), loaded.engine
     until = engine.done + 8 * len(requests)
@@ -111,7 +111,7 @@ def prompts(run: Run, loaded: Prior, device: torch.device) -> None:
             values["seconds"], values["first_time_s"] = times[1], times[0]
 
 
-def without_graph(run: Run, loaded: Prior, requests: Sequence[PriorRequest], device: torch.device) -> None:
+def without_graph(run: Run, loaded: Prior, requests: Sequence[ImageRequest], device: torch.device) -> None:
     """Writes the time of a step with and without the CUDA graph, for eight requests."""
     language_model, steps = loaded.language_model, run.count(40, 5)
 

@@ -217,9 +217,9 @@ class Loading:
             raise failure
         return Engine()
 
-    async def ask(self, asked_at: float) -> Engine | str:
+    async def ask(self, submitted_at: float) -> Engine | str:
         try:
-            return await self.loader.engine(asked_at)
+            return await self.loader.engine(submitted_at)
         except LoadingFailed as error:
             return error.reason
 

@@ -12,7 +12,7 @@ from deployments.families.glm_image.language_model import Line
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.pipeline import DecoderPipeline
 from deployments.families.glm_image.sequence import Sequencer
-from deployments.types import PriorRequest
+from deployments.types import ImageRequest
 from tests.gpu import models
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ SLICE_TOKENS = 32
 def test_the_prior_reads_a_prompt_as_upstream_does_and_draws_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model_gpu, "SLICE_TOKENS", SLICE_TOKENS)
     model, processor = models.prior(CPU, layers=1, vision_layers=1)
-    sequence = Sequencer(model, processor).sequence(PriorRequest(prompt="A", width=512, height=512, seed=0))
+    sequence = Sequencer(model, processor).sequence(ImageRequest(prompt="A", width=512, height=512, seed=0))
     prompt = sequence.prompt
     positions = sequence.positions[:, : len(prompt)]
     read = model.model.language_model(input_ids=prompt[None], position_ids=positions[:, None])
@@ -32,7 +32,7 @@ def test_the_prior_reads_a_prompt_as_upstream_does_and_draws_tokens(monkeypatch:
 
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        language_model = GPULanguageModel(model, rows=2, row_tokens=128)
+        language_model = GPULanguageModel(model, rows=2, max_sequence_length=128)
         logits = language_model.prefill(1, 0, prompt, positions)
         assert (logits - expected).norm() < 0.02 * expected.norm()
         generator = torch.Generator().manual_seed(0)

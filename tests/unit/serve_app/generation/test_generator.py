@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError
 
 from deployments.config import ModelConfig
 from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
-from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
+from deployments.types import Event, ImageRequest, Pixels, Preview, PriorTokens, Progress
 from serve_app.app import _caller
 from serve_app.config import Limits
 from serve_app.errors import InvalidParameter, ReplicaDied, RequestError
@@ -23,25 +23,25 @@ from serve_app.generation.request import MAX_SEED, GeneratedImage, Generation, P
 
 PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
-Prior = Callable[[PriorRequest], AsyncGenerator[Event | PriorTokens, None]]
+Prior = Callable[[ImageRequest], AsyncGenerator[Event | PriorTokens, None]]
 
 
-async def prior(_: PriorRequest) -> AsyncGenerator[Event | PriorTokens, None]:
+async def prior(_: ImageRequest) -> AsyncGenerator[Event | PriorTokens, None]:
     yield Progress(done=256, total=1280, seconds=0.5)
     yield TOKENS
 
 
 @pytest.fixture
-def decoded() -> list[DecodeRequest]:
+def decoded() -> list[ImageRequest]:
     """What the decoder was asked for."""
     return []
 
 
 @pytest.fixture
 def generator(
-    model_config: Callable[..., ModelConfig], decoded: list[DecodeRequest]
+    model_config: Callable[..., ModelConfig], decoded: list[ImageRequest]
 ) -> Callable[..., Generator]:
-    async def decode(request: DecodeRequest) -> AsyncGenerator[Event | Pixels, None]:
+    async def decode(request: ImageRequest) -> AsyncGenerator[Event | Pixels, None]:
         decoded.append(request)
         yield Progress(done=1, total=request.steps, seconds=0.1)
         if request.previews:
@@ -55,7 +55,7 @@ def generator(
 
 
 def test_what_is_left_out_gets_the_models_defaults(
-    generator: Callable[..., Generator], decoded: list[DecodeRequest]
+    generator: Callable[..., Generator], decoded: list[ImageRequest]
 ) -> None:
     (image,) = asyncio.run(generator().run(Generation(prompt="a boat")))
     (request,) = decoded
@@ -66,7 +66,7 @@ def test_what_is_left_out_gets_the_models_defaults(
 
 
 def test_only_the_middle_is_kept_of_an_image_that_is_larger_than_wanted(
-    generator: Callable[..., Generator], decoded: list[DecodeRequest]
+    generator: Callable[..., Generator], decoded: list[ImageRequest]
 ) -> None:
     wanted = Generation(prompt="a boat", size=(1280, 736), crop=(1279, 720))
     (image,) = asyncio.run(generator().run(wanted))
@@ -76,14 +76,14 @@ def test_only_the_middle_is_kept_of_an_image_that_is_larger_than_wanted(
 
 
 def test_a_familys_name_stands_for_its_first_model_unless_a_model_has_it(
-    model_config: Callable[..., ModelConfig], decoded: list[DecodeRequest]
+    model_config: Callable[..., ModelConfig], decoded: list[ImageRequest]
 ) -> None:
     def generator(*names: str) -> Generator:
         configs = [model_config().model_copy(update={"name": name}) for name in names]
         models = {one.name: Model(config=one, prior=prior, decode=decode) for one in configs}
         return Generator(models, Limits())
 
-    async def decode(_: DecodeRequest) -> AsyncGenerator[Event | Pixels, None]:
+    async def decode(_: ImageRequest) -> AsyncGenerator[Event | Pixels, None]:
         yield PREVIEW
 
     assert generator("a", "b").model("glm-image").name == "a"
@@ -94,7 +94,7 @@ def test_a_familys_name_stands_for_its_first_model_unless_a_model_has_it(
 
 
 def test_zero_is_a_value_and_not_left_out(
-    generator: Callable[..., Generator], decoded: list[DecodeRequest]
+    generator: Callable[..., Generator], decoded: list[ImageRequest]
 ) -> None:
     asyncio.run(generator().run(Generation(prompt="a boat", guidance_scale=0, seed=0)))
     assert (decoded[0].guidance_scale, decoded[0].seed) == (0, 0)
@@ -113,11 +113,11 @@ def test_an_image_whose_decoder_is_of_another_model_begins_again(
     monkeypatch.setattr(unit, "UPDATE_S", 0)
     priors, decoders = iter("aab"), iter("bbb")
 
-    async def prior(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+    async def prior(_: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
         yield replace(TOKENS, weights=next(priors))
 
-    async def decode(request: DecodeRequest) -> AsyncGenerator[Pixels, None]:
-        if request.prior.weights != next(decoders):
+    async def decode(request: ImageRequest) -> AsyncGenerator[Pixels, None]:
+        if request.prior and request.prior.weights != next(decoders):
             raise OtherWeights
         yield PREVIEW
 
@@ -130,7 +130,7 @@ def test_an_image_whose_decoder_is_of_another_model_begins_again(
 def test_one_failing_image_stops_the_others(generator: Callable[..., Generator]) -> None:
     stopped: list[int] = []
 
-    async def failing(request: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+    async def failing(request: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
         if request.seed == 12:
             raise RuntimeError("broken")
         try:
@@ -160,7 +160,7 @@ def test_the_progress_of_every_image_is_told(generator: Callable[..., Generator]
 
 
 def test_a_request_longer_than_a_row_is_the_clients_to_shorten(generator: Callable[..., Generator]) -> None:
-    async def too_long(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+    async def too_long(_: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
         raise RequestTooLong(5000, 4096)
         yield
 
@@ -170,12 +170,12 @@ def test_a_request_longer_than_a_row_is_the_clients_to_shorten(generator: Callab
 
 
 def test_a_unit_whose_replica_dies_is_made_once_more(
-    decoded: list[DecodeRequest],
+    decoded: list[ImageRequest],
     generator: Callable[..., Generator],
 ) -> None:
-    asked: list[PriorRequest] = []
+    asked: list[ImageRequest] = []
 
-    async def dies_once(request: PriorRequest) -> AsyncGenerator[Event | PriorTokens, None]:
+    async def dies_once(request: ImageRequest) -> AsyncGenerator[Event | PriorTokens, None]:
         asked.append(request)
         yield Progress(done=1, total=1280, seconds=0.1)
         if len(asked) == 1:
@@ -188,7 +188,7 @@ def test_a_unit_whose_replica_dies_is_made_once_more(
 
 
 def test_a_unit_whose_replicas_keep_dying_is_given_up(generator: Callable[..., Generator]) -> None:
-    async def dies(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+    async def dies(_: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
         raise ReplicaDied
         yield
 
@@ -197,7 +197,7 @@ def test_a_unit_whose_replicas_keep_dying_is_given_up(generator: Callable[..., G
     assert (caught.value.status, caught.value.headers) == (500, {"x-should-retry": "false"})
 
 
-async def never(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+async def never(_: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
     yield await asyncio.Future[PriorTokens]()
 
 
@@ -337,7 +337,7 @@ def test_a_request_that_is_called_off_ends_and_its_place_is_free(
     async def call_off() -> str | int:
         begun = asyncio.Event()
 
-        async def forever(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+        async def forever(_: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
             begun.set()
             yield await asyncio.Future[PriorTokens]()
 
@@ -364,7 +364,7 @@ def test_a_generator_that_drains_finishes_what_it_has_and_takes_nothing_more(
         all_begun = asyncio.Barrier(4)
         go_on = asyncio.Event()
 
-        async def held(_: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+        async def held(_: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
             await all_begun.wait()
             await go_on.wait()
             yield TOKENS
@@ -384,10 +384,10 @@ def test_a_generator_that_drains_finishes_what_it_has_and_takes_nothing_more(
 
 
 def test_a_model_that_cannot_be_loaded_is_told_with_the_reason(generator: Callable[..., Generator]) -> None:
-    asked_at: list[float] = []
+    submitted_at: list[float] = []
 
-    async def broken(request: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
-        asked_at.append(request.asked_at)
+    async def broken(request: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
+        submitted_at.append(request.submitted_at)
         raise LoadingFailed("no such folder")
         yield
 
@@ -395,4 +395,4 @@ def test_a_model_that_cannot_be_loaded_is_told_with_the_reason(generator: Callab
     with pytest.raises(RequestError, match="Model loading failed: no such folder") as caught:
         asyncio.run(generator(broken).run(Generation(prompt="a boat")))
     assert (caught.value.status, caught.value.headers["x-should-retry"]) == (500, "false")
-    assert before <= asked_at[0] <= time.time()
+    assert before <= submitted_at[0] <= time.time()

@@ -13,11 +13,10 @@ from deployments.config import ModelConfig
 from deployments.errors import RequestTooLong
 from deployments.types import (
     CheckRequest,
-    DecodeRequest,
     Event,
+    ImageRequest,
     Pixels,
     Preview,
-    PriorRequest,
     PriorTokens,
     Progress,
 )
@@ -48,13 +47,13 @@ class Stages:
     longest: int = 1000
     checks: bool = True
 
-    async def prior(self, request: PriorRequest) -> AsyncGenerator[Event | PriorTokens, None]:
+    async def prior(self, request: ImageRequest) -> AsyncGenerator[Event | PriorTokens, None]:
         if len(request.prompt) > self.longest:
             raise RequestTooLong(len(request.prompt), self.longest, alone=True)
         self.painted.append(request.prompt)
         yield TOKENS
 
-    async def decode(self, request: DecodeRequest) -> AsyncGenerator[Event | Pixels, None]:
+    async def decode(self, request: ImageRequest) -> AsyncGenerator[Event | Pixels, None]:
         yield Progress(done=1, total=2, seconds=0.1)
         for index in range(request.previews):
             yield Preview(index=index, pixels=image(60 * (index + 1)))
@@ -102,13 +101,13 @@ def refusal(generator: Generator, **fields: Any) -> RequestError | InvalidParame
 
 def test_without_a_checker_nothing_is_found(stages: Stages) -> None:
     (made,) = run(stages.generator(), seed=255)
-    assert made.unsafety is None
+    assert made.risk is None
     assert made.pixels.max() == 255
 
 
 def test_an_image_below_the_threshold_is_as_it_is(stages: Stages) -> None:
     (made,) = run(stages.generator(safety={}), seed=50)
-    assert made.unsafety == 0.5
+    assert made.risk == 0.5
     assert (made.pixels == 50).all()
 
 
@@ -120,15 +119,15 @@ def test_one_that_is_flagged_fails_the_request_or_is_black(stages: Stages) -> No
     fine, black = run(generator(), seed=99, n=2, blacken=True)
     assert (fine.pixels == 99).all()
     assert not black.pixels.any()
-    assert black.unsafety == 1
+    assert black.risk == 1
     assert black.pixels.shape == (512, 512, 3)
 
 
 def test_whoever_asks_for_less_gets_more(stages: Stages) -> None:
     (made,) = run(stages.generator(safety={"low_threshold": 1}), seed=150, moderation="low")
-    assert made.unsafety == 0.75
+    assert made.risk == 0.75
     (made,) = run(stages.generator(safety={}), seed=150, moderation="low")
-    assert made.unsafety is None
+    assert made.risk is None
     assert (made.pixels == 150).all()
 
 
@@ -157,7 +156,7 @@ def test_what_cannot_be_checked_is_held_back_or_handed_out_as_configured(stages:
         run(stages.generator(safety={}), told, partial_images=1)
     assert not any(isinstance(one, PartialImage | GeneratedImage) for one in told)
     (made,) = run(stages.generator(safety={"on_failure": "open"}), seed=255)
-    assert made.unsafety is None
+    assert made.risk is None
     assert made.pixels.max() == 255
 
 

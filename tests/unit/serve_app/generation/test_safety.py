@@ -31,26 +31,26 @@ def scoring(*answers: float | Exception) -> Checker:
     return check
 
 
-def unsafety(checker: Checker, moderation: Moderation = "auto", **config: Any) -> float | None:
+def risk(checker: Checker, moderation: Moderation = "auto", **config: Any) -> float | None:
     check = SafetyCheck(SafetyCheckerConfig(**config), checker)
-    return asyncio.run(check.unsafety(IMAGE, moderation))
+    return asyncio.run(check.risk(IMAGE, moderation))
 
 
 def test_it_is_flagged_from_the_threshold_on() -> None:
-    assert unsafety(scoring(0.25)) == 0.5
-    assert unsafety(scoring(0.5)) == 1
-    assert unsafety(scoring(0.6), threshold=0.8) == pytest.approx(0.75)
+    assert risk(scoring(0.25)) == 0.5
+    assert risk(scoring(0.5)) == 1
+    assert risk(scoring(0.6), threshold=0.8) == pytest.approx(0.75)
 
 
 def test_less_is_asked_of_those_who_ask_for_less() -> None:
-    assert unsafety(scoring(), "low") is None
-    assert unsafety(scoring(0.5), "low", low_threshold=1) == 0.5
+    assert risk(scoring(), "low") is None
+    assert risk(scoring(0.5), "low", low_threshold=1) == 0.5
     assert not SafetyCheck(SafetyCheckerConfig(), scoring()).looks("low")
     assert SafetyCheck(SafetyCheckerConfig(low_threshold=0.9), scoring()).looks("low")
 
 
 def test_a_checker_that_dies_is_asked_once_more() -> None:
-    assert unsafety(scoring(ReplicaDied(), 0.1)) == 0.2
+    assert risk(scoring(ReplicaDied(), 0.1)) == 0.2
 
 
 async def never(_: CheckRequest) -> AsyncGenerator[Event | float, None]:
@@ -72,9 +72,9 @@ async def never(_: CheckRequest) -> AsyncGenerator[Event | float, None]:
 def test_what_cannot_be_checked_is_held_back_or_handed_out_as_configured(
     checker: Callable[[], Checker],
 ) -> None:
-    assert unsafety(checker(), on_failure="open", timeout_s=0.1) is None
+    assert risk(checker(), on_failure="open", timeout_s=0.1) is None
     with pytest.raises(RequestError) as failed:
-        unsafety(checker(), timeout_s=0.1)
+        risk(checker(), timeout_s=0.1)
     assert (failed.value.status, failed.value.code) == (500, "safety_check_failed")
     assert failed.value.headers == {"x-should-retry": "false"}
 
@@ -82,7 +82,7 @@ def test_what_cannot_be_checked_is_held_back_or_handed_out_as_configured(
 def test_who_leaves_is_not_told_that_the_check_has_failed() -> None:
     async def leave() -> None:
         check = SafetyCheck(SafetyCheckerConfig(on_failure="open"), never)
-        checking = asyncio.create_task(check.unsafety(IMAGE, "auto"))
+        checking = asyncio.create_task(check.risk(IMAGE, "auto"))
         await asyncio.sleep(0)
         checking.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from deployments.config import ModelConfig
-from deployments.types import DecodeRequest, Pixels, PriorRequest, PriorTokens
+from deployments.types import ImageRequest, Pixels, PriorTokens
 from serve_app.config import AppConfig
 from serve_app.files.store import FileStore
 from serve_app.generation.generator import Generator
@@ -25,7 +25,7 @@ from serve_app.jobs.database import Database
 from serve_app.outbound import Outbound
 
 
-async def decode(request: DecodeRequest) -> AsyncGenerator[Pixels, None]:
+async def decode(request: ImageRequest) -> AsyncGenerator[Pixels, None]:
     yield np.zeros((request.height, request.width, 3), dtype=np.uint8)
 
 
@@ -33,14 +33,14 @@ Make = Callable[..., FastAPI]
 
 
 @pytest.fixture
-def asked() -> list[PriorRequest]:
+def asked() -> list[ImageRequest]:
     """What the prior stage was asked for."""
     return []
 
 
 @pytest.fixture
-def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[PriorRequest]) -> Make:
-    async def prior(request: PriorRequest) -> AsyncGenerator[PriorTokens, None]:
+def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[ImageRequest]) -> Make:
+    async def prior(request: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
         asked.append(request)
         yield PriorTokens(target=np.zeros((16, 16), dtype=np.int64))
 
@@ -86,7 +86,7 @@ def test_an_image_is_kept_and_handed_out(make: Make) -> None:
 
 
 def test_a_full_disk_refuses_files_before_any_work_and_images_in_answers_come_all_the_same(
-    make: Make, tmp_path: Path, asked: list[PriorRequest]
+    make: Make, tmp_path: Path, asked: list[ImageRequest]
 ) -> None:
     app = make(min_free_bytes=2**60)
     refused = ask(app)
@@ -151,7 +151,7 @@ def test_a_file_that_has_not_changed_is_not_sent_again(make: Make) -> None:
     asyncio.run(main())
 
 
-def test_browsers_ends_of_lines_are_those_of_all_others(make: Make, asked: list[PriorRequest]) -> None:
+def test_browsers_ends_of_lines_are_those_of_all_others(make: Make, asked: list[ImageRequest]) -> None:
     """In forms they come as CR and LF: https://www.rfc-editor.org/rfc/rfc7578#section-4.1."""
 
     async def main() -> None:

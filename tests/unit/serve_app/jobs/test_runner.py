@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 
 from deployments.config import ModelConfig
-from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorRequest, PriorTokens, Progress
+from deployments.types import Event, ImageRequest, Pixels, Preview, PriorTokens, Progress
 from serve_app.config import Limits, OutboundConfig, StorageConfig
 from serve_app.errors import RequestError
 from serve_app.files.store import FileStore
@@ -44,13 +44,13 @@ class Stages:
         self.decoder_goes_on = asyncio.Event()
         self.at = ""
         self.stopped: list[str] = []
-        self.decoded: list[DecodeRequest] = []
+        self.decoded: list[ImageRequest] = []
 
     def go_on(self) -> None:
         self.prior_goes_on.set()
         self.decoder_goes_on.set()
 
-    async def prior(self, _: PriorRequest) -> AsyncGenerator[Event | PriorTokens, None]:
+    async def prior(self, _: ImageRequest) -> AsyncGenerator[Event | PriorTokens, None]:
         self.at = "prior"
         yield Progress(done=1, total=2, seconds=0.1)
         try:
@@ -60,7 +60,7 @@ class Stages:
             raise
         yield PriorTokens(target=np.zeros((16, 16), dtype=np.int64))
 
-    async def decode(self, request: DecodeRequest) -> AsyncGenerator[Event | Pixels, None]:
+    async def decode(self, request: ImageRequest) -> AsyncGenerator[Event | Pixels, None]:
         self.at = "decoder"
         self.decoded.append(request)
         yield Progress(done=1, total=2, seconds=0.1)
@@ -326,7 +326,7 @@ def test_who_was_thought_dead_does_not_end_the_job_and_leaves_no_file(
 
 
 def test_a_job_that_fails_says_why(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def failing(_: PriorRequest) -> AsyncGenerator[Event | PriorTokens, None]:
+    async def failing(_: ImageRequest) -> AsyncGenerator[Event | PriorTokens, None]:
         raise RequestError("No room on the device.", code="out_of_memory", status=500)
         yield
 
@@ -415,7 +415,7 @@ def test_so_many_run_at_a_time_as_the_stages_can_use_and_models_do_not_wait_for_
     async def main() -> None:
         setup = make()
         config = setup.generator.model("m")
-        room = config.prior.rows + config.decoder.max_replicas
+        room = config.prior.max_batch_size + config.decoder.max_replicas
         ids = [await setup.job() for _ in range(room + 2)]
         other = await setup.job(model="other")
         async with working(setup):

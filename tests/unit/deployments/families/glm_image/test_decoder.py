@@ -20,7 +20,7 @@ from deployments.families.glm_image import pipeline as pipeline_module
 from deployments.families.glm_image.decoder import Decoder
 from deployments.families.glm_image.pipeline import DecoderPipeline
 from deployments.stages.calls import Call
-from deployments.types import DecodeRequest, Event, Pixels, Preview, PriorTokens, Progress
+from deployments.types import Event, ImageRequest, Pixels, Preview, PriorTokens, Progress
 
 
 def tokens(rows: int, columns: int, seed: int = 0) -> Any:
@@ -31,7 +31,7 @@ def noise(width: int, height: int) -> Pixels:
     return np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-REQUEST = DecodeRequest(
+REQUEST = ImageRequest(
     prompt='a sign with "hello" on it',
     width=512,
     height=512,
@@ -58,7 +58,7 @@ def decoder(pipeline: DecoderPipeline) -> Decoder:
     return Decoder(pipeline)
 
 
-def upstreams(folder: Path, conditions: dict[str, Any], request: DecodeRequest) -> Pixels:
+def upstreams(folder: Path, conditions: dict[str, Any], request: ImageRequest) -> Pixels:
     """What diffusers' own pipeline makes under the same conditions."""
     pipeline = GlmImagePipeline.from_pretrained(folder, processor=None, vision_language_encoder=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -75,7 +75,7 @@ def upstreams(folder: Path, conditions: dict[str, Any], request: DecodeRequest) 
 
 
 @pytest.mark.parametrize("request_", [REQUEST, replace(REQUEST, guidance_scale=1.0), EDIT])
-def test_the_pixels_are_upstreams(decoder: Decoder, tiny_folder: Path, request_: DecodeRequest) -> None:
+def test_the_pixels_are_upstreams(decoder: Decoder, tiny_folder: Path, request_: ImageRequest) -> None:
     expected = upstreams(tiny_folder, decoder._conditions(request_), request_)
     for _ in range(2):  # the second time from the caches
         assert np.array_equal(decoder.decode(request_, Call()), expected)

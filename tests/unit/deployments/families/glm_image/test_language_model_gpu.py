@@ -19,7 +19,7 @@ from deployments.families.glm_image.language_model_cpu import CPULanguageModel
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 
 ROWS = 3
-ROW_TOKENS = 400
+MAX_SEQUENCE_LENGTH = 400
 PROMPTS = (SLICE_TOKENS + 40, SLICE_TOKENS, 5)
 SEVERAL_HEADS = tiny.Sizes(prior_width=128, prior_heads=8)
 """Two heads of keys and values, so that their order in the cache matters."""
@@ -93,10 +93,10 @@ def test_slices_and_tokens_are_those_of_the_language_model_for_cpus(
     models = [load(), load()]
     for model in models:
         model.generation_config.top_k = top_k
-    ours = GPULanguageModel(models[0], rows=ROWS, row_tokens=ROW_TOKENS)
+    ours = GPULanguageModel(models[0], rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     for cache in ours._caches:
         cache.normal_()  # what other requests have left
-    reference = CPULanguageModel(models[1], rows=ROWS, row_tokens=ROW_TOKENS)
+    reference = CPULanguageModel(models[1], rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     logits, drawn = generated(ours)
     expected_logits, expected = generated(reference)
     assert drawn == expected
@@ -106,7 +106,7 @@ def test_slices_and_tokens_are_those_of_the_language_model_for_cpus(
 
 
 def test_what_is_returned_is_not_overwritten(load: Callable[[], Any]) -> None:
-    model = GPULanguageModel(load(), rows=ROWS, row_tokens=ROW_TOKENS)
+    model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     static = torch.zeros(1, 258)
     model._run_slice = lambda: static.add_(1)  # a graph's result stays where it is
     first = model.prefill(0, 0, *prompt(2))
@@ -130,7 +130,7 @@ def test_all_parts_are_compiled_whole_and_with_the_options_of_the_device(
     chosen = {"deterministic": True, "of": "this device"}
     monkeypatch.setattr(compilation, "options", lambda device: {**chosen, "device": device})
     model = load()
-    ours = GPULanguageModel(model, rows=ROWS, row_tokens=ROW_TOKENS)
+    ours = GPULanguageModel(model, rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     parts = [ours._entry, *model.model.language_model.layers, ours._exit, ours._candidate_sampler]
     assert [part for part, _ in compiled] == parts
     expected = {**chosen, "device": torch.device("cpu")}
@@ -140,7 +140,7 @@ def test_all_parts_are_compiled_whole_and_with_the_options_of_the_device(
 
 
 def test_a_cleared_row_is_zero_and_no_other(load: Callable[[], Any]) -> None:
-    model = GPULanguageModel(load(), rows=ROWS, row_tokens=ROW_TOKENS)
+    model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     for cache in model._caches:
         cache.fill_(1)
     model.clear(1)
@@ -189,7 +189,7 @@ def test_separate_projections_are_freed_layer_by_layer(
 
 def test_the_blocks_that_are_read_hold_the_row_up_to_its_last_token(load: Callable[[], Any]) -> None:
     # Without its compiler, the attention looks at the mask alone and not at the blocks to be skipped.
-    model = GPULanguageModel(load(), rows=ROWS, row_tokens=ROW_TOKENS)
+    model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     seen: list[GPUSlots] = []
     model._layers.layers[1].register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(kwargs["past_key_values"]), with_kwargs=True
@@ -198,7 +198,7 @@ def test_the_blocks_that_are_read_hold_the_row_up_to_its_last_token(load: Callab
     for row in range(ROWS):
         model.prefill(row, 0, tokens[:SLICE_TOKENS], positions[:, :SLICE_TOKENS])
         model.prefill(row, SLICE_TOKENS, tokens[SLICE_TOKENS:], positions[:, SLICE_TOKENS:])
-    blocks_of_a_row = model.row_tokens // BLOCK
+    blocks_of_a_row = model.max_sequence_length // BLOCK
     for i, slots in enumerate(seen):
         row, slice_ = divmod(i, 2)
         first = row * blocks_of_a_row
@@ -223,8 +223,8 @@ def test_the_blocks_that_are_read_hold_the_row_up_to_its_last_token(load: Callab
 
 
 def test_bfloat16_differs_by_its_rounding(load: Callable[[], Any]) -> None:
-    exact = GPULanguageModel(load(), rows=ROWS, row_tokens=ROW_TOKENS)
-    rounded = GPULanguageModel(load().to(torch.bfloat16), rows=ROWS, row_tokens=ROW_TOKENS)
+    exact = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    rounded = GPULanguageModel(load().to(torch.bfloat16), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     logits, expected = (model.prefill(1, 0, *prompt(1)) for model in (rounded, exact))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.05 * float(expected.std()))

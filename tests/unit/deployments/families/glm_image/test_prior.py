@@ -30,11 +30,11 @@ from deployments.families.glm_image.language_model_cpu import CPULanguageModel, 
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.prior import PROGRESS_S, PriorEngine
 from deployments.stages.calls import Call
-from deployments.types import Pixels, PriorRequest, PriorTokens, TokenGrid
+from deployments.types import ImageRequest, Pixels, PriorTokens, TokenGrid
 
 CODEBOOK_SIZE = 256
 ROWS = 3
-ROW_TOKENS = 4096
+MAX_SEQUENCE_LENGTH = 4096
 
 
 def noise(width: int, height: int) -> Pixels:
@@ -42,11 +42,11 @@ def noise(width: int, height: int) -> Pixels:
 
 
 REQUESTS = [
-    PriorRequest(prompt="a boat", width=512, height=512, seed=1),
-    PriorRequest(prompt="a longer prompt, " * 20, width=512, height=512, seed=2),
-    PriorRequest(prompt="a boat", width=768, height=512, seed=3),
-    PriorRequest(prompt="edit", width=512, height=512, seed=4, sources=(noise(512, 512),)),
-    PriorRequest(prompt="edit", width=544, height=512, seed=5, sources=(noise(640, 512), noise(512, 608))),
+    ImageRequest(prompt="a boat", width=512, height=512, seed=1),
+    ImageRequest(prompt="a longer prompt, " * 20, width=512, height=512, seed=2),
+    ImageRequest(prompt="a boat", width=768, height=512, seed=3),
+    ImageRequest(prompt="edit", width=512, height=512, seed=4, sources=(noise(512, 512),)),
+    ImageRequest(prompt="edit", width=544, height=512, seed=5, sources=(noise(640, 512), noise(512, 608))),
 ]
 
 
@@ -71,23 +71,23 @@ class Loaded:
             if change:
                 change(model)
             models.append(model)
-        language_model = runner(models[0], rows=ROWS, row_tokens=ROW_TOKENS)
+        language_model = runner(models[0], rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
         self.engine = PriorEngine(models[0], self.processor, language_model)
         self.pipeline = GlmImagePipeline(None, self.processor, None, models[1], None, None, None)
 
-    def submit(self, request: PriorRequest, call: Call | None = None) -> Future[PriorTokens]:
+    def submit(self, request: ImageRequest, call: Call | None = None) -> Future[PriorTokens]:
         """Submit a request and wait until it is in the queue."""
         future = self.engine.submit(request, call or Call())
         self.engine._preparing.submit(int).result()
         return future
 
-    def ours(self, request: PriorRequest) -> PriorTokens:
+    def ours(self, request: ImageRequest) -> PriorTokens:
         future = self.submit(request)
         while self.engine.step():
             pass
         return future.result(timeout=0)
 
-    def upstreams(self, request: PriorRequest) -> TokenGrid:
+    def upstreams(self, request: ImageRequest) -> TokenGrid:
         """Raises when upstream fails, and may hold special tokens when it does not."""
         tokens, _, _ = self.pipeline.generate_prior_tokens(
             request.prompt,
@@ -222,7 +222,7 @@ def test_an_end_token_does_not_end_the_grid(config: ModelConfig) -> None:
 
     loaded = Loaded(config, ends)
 
-    def ends_early(request: PriorRequest) -> bool:
+    def ends_early(request: ImageRequest) -> bool:
         try:
             loaded.upstreams(request)
         except RuntimeError:  # a grid cut short takes no shape
@@ -477,9 +477,9 @@ def test_the_compiler_is_prepared_before_a_gpus_language_model_is_made(
 def test_a_cache_that_does_not_fit_is_refused(config: ModelConfig) -> None:
     model, _ = checkpoint.load_prior(config)
     with pytest.raises(
-        OutOfMemoryError, match=r"8 rows of 1000000000000 tokens takes .* set fewer prior\.rows"
+        OutOfMemoryError, match=r"8 rows of 1000000000000 tokens takes .* reduce prior\.max_batch_size"
     ):
-        CPULanguageModel(model, rows=8, row_tokens=10**12)
+        CPULanguageModel(model, rows=8, max_sequence_length=10**12)
 
 
 def test_a_request_longer_than_a_row_is_refused(loaded: Loaded) -> None:

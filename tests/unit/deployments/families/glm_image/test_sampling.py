@@ -111,7 +111,7 @@ def test_the_same_tokens_are_drawn(model: Any, monkeypatch: pytest.MonkeyPatch, 
     assert candidates
     vocabulary = len(reference.special)
     in_target = [line % 2 == 0 for line in range(LINES)]
-    fallbacks = drawn_tokens = 0
+    fallbacks = generated_tokens = 0
     for seed in range(40):
         logits = case.logits(vocabulary, torch.Generator().manual_seed(seed))
         generators = [torch.Generator().manual_seed(100 * seed + line) for line in range(LINES)]
@@ -125,11 +125,11 @@ def test_the_same_tokens_are_drawn(model: Any, monkeypatch: pytest.MonkeyPatch, 
             torch.equal(one.get_state(), other.get_state())
             for one, other in zip(generators, ours, strict=True)
         )
-        drawn_tokens += int((expected != UNSOUND).sum())
+        generated_tokens += int((expected != UNSOUND).sum())
         allowed = ~torch.stack([reference.special if target else reference.end for target in in_target])
         kept = reference.warpers(None, logits.masked_fill(reference.suppressed, -torch.inf)) > -torch.inf
         fallbacks += int((~(kept & allowed).any(dim=-1) & (expected != UNSOUND)).sum())
-    assert drawn_tokens
+    assert generated_tokens
     assert bool(fallbacks) == case.fallbacks
 
 

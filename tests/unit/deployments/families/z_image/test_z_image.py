@@ -29,12 +29,11 @@ from deployments.families.z_image.pipeline import DecoderPipeline
 from deployments.families.z_image.prior import PriorEngine
 from deployments.stages.calls import Call
 from deployments.types import (
-    DecodeRequest,
     Embedding,
     Event,
+    ImageRequest,
     Pixels,
     Preview,
-    PriorRequest,
     Progress,
     TextEmbeddings,
 )
@@ -49,13 +48,13 @@ def config(decoder: DecoderConfig = ON_CPU, **prior: Any) -> ModelConfig:
         family="z_image",
         checkpoint="tiny",
         defaults=Defaults(width=512, height=512),
-        prior=PriorConfig(device="cpu", dtype="float32", rows=ROWS, **prior),
+        prior=PriorConfig(device="cpu", dtype="float32", max_batch_size=ROWS, **prior),
         decoder=decoder,
     )
 
 
-def ask(prompt: str = "a boat", **fields: Any) -> PriorRequest:
-    return PriorRequest(prompt=prompt, width=512, height=512, seed=1, **fields)
+def ask(prompt: str = "a boat", **fields: Any) -> ImageRequest:
+    return ImageRequest(prompt=prompt, width=512, height=512, seed=1, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +260,7 @@ def embeddings() -> TextEmbeddings:
 
 
 SOURCE: Pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
-REQUEST = DecodeRequest(
+REQUEST = ImageRequest(
     prompt="a boat", width=512, height=512, seed=1, steps=8, guidance_scale=4, prior=embeddings()
 )
 EDIT = replace(REQUEST, sources=(SOURCE,), strength=0.5)
@@ -291,7 +290,7 @@ def test_normalization_and_strength_matter(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize(("request_", "steps"), [(REQUEST, 8), (EDIT, 4), (replace(EDIT, strength=0.01), 1)])
 def test_progress_counts_the_steps_that_are_made(
-    decoder: Decoder, request_: DecodeRequest, steps: int
+    decoder: Decoder, request_: ImageRequest, steps: int
 ) -> None:
     told: list[Event] = []
     decoder.decode(replace(request_, previews=3), Call(report=told.append))
@@ -305,7 +304,7 @@ def test_progress_counts_the_steps_that_are_made(
 
 @pytest.mark.parametrize("request_", [REQUEST, EDIT])
 def test_a_preview_is_what_comes_if_the_velocity_stays(
-    pipeline: DecoderPipeline, decoder: Decoder, request_: DecodeRequest
+    pipeline: DecoderPipeline, decoder: Decoder, request_: ImageRequest
 ) -> None:
     velocity = torch.randn(16, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     pipeline.transformer.register_forward_hook(lambda *_: ([velocity, velocity],))
@@ -325,7 +324,7 @@ def test_a_preview_is_what_comes_if_the_velocity_stays(
 @pytest.mark.parametrize("request_", [REQUEST, EDIT])
 @pytest.mark.parametrize("cancel_at", [0, 1, 3])
 def test_a_cancelled_request_stops_within_a_step_and_the_next_one_is_clean(
-    pipeline: DecoderPipeline, decoder: Decoder, request_: DecodeRequest, cancel_at: int
+    pipeline: DecoderPipeline, decoder: Decoder, request_: ImageRequest, cancel_at: int
 ) -> None:
     expected = decoder.decode(request_, Call())
     call, passes = Call(), 0
@@ -379,7 +378,7 @@ def test_options_are_had(options: dict[str, Any]) -> None:
     assert np.abs(plain.astype(float) - other).mean() < 20
 
 
-def differing(request: DecodeRequest, text_tokens: int) -> DecodeRequest:
+def differing(request: ImageRequest, text_tokens: int) -> ImageRequest:
     """The request with another negative text."""
     negative = np.ones((text_tokens, 32), dtype=np.float32)
     return replace(request, prior=replace(embeddings(), negative_prompt=negative))
@@ -425,5 +424,5 @@ def test_the_configuration_goes_before_the_family(
 
 
 def test_rows_are_the_familys_unless_said_otherwise() -> None:
-    assert config().row_tokens == FAMILIES["z_image"].row_tokens == 512
-    assert config(row_tokens=100).row_tokens == 100
+    assert config().max_sequence_length == FAMILIES["z_image"].max_sequence_length == 512
+    assert config(max_sequence_length=100).max_sequence_length == 100
