@@ -1,1 +1,1 @@
-"""The model plane: Ray Serve deployments that run the models. Knows no HTTP."""
+"""The model plane: Ray Serve deployments that run the models. It does not use HTTP."""

@@ -1,4 +1,4 @@
-"""The part of the configuration that describes models and their stages."""
+"""Configuration of the models and their stages."""
 
 from __future__ import annotations
 
@@ -10,64 +10,67 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from deployments.families import FAMILIES, Family
 
 
-def _of_families(trait: str) -> str:
-    """In words, for descriptions."""
+def _by_family(trait: str, *, unset: str = "") -> str:
+    """Returns the values of a trait, each with its family in parentheses, for descriptions.
+
+    Args:
+        trait: name of the trait.
+        unset: text for None.
+    """
     values = {name: getattr(family, trait) for name, family in FAMILIES.items()}
-    return ", ".join(
-        f"{'as without' if value is None else str(value)} for `{name}`" for name, value in values.items()
-    )
+    return " or ".join(f"{unset if value is None else value} (`{name}`)" for name, value in values.items())
+
+
+DEVICE = "`cuda` or `cpu`. Ray chooses the GPU."
+DTYPE = "Precision of the weights and of the arithmetic."
 
 
 class Config(BaseModel):
-    """Base of every part: immutable, and a misspelt key is an error."""
+    """Base of every part of the configuration. It is immutable and rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class StageConfig(Config):
-    """One stage of a model: where it runs and how."""
+    """Configuration of one stage: where and how it runs."""
 
     deployment: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the stage's Ray Serve deployment, passed through: `ray_actor_options` "
-        "(`num_gpus`, `num_cpus`, …), `max_ongoing_requests`, …",
+        description="Options passed to the stage's Ray Serve deployment: `ray_actor_options` (`num_gpus`, "
+        "`num_cpus`, …), `max_ongoing_requests`, …",
     )
     min_replicas: int = Field(
         default=0,
         ge=0,
-        description="Replicas that are always kept, but after an unload by hand; with 0 nothing is loaded "
+        description="Minimum number of replicas, except after an unload by hand. With 0, nothing is loaded "
         "before the first request.",
     )
-    max_replicas: int = Field(default=1, ge=1, description="Most replicas under load.")
+    max_replicas: int = Field(default=1, ge=1, description="Maximum number of replicas.")
     target_load: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Requests, running and waiting, that one replica is to have: with more there is another "
-        "one. Unset, as many as it runs side by side.",
+        description="Requests per replica, running and waiting, above which another replica is started. "
+        "Defaults to the number that one replica runs at the same time.",
     )
     idle_timeout_s: float = Field(
         default=300,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds after which a replica that is not needed goes and its memory is free again.",
+        description="Seconds after which a replica that is not needed stops and releases its memory.",
     )
-    device: Literal["cuda", "cpu"] = Field(
-        default="cuda", description="`cuda` or `cpu`; Ray picks which GPU."
-    )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="Precision of the weights and of the arithmetic."
-    )
+    device: Literal["cuda", "cpu"] = Field(default="cuda", description=DEVICE)
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(default="bfloat16", description=DTYPE)
     cpu_threads: int | None = Field(
         default=None,
         ge=1,
-        description="Threads of one replica's CPU arithmetic; unset, Ray's choice (its `num_cpus`). "
-        "On a CPU the same seed gives the same bytes only with the same number.",
+        description="Threads for one replica's CPU arithmetic. Defaults to Ray's choice (its `num_cpus`). "
+        "On a CPU, the same seed gives the same bytes only with the same number of threads.",
     )
 
     @property
     def num_gpus(self) -> float:
-        """GPUs of one replica, as Ray counts them."""
+        """Number of GPUs of one replica, as Ray counts them."""
         bundles = self.deployment.get("placement_group_bundles") or [
             {"GPU": self.deployment.get("ray_actor_options", {}).get("num_gpus") or 0}
         ]
@@ -78,34 +81,37 @@ class StageConfig(Config):
         if ours := {"num_replicas", "autoscaling_config"} & self.deployment.keys():
             raise ValueError(
                 f"deployment.{ours.pop()} cannot be set: the stage's min_replicas, max_replicas, target_load "
-                "and idle_timeout_s say how it scales"
+                "and idle_timeout_s control its scaling; use these instead"
             )
         if self.min_replicas > self.max_replicas:
-            raise ValueError("min_replicas is above max_replicas")
+            raise ValueError(
+                f"min_replicas is above max_replicas: {self.min_replicas} > {self.max_replicas}; lower the "
+                "former or raise the latter"
+            )
         return self
 
     @model_validator(mode="after")
     def _reserves_its_gpu(self) -> Self:
         if self.device == "cuda" and not self.num_gpus:
             raise ValueError(
-                "a stage on cuda needs deployment.ray_actor_options.num_gpus, 1 say; without, every replica "
-                "would share the first GPU"
+                "a stage with device: cuda needs deployment.ray_actor_options.num_gpus; set it, for example "
+                "to 1, or all replicas would share the first GPU"
             )
         return self
 
 
 class PriorConfig(StageConfig):
-    """The prior stage."""
+    """Configuration of the prior stage."""
 
     max_batch_size: int = Field(
-        default=8, ge=1, description="Most requests that one replica runs at the same time."
+        default=8, ge=1, description="Maximum number of requests that one replica runs at the same time."
     )
     max_sequence_length: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens of one request, read and generated. A family that generates tokens allocates "
-        "its cache for all requests when it loads. Defaults to the family's: "
-        f"{_of_families('max_sequence_length')}.",
+        description="Maximum number of tokens of one request, read and generated. A family that generates "
+        "tokens allocates its cache for all requests when it loads. Defaults to "
+        f"{_by_family('max_sequence_length')}.",
     )
 
     @model_validator(mode="before")
@@ -114,20 +120,20 @@ class PriorConfig(StageConfig):
         for old, new in {"rows": "max_batch_size", "row_tokens": "max_sequence_length"}.items():
             if isinstance(fields, dict) and old in fields:
                 if new in fields:
-                    raise ValueError(f"{old} is the old name of {new}; give {new} alone")
+                    raise ValueError(f"{old} is the old name of {new}; remove {old} and keep {new}")
                 warnings.warn(f"prior.{old} is now prior.{new}; rename it", FutureWarning, stacklevel=2)
                 fields = {new if name == old else name: value for name, value in fields.items()}
         return fields
 
 
 class Acceleration(Config):
-    """What makes the decoder stage faster or smaller. Options that change pixels say so."""
+    """Options that make the decoder stage faster or smaller. Options that change pixels say so."""
 
     compile: bool | None = Field(
         default=None,
-        description="Compile the DiT's blocks and the VAE: faster steps, a longer first start. Pixels change "
-        "by rounding. Defaults to true on `cuda`, unless `step_cache`, `quantization` or `offload: group` is "
-        "set.",
+        description="Compile the DiT's blocks and the VAE. Steps are faster; the first start takes longer. "
+        "Pixels change by rounding. Defaults to true on `cuda`, unless `step_cache`, `quantization` or "
+        "`offload: group` is set.",
     )
     attention: Literal[
         "native",
@@ -140,51 +146,53 @@ class Acceleration(Config):
         "xformers",
     ] = Field(
         default="native",
-        description="diffusers' attention backend; some need a package of their own. Pixels change by "
-        "rounding, with `sage` by more.",
+        description="Attention backend of diffusers. Some need their own package. Pixels change by rounding, "
+        "and by more with `sage`.",
     )
     offload: Literal["auto", "none", "model", "group"] = Field(
         default="auto",
-        description="Weights wait in the CPU's memory: `model` moves a component at a time, `group` a layer "
-        "at a time, slower and smaller. `auto`: `none` if it fits, else `model`; the log says which.",
+        description="Keep weights in the CPU's memory until they are needed. `model` moves one component at "
+        "a time. `group` moves one layer at a time, which is slower and needs less GPU memory. `auto` "
+        "chooses `none` if everything fits, else `model`, and logs the choice.",
     )
     quantization: Literal["none", "fp8"] = Field(
         default="none",
-        description="`fp8` keeps the DiT's weights in 8 bits, half the memory; steps take longer. Pixels "
-        "change.",
+        description="`fp8` stores the DiT's weights in 8 bits, which halves their memory. Steps take longer. "
+        "Pixels change.",
     )
     step_cache: float = Field(
         default=0,
         ge=0,
         lt=1,
-        description="diffusers' first-block cache: a step whose first block changes less than this from the "
-        "last one's leaves the others out. 0.1 is careful, 0 is off. Pixels change.",
+        description="Threshold of diffusers' first-block cache. A step skips the other blocks if its first "
+        "block's output has changed by less than this since the last step. 0.1 is careful; 0 disables the "
+        "cache. Pixels change.",
     )
     vae_tiling: bool = Field(
         default=False,
-        description="Decode large images in tiles: a fraction of the VAE's memory. Pixels change near seams.",
+        description="Decode large images in tiles, with a fraction of the memory. Pixels change near seams.",
     )
 
     @model_validator(mode="after")
     def _can_be_compiled(self) -> Self:
         if self.compile and not self.allows_compile:
             raise ValueError(
-                "acceleration.compile cannot be combined with step_cache, quantization or offload: group, "
-                "which change the DiT's blocks from inside; remove one of them"
+                "acceleration.compile: true cannot be combined with step_cache, quantization or offload: "
+                "group, which change the DiT's blocks from inside; remove compile or the other option"
             )
         return self
 
     @property
     def allows_compile(self) -> bool:
-        """Whether no other option works inside the DiT's blocks."""
+        """Whether the model can be compiled: no other option works inside the DiT's blocks."""
         return not self.step_cache and self.quantization == "none" and self.offload != "group"
 
 
 class DecoderConfig(StageConfig):
-    """The decoder stage."""
+    """Configuration of the decoder stage."""
 
     acceleration: Acceleration = Field(
-        default_factory=Acceleration, description="What makes the stage faster or smaller."
+        default_factory=Acceleration, description="Options that make the stage faster or smaller."
     )
 
     @property
@@ -195,9 +203,9 @@ class DecoderConfig(StageConfig):
 
     @property
     def lossy(self) -> list[str]:
-        """The options in use that change pixels.
+        """Names of the options in use that change pixels.
 
-        Compiling counts on a CPU only. There the pixels are upstream's without it; on a GPU they are not.
+        `compile` is listed on a CPU only: there, unlike on a GPU, the uncompiled stage has upstream's pixels.
         """
         chosen = self.acceleration.model_dump(exclude_defaults=True, exclude={"offload", "compile"})
         return sorted([*chosen, *["compile"] * (self.compiles and self.device == "cpu")])
@@ -207,39 +215,38 @@ class DecoderConfig(StageConfig):
         if self.device == "cpu" and self.acceleration.offload in ("model", "group"):
             raise ValueError(
                 f"acceleration.offload: {self.acceleration.offload} needs device: cuda; on a CPU there is "
-                "nothing to offload"
+                "nothing to offload, so remove it"
             )
         return self
 
 
-REVISION = "The Hub commit to load, all 40 digits of it: what runs today runs tomorrow."
+REVISION = "Hub commit to load, all 40 digits. It keeps the weights the same from start to start."
 COMMIT = "^[0-9a-f]{40}$"
 DEFAULT_CLASSIFIER = "Falconsai/nsfw_image_detection"
 DEFAULT_CLASSIFIER_REVISION = "63e0a066bb08d2ae47324b540fba3adfd4536569"
 
 
 class ClassifierConfig(StageConfig):
-    """The classifier of the safety checker, small enough for a CPU: where it runs and how."""
+    """Configuration of the safety checker's classifier, small enough for a CPU."""
 
-    device: Literal["cuda", "cpu"] = Field(default="cpu", description="As of a stage, but for the default.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="float32", description="As of a stage, but for the default."
-    )
+    device: Literal["cuda", "cpu"] = Field(default="cpu", description=DEVICE)
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(default="float32", description=DTYPE)
     checkpoint: str = Field(
         default=DEFAULT_CLASSIFIER,
         min_length=1,
-        description="A ViT for image classification of transformers: a folder, a Hub id (then `revision` "
-        "too), or `tiny`: random weights.",
+        description="Image classifier, a ViT of transformers: a folder, a Hub id (which needs `revision`), "
+        "or `tiny` for random weights.",
     )
     revision: str | None = Field(
         default=None,
         pattern=COMMIT,
-        description=f"{REVISION} Unset, that of the default checkpoint is `{DEFAULT_CLASSIFIER_REVISION}`.",
+        description=f"{REVISION} Defaults to `{DEFAULT_CLASSIFIER_REVISION}` for the default checkpoint.",
     )
     unsafe_labels: tuple[str, ...] = Field(
         default=("nsfw",),
         min_length=1,
-        description="Of the classifier's labels those whose probabilities, added up, are an image's score.",
+        description="Labels of the classifier that count as unsafe. An image's score is the sum of their "
+        "probabilities.",
     )
 
     @model_validator(mode="before")
@@ -251,62 +258,67 @@ class ClassifierConfig(StageConfig):
 
 
 class ChatModelConfig(StageConfig):
-    """The chat model of the prompt expander: where it runs and how."""
+    """Configuration of the prompt expander's chat model."""
 
     checkpoint: str = Field(
         min_length=1,
-        description="A chat model of transformers: a folder, a Hub id (then `revision` too), or `tiny`: "
+        description="Chat model of transformers: a folder, a Hub id (which needs `revision`), or `tiny` for "
         "random weights, which write random letters.",
     )
     revision: str | None = Field(default=None, pattern=COMMIT, description=REVISION)
 
 
 MIN_STRENGTH = 0.01
-"""With less there might be no step to make."""
+"""Smallest `strength`. With less, an edit might have no denoising step."""
 
 
 class Defaults(Config):
-    """What a request that leaves a parameter out gets."""
+    """Default values of a request's parameters."""
 
     steps: int = Field(default=50, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description=f"Classifier-free guidance. Unset, the family's: {_of_families('guidance_scale')}.",
+        description=f"Scale of classifier-free guidance. Defaults to {_by_family('guidance_scale')}.",
     )
     edit_guidance_scale: float | None = Field(
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description=f"Likewise for edits. Unset, the family's: {_of_families('edit_guidance_scale')}.",
+        description="Guidance scale for edits. Defaults to "
+        f"{_by_family('edit_guidance_scale', unset='`guidance_scale`')}.",
     )
     strength: float = Field(
         default=0.6,
         ge=MIN_STRENGTH,
         le=1,
-        description="How much of a source image an edit paints over, in families that take `strength`.",
+        description="Share of a source image that an edit paints over, for families that support `strength`.",
     )
-    width: int = Field(default=1024, ge=1, description="In pixels; edits take the first source's instead.")
-    height: int = Field(default=1024, ge=1, description="In pixels; likewise.")
+    width: int = Field(
+        default=1024, ge=1, description="Width in pixels. Edits use the first source image's instead."
+    )
+    height: int = Field(
+        default=1024, ge=1, description="Height in pixels. Edits use the first source image's instead."
+    )
 
 
 class ModelConfig(Config):
-    """One model that the server offers."""
+    """Configuration of one model."""
 
     name: str = Field(
-        min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="What clients call it."
+        min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the model, for clients."
     )
     description: str | None = Field(
         default=None,
         min_length=1,
-        description="What people should know of it, told in `/v1/models` and the playground.",
+        description="Text about the model, shown in `/v1/models` and the playground.",
     )
-    family: str = Field(description=f"The architecture: {' or '.join(f'`{name}`' for name in FAMILIES)}.")
+    family: str = Field(description=f"Architecture: {' or '.join(f'`{name}`' for name in FAMILIES)}.")
     checkpoint: str = Field(
         min_length=1,
-        description="A folder in diffusers' layout, a Hub id (then `revision` too), `demo`: a small "
-        "GLM-Image that paints simple scenes on a CPU, or `tiny`: random weights, for tests.",
+        description="Checkpoint in diffusers' layout: a folder, or a Hub id (which needs `revision`). `demo` "
+        "is a small GLM-Image that makes simple scenes on a CPU. `tiny` has random weights, for tests.",
     )
     revision: str | None = Field(
         default=None,
@@ -316,46 +328,56 @@ class ModelConfig(Config):
     compile_cache: str = Field(
         default="~/.cache/glm-image-server/compiled",
         min_length=1,
-        description="Folder that keeps compiled code between starts, on each machine. Replicas with other "
-        "versions or other GPUs may share it.",
+        description="Folder on each machine that keeps compiled code between starts. Replicas with different "
+        "versions or GPUs may share it.",
     )
-    defaults: Defaults = Field(default_factory=Defaults, description="For parameters a request leaves out.")
-    prior: PriorConfig = Field(description="What reads prompts: an autoregressive model, or a text encoder.")
+    defaults: Defaults = Field(default_factory=Defaults, description="Default parameters of requests.")
+    prior: PriorConfig = Field(
+        description="Prior stage, which reads prompts: an autoregressive model or a text encoder."
+    )
     decoder: DecoderConfig = Field(
-        description="The diffusion stage; `deployment` to `cpu_threads` as above, and:"
+        description="Decoder stage, a diffusion model. It has the keys `deployment` to `cpu_threads` of "
+        "`prior`, and:"
     )
 
     @field_validator("family")
     @classmethod
     def _known_family(cls, family: str) -> str:
         if family not in FAMILIES:
-            raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+            raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}; choose one of these")
         return family
 
     @model_validator(mode="after")
     def _legal_default_size(self) -> Self:
         width, height = self.defaults.width, self.defaults.height
         if not self.traits.is_legal_size(width, height):
-            raise ValueError(f"default size {width}x{height}: each side must be {self.traits.legal_sides}")
+            raise ValueError(
+                f"default size {width}x{height}: each side must be {self.traits.legal_sides}; change "
+                "defaults.width or defaults.height"
+            )
         return self
 
     @property
     def traits(self) -> Family:
-        """What is known of the model's family."""
+        """Traits of the model's family."""
         return FAMILIES[self.family]
 
     @property
     def weights(self) -> str:
-        """Which they are. The stages' must be the same: a decoder can make nothing of another prior."""
+        """Name of the weights. Both stages must have the same: a decoder cannot use another model's prior."""
         return f"{self.family} {self.checkpoint} {self.revision}"
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens that a request may have in the prior stage."""
+        """Maximum number of tokens of a request in the prior stage."""
         return self.prior.max_sequence_length or self.traits.max_sequence_length
 
     def guidance_scale(self, *, editing: bool) -> float:
-        """What a request gets that leaves it out."""
+        """Returns the default guidance scale.
+
+        Args:
+            editing: whether the request has source images.
+        """
         if editing:
             for scale in (self.defaults.edit_guidance_scale, self.traits.edit_guidance_scale):
                 if scale is not None:

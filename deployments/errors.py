@@ -1,4 +1,4 @@
-"""What can go wrong in the model plane, in its own words. Status codes are the API plane's business."""
+"""Errors of the model plane. They have no HTTP status: the API plane chooses it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ logger = logging.getLogger("ray.serve")
 
 
 def release(error: BaseException | None, what: str = "a unit failed", **facts: Any) -> None:
-    """Log an error and let go of its frames, whose variables may hold gigabytes of the device.
+    """Logs an error and drops its tracebacks, whose frames may hold gigabytes of the device's memory.
 
-    Whoever waits for the result keeps the error, and in a cycle, so that only the garbage collector would
-    find it.
+    The future of the result keeps the error, in a reference cycle. Without this function the frames would
+    live until the garbage collector runs. A `Cancelled` error is not logged.
 
     Args:
-        error: what went wrong; all who wait for it get it afterwards.
-        what: the error is about.
-        facts: more fields of the line.
+        error: the error. Its callers get it afterwards.
+        what: beginning of the log line.
+        facts: more fields of the log line.
     """
     if not isinstance(error, Cancelled):
         trace = "".join(traceback.format_exception(error))
@@ -33,7 +33,7 @@ def release(error: BaseException | None, what: str = "a unit failed", **facts: A
 
 
 FOLDERS = re.compile(r"(?<![\w:/])/(?:[^\s/'\":]+/)+")
-"""All of an absolute path but its last part; a URL's is none."""
+"""Pattern of all folders of an absolute path. It does not match the path of a URL."""
 
 
 class ModelError(Exception):
@@ -41,14 +41,14 @@ class ModelError(Exception):
 
 
 class CheckpointError(ModelError):
-    """A checkpoint, or a named component of it, is missing or does not fit."""
+    """A checkpoint or one of its components is missing or unusable."""
 
 
-class LoadingFailed(ModelError):  # noqa: N818 - what engineers call it
+class LoadingFailed(ModelError):  # noqa: N818 - engineers call it so
     """An engine could not be loaded.
 
     Attributes:
-        reason: for the person who can mend it; of paths the last part only, since strangers read it too.
+        reason: cause, for the operator. Clients read it too, so paths are cut to their last part.
     """
 
     def __init__(self, reason: str) -> None:
@@ -57,37 +57,37 @@ class LoadingFailed(ModelError):  # noqa: N818 - what engineers call it
 
 
 class UnsupportedOption(ModelError):  # noqa: N818 - the configuration's error, not the model's
-    """This machine, or a version of something on it, cannot do what the configuration asks for."""
+    """The configuration has an option that this machine, or an installed version, does not support."""
 
 
-class OtherWeights(ModelError):  # noqa: N818 - nobody's error
-    """A prior was made by another model than the decoder's: an update has come to one of the stages alone."""
+class OtherWeights(ModelError):  # noqa: N818 - not a fault
+    """A prior was made by another model than the decoder's. An update has reached only one of the stages."""
 
 
-class EngineFault(ModelError):  # noqa: N818 - what engineers call it
-    """An engine met a fault that it cannot go on from; its replica is to be replaced."""
+class EngineFault(ModelError):  # noqa: N818 - engineers call it so
+    """An engine had a fault that it cannot recover from. Its replica must be replaced."""
 
 
 class OutOfMemoryError(ModelError):
-    """The device has too little memory for what was asked."""
+    """The device has too little memory for a request."""
 
 
-class NotANumber(ModelError):  # noqa: N818 - likewise
-    """The model's arithmetic ended in values that are no numbers; the unit is lost, the engine goes on."""
+class NotANumber(ModelError):  # noqa: N818 - not a fault
+    """The model's arithmetic produced NaN or infinity. The unit is lost; the engine continues."""
 
 
-class Cancelled(ModelError):  # noqa: N818 - a request that was called off is not a fault
-    """The caller has gone; the work was stopped."""
+class Cancelled(ModelError):  # noqa: N818 - a cancelled request is not a fault
+    """The caller is gone, and its work was stopped."""
 
 
 class RequestTooLong(ModelError):  # noqa: N818 - the request's fault, not the model's
-    """A request has more tokens than the model's rows hold.
+    """A request has more tokens than the model's `max_sequence_length`.
 
     Attributes:
-        tokens: how many it has.
-        limit: how many there may be.
-        param: the text that is too long.
-        alone: whether nothing else counts; if not, source images and the image do too.
+        tokens: number of tokens in the request.
+        limit: largest allowed number.
+        param: name of the text that is too long.
+        alone: whether only that text counts. If not, source images and the image count too.
     """
 
     def __init__(self, tokens: int, limit: int, *, param: str = "prompt", alone: bool = False) -> None:
@@ -98,9 +98,9 @@ class RequestTooLong(ModelError):  # noqa: N818 - the request's fault, not the m
         self.alone = alone
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle, which would leave out what is given by name."""
+        """Returns how to restore the error, for pickle, which would omit the keyword arguments."""
         return partial(RequestTooLong, param=self.param, alone=self.alone), (self.tokens, self.limit)
 
     def __str__(self) -> str:
         others = "" if self.alone else ", source images and image"
-        return f"{self.param}{others} make {self.tokens} tokens; at most {self.limit} fit"
+        return f"{self.param}{others} take {self.tokens} tokens; at most {self.limit} fit; shorten the prompt"

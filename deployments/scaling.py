@@ -1,7 +1,7 @@
-"""Scaling a stage, down to none and back: the gate, where it is known who needs a model, and the policy.
+"""Scaling of stages, to zero and back: the demand registry, its client, and Serve's autoscaling policy.
 
-Serve's controller runs the policy, and may have none of this project: Ray pickles the module by value. So it
-imports the standard library and Ray, and what passes between the processes is plain.
+The policy runs in Serve's controller, which may not have this project installed: Ray pickles this module by
+value. So the module imports only the standard library and Ray, and processes exchange only plain values.
 """
 
 from __future__ import annotations
@@ -23,27 +23,35 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.serve.config import AutoscalingContext
 
-NAMESPACE = "glm-image-server-1"
-"""The number changes with what is passed through a gate: an older application's may still be there."""
+NAMESPACE = "glm-image-server-2"
+"""Ray namespace of the registry. Its number changes with the registry's methods and values, because the
+registry of an older version may still run."""
 LEASE_S = 10.0
-"""What an ingress or a stage's replica says holds so long: one that died says nothing more."""
+"""Seconds for which an entry in the registry is valid. A process that has died does not renew its entries."""
 RENEWAL_S = 2.0
+"""Seconds after which an entry is renewed."""
 ANSWER_S = 5.0
-LOOK_AGAIN_S = 1.0
-ALONE_S = 60.0
+"""Seconds to wait for an answer of the registry."""
+POLL_INTERVAL_S = 1.0
+"""Seconds between two checks for an expired need, and between two searches for a registry."""
+ORPHANED_S = 60.0
+"""Seconds without a policy's call after which the registry ends itself."""
 
-Orders = tuple[bool, float]
-"""Whether the model is needed, and when, by `time.time`, it was last told to unload; 0 for never."""
+ScalingOrder = tuple[bool, float]
+"""Order for a model's stages: whether the model is needed, and the time of its last unload. The time is by
+`time.time`, or 0 if there was none. It is a bare tuple, since Serve's controller may lack our classes."""
 Report = dict[str, Any]
-"""A replica's `state`: `loading` with its `progress` (0 to 1), `failed` with its `reason`, or `ready` with
-how much it has `done`: tokens drawn, or denoising steps made, even if no image came of them."""
+"""State of a replica. `state` is `loading` with its `progress` (0 to 1), `failed` with its `reason`, or
+`ready` with its `done`: tokens generated or denoising steps made, including those of unfinished images."""
 
 
-class Gate:
-    """What ingress, stages and policies of one application tell one another. A Ray actor.
+class DemandRegistry:
+    """Records which models are needed, and the state of each replica of their stages. A Ray actor.
+
+    Ingress replicas and stages write to it. Scaling policies and ingress replicas read from it.
 
     Args:
-        lease_s: how long what was said holds.
+        lease_s: seconds for which an entry is valid.
     """
 
     def __init__(self, lease_s: float = LEASE_S) -> None:
@@ -52,40 +60,40 @@ class Gate:
         self._unloaded_at: dict[str, float] = {}
         self._reports: dict[tuple[str, str], tuple[Report, float]] = {}
         self._changed = asyncio.Event()
-        self._asked_at = time.monotonic()
+        self._polled_at = time.monotonic()
 
     async def need(self, ingress: str, models: list[str]) -> None:
-        """An ingress replica has work for these models, and for no others."""
+        """Records that an ingress replica has work for these models, and for no others."""
         now = time.monotonic()
         others = {key: until for key, until in self._needs.items() if key[0] != ingress and until > now}
         self._needs = others | {(ingress, model): now + self._lease_s for model in models}
         self._changed.set()
 
     async def unload(self, models: list[str]) -> None:
-        """These models' replicas are to go at once, whatever the minimum; the next need loads them again."""
+        """Orders all replicas of these models to stop, even the minimum. The next need loads them again."""
         self._unloaded_at |= dict.fromkeys(models, time.time())
-        # What was needed up to now is not any more, though its ingress may say so only in a moment.
+        # Earlier needs end here. Their ingress may report that only a moment later.
         self._needs = {key: until for key, until in self._needs.items() if key[1] not in models}
         self._changed.set()
 
-    async def orders(self, model: str, seen: Orders | None) -> Orders:
-        """What a model's stages are to do, as soon as that is not what was `seen`, or after a lease."""
-        self._asked_at = time.monotonic()
+    async def order(self, model: str, seen: ScalingOrder | None) -> ScalingOrder:
+        """Returns the order for a model's stages as soon as it differs from `seen`, or after a lease."""
+        self._polled_at = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._lease_s):
-                while self._orders(model) == seen:
+                while self._order(model) == seen:
                     self._changed.clear()
-                    with suppress(TimeoutError):  # a need may lapse without a word
-                        await asyncio.wait_for(self._changed.wait(), LOOK_AGAIN_S)
-        return self._orders(model)
+                    with suppress(TimeoutError):  # a need may expire without a call
+                        await asyncio.wait_for(self._changed.wait(), POLL_INTERVAL_S)
+        return self._order(model)
 
-    def _orders(self, model: str) -> Orders:
+    def _order(self, model: str) -> ScalingOrder:
         now = time.monotonic()
         needed = any(name == model and until > now for (_, name), until in self._needs.items())
         return needed, self._unloaded_at.get(model, 0.0)
 
     async def report(self, deployment: str, replica: str, report: Report | None) -> None:
-        """A stage's replica tells how it is, or that it goes."""
+        """Records the state of a stage's replica. None removes the replica."""
         now = time.monotonic()
         self._reports = {key: value for key, value in self._reports.items() if value[1] > now}
         self._reports.pop((deployment, replica), None)
@@ -93,95 +101,102 @@ class Gate:
             self._reports[deployment, replica] = (report, now + self._lease_s)
 
     async def reports(self) -> dict[str, list[Report]]:
-        """What the replicas of each deployment have told of late."""
+        """Returns the valid reports, by deployment."""
         now = time.monotonic()
-        told: dict[str, list[Report]] = {}
+        valid: dict[str, list[Report]] = {}
         for (deployment, _), (report, until) in self._reports.items():
             if until > now:
-                told.setdefault(deployment, []).append(report)
-        return told
+                valid.setdefault(deployment, []).append(report)
+        return valid
 
     async def watch(self) -> None:
-        """End the actor when the application has gone: no policy has asked for a minute."""
-        while time.monotonic() - self._asked_at < ALONE_S:  # noqa: ASYNC110 - it is the silence that counts
+        """Ends the actor when the application is gone: when no policy has called `order` for `ORPHANED_S`."""
+        while time.monotonic() - self._polled_at < ORPHANED_S:  # noqa: ASYNC110 - waits for silence
             await asyncio.sleep(self._lease_s)
         ray.actor.exit_actor()
 
 
-def find_gate(app_name: str) -> ActorHandle[Any] | None:
-    """The application's gate, if its ingress has created it. Asks Ray, and waits for the answer."""
+def find_registry(app_name: str) -> ActorHandle[Any] | None:
+    """Returns the application's registry, or None if there is none yet. Blocks until Ray answers."""
     try:
         return ray.get_actor(app_name, namespace=NAMESPACE)
     except ValueError:
         return None
 
 
-class GateKeeper:
-    """The application's gate for its ingress, which creates it, and again if it has died.
+class RegistryClient:
+    """The ingress's client of the registry. Creates the registry, and replaces it if it has died.
 
-    It is on the ingress's node, takes nothing of the cluster's, and outlives the ingress. Ray does not start
-    it again, since it might do so on a node with a GPU, which would not be given back then.
+    The registry runs on the ingress's node, reserves no resources, and outlives the ingress. Ray does not
+    restart it: Ray might choose a node with a GPU, and that node could then not be released.
+
+    Args:
+        app_name: name of the Serve application, and of the actor.
     """
 
     def __init__(self, app_name: str) -> None:
         self._app_name = app_name
-        self._gate = self._create()
+        self._registry = self._create()
 
     async def ask(self, method: str, *args: Any) -> Any:
-        """Call a method of the gate's.
+        """Calls a method of the registry and returns its result.
 
         Raises:
-            RayError: it has died; the next call goes to a new one, which knows nothing yet.
-            TimeoutError: it does not answer.
+            RayError: the registry has died. The next call goes to a new and empty one.
+            TimeoutError: the registry does not answer.
         """
         try:
             async with asyncio.timeout(ANSWER_S):
-                return await getattr(self._gate, method).remote(*args)
+                return await getattr(self._registry, method).remote(*args)
         except RayActorError:
-            self._gate = self._create()
+            self._registry = self._create()
             raise
 
     def _create(self) -> ActorHandle[Any]:
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         options: dict[str, Any] = {"name": self._app_name, "namespace": NAMESPACE, "get_if_exists": True}
         options |= {"lifetime": "detached", "num_cpus": 0, "scheduling_strategy": node}
-        gate = cast("ActorHandle[Any]", ray.remote(Gate).options(**options).remote())
-        gate.watch.remote()
-        return gate
+        registry = cast("ActorHandle[Any]", ray.remote(DemandRegistry).options(**options).remote())
+        registry.watch.remote()
+        return registry
 
 
 class ScalingPolicy:
-    """How many replicas a stage is to have; an autoscaling policy of Ray Serve's.
+    """Decides how many replicas a stage has. An autoscaling policy of Ray Serve.
 
-    There are as many as the load asks for, and one at least while the model is needed, so that both stages
-    load together and neither goes while the other one works. Those that have not been needed for the idle
-    time go. Serve's own bounds are zero and the maximum: the minimum is kept here, since a model that was
-    unloaded by hand is to stay so until it is needed.
+    There are as many replicas as the load needs, and at least one while the model is needed. So both stages
+    load together, and neither stops while the other one works. Spare replicas stop after the idle time.
+
+    Serve's own bounds are zero and the maximum. The minimum is enforced here, because a model that was
+    unloaded by hand stays unloaded until it is needed.
 
     Args:
-        model: by its name.
-        min_replicas: kept, needed or not.
-        idle_timeout_s: how long a replica is kept that is not needed.
+        model: name of the model.
+        min_replicas: replicas to keep when the model is not needed.
+        idle_timeout_s: seconds after which a spare replica stops.
     """
 
     def __init__(self, model: str, min_replicas: int, idle_timeout_s: float) -> None:
         self._model = model
         self._min_replicas = min_replicas
         self._idle_timeout_s = idle_timeout_s
-        self._gate: ActorHandle[Any] | None = None
-        self._looked_at = float("-inf")
-        self._answer: Future[Orders] | None = None
-        self._orders: Orders | None = None
-        self._unloaded_at = 0.0
-        self._unloading = False
-        self._asleep = False
-        self._spare_since: float | None = None
-        self._most_wanted = 0
+        self._registry: ActorHandle[Any] | None = None
+        self._searched_at = float("-inf")
+        self._answer: Future[ScalingOrder] | None = None
+        self._order: ScalingOrder | None = None
+        self._unloaded_at = 0.0  # time of the last unload that was obeyed
+        self._unloading = False  # whether replicas of that unload are left
+        self._asleep = False  # whether the minimum is waived, from an unload to the next need
+        self._spare_since: float | None = None  # start of the time in which there have been spare replicas
+        self._most_wanted = 0  # most replicas wanted within that time
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Called by Serve's controller ten times a second; waits for nothing but `find_gate`."""
-        self._read_orders(context.app_name or "")
-        needed, unloaded_at = self._orders or (False, self._unloaded_at)
+        """Returns the number of replicas. Serve's controller calls this ten times a second.
+
+        It blocks on nothing but `find_registry`.
+        """
+        self._poll_registry(context.app_name or "")
+        needed, unloaded_at = self._order or (False, self._unloaded_at)
         target = context.config.target_ongoing_requests if context.config else 1
         replicas = self.decide(
             load=context.total_num_requests / target,
@@ -196,21 +211,21 @@ class ScalingPolicy:
     def decide(
         self, *, load: float, replicas: int, running: int, needed: bool, unloaded_at: float, now: float
     ) -> int:
-        """How many replicas there are to be.
+        """Returns the number of replicas that the stage should have.
 
         Args:
-            load: requests, running and waiting, in parts of what one replica is to have.
-            replicas: how many there are to be by the last decision.
-            running: how many of them have loaded.
+            load: requests, running and waiting, divided by the target of one replica.
+            replicas: result of the last decision.
+            running: replicas that have finished loading.
             needed: whether an ingress has work for the model.
-            unloaded_at: when the model was last told to unload; larger is later.
-            now: on a clock of seconds.
+            unloaded_at: time of the model's last unload; larger is later.
+            now: time in seconds, on any clock.
         """
         if unloaded_at > self._unloaded_at:
             self._unloaded_at = unloaded_at
             self._unloading = self._asleep = True
         if self._unloading and replicas:
-            self._unloading = replicas > 1  # Serve goes to one before it goes to none
+            self._unloading = replicas > 1  # Serve scales to one before it scales to zero
             return 0
         self._unloading = False
         wanted = max(math.ceil(load), int(needed))
@@ -218,7 +233,7 @@ class ScalingPolicy:
             return 0
         self._asleep = False
         wanted = max(wanted, self._min_replicas)
-        if wanted >= replicas or running < replicas:  # what has not loaded yet cannot be idle
+        if wanted >= replicas or running < replicas:  # a replica that is still loading is not idle
             self._spare_since = None
             return max(wanted, replicas)
         if self._spare_since is None:
@@ -226,24 +241,24 @@ class ScalingPolicy:
         self._most_wanted = max(self._most_wanted, wanted)
         if now - self._spare_since < self._idle_timeout_s:
             return replicas
-        if self._most_wanted:  # else Serve goes to one first, and asks again
+        if self._most_wanted:  # else Serve scales to one first, and asks again
             self._spare_since = None
         return self._most_wanted
 
-    def _read_orders(self, app_name: str) -> None:
-        """Take the gate's answer if it has come, and ask for the next one."""
+    def _poll_registry(self, app_name: str) -> None:
+        """Takes the registry's answer if it has come, and requests the next one."""
         if self._answer and self._answer.done():
             try:
-                orders = self._answer.result()
-                if self._orders is None:  # what was told before this policy began is over
-                    self._unloaded_at = orders[1]
-                self._orders = orders
+                order = self._answer.result()
+                if self._order is None:  # an unload from before this policy's time is over
+                    self._unloaded_at = order[1]
+                self._order = order
             except RayError:
-                self._gate = self._orders = None
+                self._registry = self._order = None
             self._answer = None
         now = time.monotonic()
-        if self._gate is None and now - self._looked_at > LOOK_AGAIN_S:
-            self._looked_at = now
-            self._gate = find_gate(app_name)
-        if self._gate and not self._answer:
-            self._answer = self._gate.orders.remote(self._model, self._orders).future()
+        if self._registry is None and now - self._searched_at > POLL_INTERVAL_S:
+            self._searched_at = now
+            self._registry = find_registry(app_name)
+        if self._registry and not self._answer:
+            self._answer = self._registry.order.remote(self._model, self._order).future()

@@ -1,4 +1,4 @@
-"""Values that cross a Serve handle. They are picklable and know no torch, no Ray and no HTTP."""
+"""Values that cross a Serve handle. They can be pickled, and use neither torch nor Ray nor HTTP."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
-"""An RGB image: shape (height, width, 3), values 0-255."""
+"""RGB image: shape (height, width, 3), values 0 to 255."""
 
 TokenGrid = NDArray[np.int64]
 """Prior tokens of one image: shape (height / 32, width / 32), values below the codebook's size."""
 
 
 Embedding = NDArray[np.float32]
-"""What a text encoder makes of a text; also of numbers that were shorter."""
+"""Output of a text encoder for one text. It is float32 even if the encoder computes in fewer bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ class StageRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """What the prior stage answers, for the decoder stage to follow; each family has a kind of its own.
+    """Result of the prior stage, and input of the decoder stage. Each family has its own kind.
 
     Attributes:
-        text_tokens: how many tokens were read of the texts.
-        source_tokens: how many of the source images.
-        generated_tokens: how many were drawn.
-        weights: of the model that made it, see `deployments.config.ModelConfig`; the stage says so.
+        text_tokens: number of tokens read from the texts.
+        source_tokens: number of tokens read from the source images.
+        generated_tokens: number of tokens generated.
+        weights: weights that made it; see `deployments.config.ModelConfig`. The stage sets this.
     """
 
     text_tokens: int = 0
@@ -53,10 +53,12 @@ class Prior:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorTokens(Prior):
-    """What an autoregressive model answers. Of its drawn tokens some are of a smaller image that comes first.
+    """Result of an autoregressive model.
+
+    `generated_tokens` includes the tokens of a smaller image, which are generated first and not kept.
 
     Attributes:
-        target: tokens of the image to be made.
+        target: tokens of the image to make.
         sources: tokens of each source image, in the order of the request.
     """
 
@@ -66,11 +68,11 @@ class PriorTokens(Prior):
 
 @dataclass(frozen=True, kw_only=True)
 class TextEmbeddings(Prior):
-    """What a text encoder answers.
+    """Result of a text encoder.
 
     Attributes:
-        prompt: a line for each token: shape (tokens, channels).
-        negative_prompt: likewise; None where guidance is off.
+        prompt: one row for each token of the prompt: shape (tokens, channels).
+        negative_prompt: one row for each token of the negative prompt; None if guidance is off.
     """
 
     prompt: Embedding
@@ -79,12 +81,12 @@ class TextEmbeddings(Prior):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a stage has come with a unit.
+    """Progress of a stage with one unit.
 
     Attributes:
-        done: tokens drawn or read, or denoising steps made.
-        total: of how many.
-        seconds: since the stage began with the unit.
+        done: tokens generated or read so far, or denoising steps made.
+        total: number of tokens or steps of the whole unit.
+        seconds: seconds since the stage began with the unit.
     """
 
     done: int
@@ -105,9 +107,9 @@ class ImageRequest(StageRequest):
         seed: 0 to 2**63 - 1.
         steps: denoising steps, 1 or more.
         guidance_scale: classifier-free guidance, 0 or more. `Family.guidance_off` says where it is off.
-        negative_prompt: what not to paint; empty for families without it.
-        cfg_normalization: whether guidance may not lengthen the velocity; for families that have it.
-        strength: share of the source image that is painted over, above 0 to 1; for families that have it.
+        negative_prompt: description of what to avoid; empty for families without it.
+        cfg_normalization: whether guidance may not lengthen the velocity; for families that support it.
+        strength: share of the source image to paint over, above 0 to 1; for families that support it.
         previews: number of previews wanted, 0 to 3. Few steps give fewer.
         sources: source images of legal sizes; empty for text-to-image.
         prior: result of the prior stage; None before it.
@@ -129,11 +131,11 @@ class ImageRequest(StageRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What a unit is going to look like, as far as can be told after one of its steps.
+    """Estimate of a unit's final image, made after one of its steps.
 
     Attributes:
-        index: which of the unit's previews, from 0.
-        pixels: smaller than the image: the longer side 512 or less.
+        index: number of the preview within the unit, from 0.
+        pixels: the preview, smaller than the image: its longer side has 512 pixels or fewer.
     """
 
     index: int
@@ -142,10 +144,10 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRequest(StageRequest):
-    """Asks the safety checker about an image.
+    """Request to the safety checker.
 
     Attributes:
-        pixels: the image.
+        pixels: the image to check.
     """
 
     pixels: Pixels
@@ -153,12 +155,12 @@ class CheckRequest(StageRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpansionRequest(StageRequest):
-    """Asks a chat model to rewrite a prompt.
+    """Request to a chat model to rewrite a prompt.
 
     Attributes:
-        instruction: what it is to do.
-        prompt: plain text, as in `ImageRequest`.
-        max_tokens: of the answer, at least 1.
+        instruction: the system prompt, which says how to rewrite.
+        prompt: plain text; no part of it is read as a control token.
+        max_tokens: maximum number of tokens in the answer, at least 1.
     """
 
     instruction: str
@@ -167,4 +169,4 @@ class ExpansionRequest(StageRequest):
 
 
 Event = Progress | Preview
-"""What a stage tells of a unit before its result."""
+"""Report of a stage about a unit, before the unit's result."""

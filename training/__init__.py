@@ -1,1 +1,1 @@
-"""Training of the checkpoints that this repository contains. In no wheel and no container."""
+"""Training of the checkpoints in this repository. It is part of no wheel and no container."""

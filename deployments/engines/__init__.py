@@ -1,1 +1,1 @@
-"""What the engines of all families share. No Ray."""
+"""Code that the engines of all families share. It does not use Ray."""

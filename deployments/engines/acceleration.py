@@ -1,4 +1,4 @@
-"""Makes a loaded pipeline faster or smaller: a function for each option of the configuration."""
+"""Acceleration of a loaded pipeline: one function for each option of the configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Pipeline(Protocol):
-    """A family's pipeline: diffusers' `DiffusionPipeline` with a DiT and a VAE, and methods of our own."""
+    """A family's pipeline: diffusers' `DiffusionPipeline` with a DiT, a VAE and methods of our own."""
 
     transformer: Any
     vae: Any
@@ -35,25 +35,32 @@ class Pipeline(Protocol):
     enable_group_offload: Any
 
     def try_step(self, side: int) -> object:
-        """Runs the DiT as one step with guidance of a square image does, for the memory that it takes."""
+        """Runs the DiT as in one guided step of a square image, to measure its memory.
+
+        Args:
+            side: side of the image in pixels.
+        """
 
     def compile(self, options: dict[str, Any]) -> None:
-        """Compile the DiT's blocks for all image sizes; see `deployments.engines.compilation.options`."""
+        """Compiles the DiT's blocks for all image sizes; see `deployments.engines.compilation.options`."""
 
     def cache_steps(self, threshold: float) -> None:
-        """Skips the DiT's blocks after the first where that one's change is close to the last step's.
+        """Makes steps skip the DiT's blocks after the first, if that one's output has hardly changed.
+
+        Args:
+            threshold: relative change since the last step below which the other blocks are skipped.
 
         Raises:
-            UnsupportedOption: diffusers cannot do so with this DiT.
+            UnsupportedOption: diffusers has no step cache for this DiT.
         """
 
 
 def loading_device(config: DecoderConfig, size: int) -> str:
-    """Returns where to load the weights: the stage's device, if they fit and will stay there as they are.
+    """Returns where to load the weights: the stage's device if they fit and stay there, else the CPU.
 
     Args:
-        config: of the stage.
-        size: of the weights, in bytes.
+        config: configuration of the stage.
+        size: size of the weights in bytes.
     """
     chosen = config.acceleration
     stays = chosen.quantization == "none" and chosen.offload in ("auto", "none")
@@ -65,13 +72,13 @@ def apply(pipeline: Pipeline, config: DecoderConfig, *, max_side: int) -> None:
     """Applies the options to a pipeline and puts it on its device.
 
     Args:
-        pipeline: is changed. Its components are on the CPU or on the device already.
-        config: of the stage.
-        max_side: longer side of the largest image that will be made, in pixels.
+        pipeline: pipeline to change. Its components are on the CPU or already on the device.
+        config: configuration of the stage.
+        max_side: longer side of the largest possible image, in pixels.
 
     Raises:
-        UnsupportedOption: this machine, or a version of something on it, cannot do what is asked.
-        OutOfMemoryError: the largest image does not fit.
+        UnsupportedOption: this machine, or an installed version, does not support an option.
+        OutOfMemoryError: the device has too little memory for the largest image.
     """
     chosen = config.acceleration
     if chosen.vae_tiling:
@@ -88,7 +95,9 @@ def apply(pipeline: Pipeline, config: DecoderConfig, *, max_side: int) -> None:
             try:
                 option(pipeline)
             except Exception as error:
-                raise UnsupportedOption(f"decoder.acceleration.{name} cannot be had here: {error}") from error
+                raise UnsupportedOption(
+                    f"decoder.acceleration.{name} is not available here; remove it: {error}"
+                ) from error
     place(pipeline, device, chosen.offload, working)
     logger.info("images of up to %dx%d", max_side, max_side)
 
@@ -97,11 +106,14 @@ Size = tuple[int, int]
 
 
 def warm_up_sizes(model: ModelConfig) -> tuple[Size, Size]:
-    """Returns width and height, in pixels, of the first image to warm up with, and of the others.
+    """Returns the sizes of the first image to warm up with, and of the others: width and height in pixels.
 
-    The others have the default size. The first one nearly has it, because the compiler takes lengths that are
-    equal in its first example for equal always. It is no square, and no source image of the others is as
-    large as they are. A stage that does not compile makes the smallest image.
+    The others have the default size. The first size is slightly different and not a square, and source images
+    are smaller than their image. Otherwise the compiler would assume that lengths which are equal in its
+    first example are always equal. A stage that does not compile makes the smallest image.
+
+    Args:
+        model: configuration of the model.
     """
     if not model.decoder.compiles:
         smallest = (model.traits.min_side, model.traits.min_side)
@@ -121,14 +133,14 @@ def warm_up(
 ) -> None:
     """Makes one image of each kind, if the first one of a kind is slow or may fail.
 
-    Compiled code is made when it is first needed. Here it is made before a client waits for it. Options that
-    fail only when used fail now.
+    The compiler runs when code is first needed. Here that happens before a client waits for it. An option
+    that fails only in use fails here.
 
     Args:
-        config: of the stage.
+        config: configuration of the stage.
         decode: makes an image.
-        units: an image of each kind. A stage that does not compile makes the first one alone.
-        report: is called with the share of the units that are made, 0 to 1.
+        units: one image of each kind. A stage that does not compile makes only the first one.
+        report: takes the share of the images that are made, 0 to 1.
 
     Raises:
         UnsupportedOption: an image could not be made.
@@ -142,20 +154,20 @@ def warm_up(
             decode(unit, Call())
         except Exception as error:
             raise UnsupportedOption(
-                f"no image could be made with decoder.acceleration = {used}: {error}"
+                f"no image could be made with decoder.acceleration = {used}; remove an option: {error}"
             ) from error
         report(done / len(units))
 
 
 def quantize(pipeline: Pipeline) -> None:
-    """Keeps the DiT's weights in 8 bits (float8_e4m3fn); arithmetic stays in the type they had."""
+    """Stores the DiT's weights in 8 bits (float8_e4m3fn). The arithmetic keeps its type."""
     pipeline.transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=pipeline.transformer.dtype
     )
 
 
 def tile_vae(pipeline: Pipeline) -> None:
-    """Decodes large images in overlapping tiles and blends their seams."""
+    """Makes the VAE decode large images in overlapping tiles and blend their seams."""
     pipeline.vae.enable_tiling()
 
 
@@ -168,8 +180,8 @@ def compile_parts(pipeline: Pipeline, device: torch.device) -> None:
     """Compiles the DiT's blocks and the VAE decoder's residual blocks, for images of all sizes.
 
     Args:
-        pipeline: is changed.
-        device: where it will compute.
+        pipeline: pipeline to change.
+        device: device on which the pipeline will compute.
     """
     options = compilation.options(device)
     pipeline.compile(options)
@@ -179,23 +191,23 @@ def compile_parts(pipeline: Pipeline, device: torch.device) -> None:
 
 
 def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[str, int]) -> None:
-    """Puts the pipeline on its device, whole or in turns, and logs how much memory that takes.
+    """Puts the pipeline on its device, at once or part by part, and logs how much memory that takes.
 
     Args:
-        pipeline: its components are on the CPU or on the device.
-        device: where it computes.
-        offload: `none`, `model`, `group`, or `auto`: `none` if it fits, else `model`.
-        working: bytes that a component takes beside its weights.
+        pipeline: pipeline to place. Its components are on the CPU or on the device.
+        device: device on which the pipeline computes.
+        offload: `none`, `model`, `group` or `auto`, which is `none` if everything fits, else `model`.
+        working: bytes that each large component needs in addition to its weights.
 
     Raises:
-        OutOfMemoryError: it does not fit.
+        OutOfMemoryError: the device has too little free memory.
     """
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     weights = {name: _weight_bytes(part) for name, part in parts.items()}
     on_cpu = device.type == "cpu"
     needs = {
         "none": (0 if on_cpu else sum(weights.values())) + max(working.values()),
-        # The VAE stays where it is while the DiT follows it: after a preview or a source image.
+        # After a preview or a source image, the VAE is still on the device while the DiT comes back.
         "model": weights["vae"] + max(weights["transformer"] + working["transformer"], working["vae"]),
         "group": weights["vae"] + max(working.values()),
     }
@@ -204,7 +216,7 @@ def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[
         offload = "none" if on_cpu or needs["none"] <= free else "model"
     plan = (
         f"the decoder stage takes {needs[offload] / 1e9:.1f} GB with offload {offload!r}, "
-        f"{max(working.values()) / 1e9:.1f} GB of it beside the weights; "
+        f"{max(working.values()) / 1e9:.1f} GB of it in addition to the weights; "
         f"{free / 1e9:.1f} GB are free on {device}"
     )
     if needs[offload] > free:
@@ -215,7 +227,7 @@ def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif offload == "group":
-        # diffusers would look for the end of the VAE's run in its `forward`, which is never called.
+        # diffusers detects the end of a part's run in its `forward`, which is never called for the VAE.
         pipeline.enable_group_offload(
             device, offload_type="leaf_level", use_stream=True, exclude_modules="vae"
         )
@@ -223,18 +235,18 @@ def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[
     else:
         pipeline.to(device)
         if not on_cpu:
-            # cuDNN's convolutions work in this order, and would copy from and to the other one.
+            # cuDNN's convolutions use this memory format; with the other one they would copy to and from it.
             pipeline.vae.to(memory_format=torch.channels_last)
 
 
 def _weight_bytes(part: torch.nn.Module, *, on: torch.device | None = None) -> int:
-    """Bytes of a component's weights, or of those on one kind of device."""
+    """Returns the size of a component's weights in bytes, or of those on one type of device."""
     tensors = (*part.parameters(), *part.buffers())
     return sum(tensor.nbytes for tensor in tensors if on is None or tensor.device.type == on.type)
 
 
 def _working_bytes(pipeline: Pipeline, side: int) -> dict[str, int]:
-    """Bytes that the two large parts take beside their weights for a square image."""
+    """Returns the bytes that the two large components need for a square image, without their weights."""
     vae = pipeline.vae
     latent_side = side // pipeline.vae_scale_factor
     latents = (1, vae.config.latent_channels, latent_side, latent_side)

@@ -1,7 +1,7 @@
-"""Loading of checkpoints: safetensors only, by classes of our choosing, no remote code.
+"""Loading of checkpoints: safetensors only, with classes that the server chooses, and no remote code.
 
-A model's is in diffusers' layout, a folder for each component, of which a stage loads its own; a classifier's
-or a chat model's is in transformers' layout, all in one folder.
+The checkpoint of an image model is in diffusers' layout: one folder for each component. A stage loads its own
+components. The checkpoint of a classifier or a chat model is in transformers' layout: one folder.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 WEIGHTS_SHARE = 0.5
-"""Share of the loading that reading weights is taken for, where compiling follows."""
+"""Assumed share of the loading time that reading weights takes, if compiling follows."""
 FILE_TYPES = ("json", "jinja", "model", "safetensors", "txt")
-"""What is downloaded of a folder: settings, vocabularies and safe weights."""
+"""Suffixes of the files that are downloaded: settings, vocabularies and safe weights."""
 
 
 class Source(Protocol):
-    """What of a configuration says where a checkpoint is; see `deployments.config`."""
+    """A configuration with the place of a checkpoint; see `deployments.config`."""
 
     @property
     def checkpoint(self) -> str:
-        """A folder, a Hub id, or the name of one that is built in."""
+        """Folder, Hub id, or name of a built-in checkpoint."""
 
     @property
     def revision(self) -> str | None:
-        """The Hub's commit."""
+        """Commit of the Hub, or None."""
 
 
 def load(
@@ -57,18 +57,18 @@ def load(
     device: Callable[[int], str],
     dtype: str,
 ) -> dict[str, Any]:
-    """Load components of a model's checkpoint.
+    """Loads components of a model's checkpoint. Returns them by name.
 
     Args:
-        model: which.
-        components: their classes, by name.
-        report: told the share that is loaded, 0 to 1.
-        built_in: the folders of the family's own checkpoints, by name.
-        device: where the weights go, given the size of their files in bytes.
-        dtype: theirs, as torch calls it.
+        model: configuration of the model.
+        components: classes of the components, by name.
+        report: takes the share that is loaded, 0 to 1.
+        built_in: functions that return the folder of a built-in checkpoint, by its name.
+        device: returns the device for the weights, given the size of their files in bytes.
+        dtype: torch's name of the weights' type.
 
     Raises:
-        CheckpointError: the checkpoint or one of the components is missing or does not fit.
+        CheckpointError: the checkpoint or one of the components is missing or unusable.
     """
     began = time.monotonic()
     patterns = [f"{name}/*.{suffix}" for name in components for suffix in FILE_TYPES]
@@ -81,7 +81,7 @@ def load(
     parts: dict[str, Any] = {}
     for name, cls in components.items():
         _check_component(folder, name, cls)
-        with _told(partial(_report_part, report, sizes, name)):
+        with _progress_reported(partial(_report_part, report, sizes, name)):
             what = f"{folder}: component {name!r}"
             if issubclass(cls, torch.nn.Module):
                 parts[name] = _load_weights(folder / name, what, cls, device=where, dtype=dtype)
@@ -104,27 +104,29 @@ def load_flat(
     device: str,
     dtype: str,
 ) -> tuple[Any, Any]:
-    """Load a checkpoint in transformers' layout.
+    """Loads a checkpoint in transformers' layout.
 
     Args:
-        source: where it is.
-        model_class: of the model, which is in its evaluation mode then.
-        reader_class: of what prepares its input.
-        report: told the share that is loaded, 0 to 1.
-        built_in: the folders of our own checkpoints, by name.
-        device: where weights go.
-        dtype: theirs, as torch calls it.
+        source: place of the checkpoint.
+        model_class: class of the model.
+        reader_class: class that prepares the model's input: a tokenizer or a processor.
+        report: takes the share that is loaded, 0 to 1.
+        built_in: functions that return the folder of a built-in checkpoint, by its name.
+        device: device for the weights.
+        dtype: torch's name of the weights' type.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer or processor.
 
     Raises:
-        CheckpointError: the checkpoint is missing or does not fit.
+        CheckpointError: the checkpoint is missing or unusable.
     """
     began = time.monotonic()
     folder = _locate(source, built_in, [f"*.{one}" for one in FILE_TYPES])
-    safe = {
-        "trust_remote_code": False
-    }  # classes that look into the checkpoint for theirs would ask a terminal
+    # Without this, classes that read their name from the checkpoint would ask on a terminal.
+    safe = {"trust_remote_code": False}
     reader = _load_settings(folder, f"{folder}: its {reader_class.__name__}", reader_class, **safe)
-    with _told(report):
+    with _progress_reported(report):
         what = f"{folder}: its {model_class.__name__}"
         model = _load_weights(folder, what, model_class, device=device, dtype=dtype, **safe)
     logger.info("loaded %s as %s on %s in %.1f s", folder, dtype, device, time.monotonic() - began)
@@ -132,22 +134,30 @@ def load_flat(
 
 
 def part_of(report: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
-    """Returns a report for a part of the loading: its 0 to 1 are `start` to `end` of the whole."""
+    """Returns a report function for a part of the loading. It maps 0 to 1 to `start` to `end`."""
     return lambda share: report(start + share * (end - start))
 
 
 def _report_part(report: Callable[[float], None], sizes: Mapping[str, int], name: str, loaded: float) -> None:
-    """Report a component of which so much is loaded, after those before it."""
+    """Reports the share of all components that is loaded.
+
+    Args:
+        report: takes the share, 0 to 1.
+        sizes: sizes of the components, by name, in the order of loading.
+        name: name of the component that is being loaded.
+        loaded: share of that component that is loaded, 0 to 1.
+    """
     names = list(sizes)
     before = sum(sizes[earlier] for earlier in names[: names.index(name)])
     report((before + loaded * sizes[name]) / max(1, sum(sizes.values())))
 
 
 @contextmanager
-def _told(report: Callable[[float], None]) -> Iterator[None]:
-    """Be told the share of a component that is loaded: by the tensor where transformers loads it.
+def _progress_reported(report: Callable[[float], None]) -> Iterator[None]:
+    """Reports the share of a component that the block has loaded. transformers reports after each tensor.
 
-    diffusers has no hook. The libraries' own bars, which would fill the log, are silent meanwhile.
+    diffusers has no hook, so it reports only the end. The libraries' own progress bars would fill the log, so
+    they are silenced in the block.
     """
 
     class Bar(_SilentBar):
@@ -164,7 +174,7 @@ def _told(report: Callable[[float], None]) -> Iterator[None]:
 
 
 def _locate(source: Source, built_in: Mapping[str, Callable[[], Path]], patterns: list[str]) -> Path:
-    """The checkpoint's folder, with at least these files downloaded if it comes from the Hub."""
+    """Returns the checkpoint's folder. Downloads the files of these patterns if it comes from the Hub."""
     if source.checkpoint in built_in:
         return built_in[source.checkpoint]()
     folder = Path(source.checkpoint).expanduser()
@@ -173,9 +183,9 @@ def _locate(source: Source, built_in: Mapping[str, Callable[[], Path]], patterns
     if source.revision is None:
         raise CheckpointError(
             f"checkpoint {source.checkpoint!r} is not a folder on this machine, nor built in "
-            f"({', '.join(built_in)}); if it is a Hub id, give `revision` (a commit's 40 digits) too"
+            f"({', '.join(built_in)}); correct it, or give `revision` (40 digits of a commit) for a Hub id"
         )
-    flat = not any("/" in pattern for pattern in patterns)  # to the Hub, a star stands for folders, too
+    flat = not any("/" in pattern for pattern in patterns)  # a star in a Hub pattern also matches folders
     try:
         return Path(
             snapshot_download(
@@ -188,73 +198,103 @@ def _locate(source: Source, built_in: Mapping[str, Callable[[], Path]], patterns
         )
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {source.checkpoint!r} at revision {source.revision} could not be had: {error}"
+            f"checkpoint {source.checkpoint!r} at revision {source.revision} could not be downloaded: {error}"
         ) from error
 
 
 def _check_component(folder: Path, name: str, cls: Any) -> None:
-    """Checks that a component exists and that the index declares its class, or the library's that it extends.
+    """Checks that a component exists and that the index declares its class.
 
-    The server chooses the class. The checkpoint's declaration is only compared.
+    For a class of ours, the index declares the library's class that it extends. The server chooses the class
+    and only compares the declaration.
+
+    Raises:
+        CheckpointError: the component is missing, or declares another class.
     """
     expected = next(base.__name__ for base in cls.__mro__ if not base.__module__.startswith("deployments."))
     try:
         declared = json.loads((folder / "model_index.json").read_text())[name][1]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{folder}: model_index.json lists no component {name!r}") from error
+        raise CheckpointError(
+            f"{folder}: model_index.json lists no component {name!r}; download the checkpoint again"
+        ) from error
     if declared != expected:
-        raise CheckpointError(f"{folder}: component {name!r} is a {declared}, not a {expected}")
+        raise CheckpointError(
+            f"{folder}: component {name!r} is a {declared}, not a {expected}; choose another checkpoint"
+        )
     if not (folder / name).is_dir():
-        raise CheckpointError(f"{folder}: component {name!r} is missing")
+        raise CheckpointError(f"{folder}: component {name!r} is missing; download the checkpoint again")
 
 
 def _load_settings(folder: Path, what: str, cls: Any, **options: Any) -> Any:
-    """Load what has no weights; `what` names it in errors."""
+    """Loads a component without weights.
+
+    Args:
+        folder: folder of the component.
+        what: name of the component in errors.
+        cls: class of the component.
+        options: options of `from_pretrained`.
+
+    Raises:
+        CheckpointError: the component cannot be loaded.
+    """
     try:
         return cls.from_pretrained(folder, **options)
-    except Exception as error:  # whatever the libraries raise, it is to be named
+    except Exception as error:  # the libraries raise many kinds of errors
         raise CheckpointError(f"{what} cannot be loaded: {error}") from error
 
 
 def _load_weights(folder: Path, what: str, cls: Any, *, device: str, dtype: str, **options: Any) -> Any:
-    """Loads what has weights to its device; `what` names it in errors.
+    """Loads a component with weights to its device.
 
-    Both libraries map the files into memory. Where the type of the numbers stays, nothing is copied into the
-    CPU's memory before it goes to the device. transformers converts and moves each tensor by itself.
+    Both libraries map the files into memory. If the type does not change, weights go to the device without a
+    copy in the CPU's memory. transformers converts and moves one tensor at a time.
+
+    Args:
+        folder: folder of the component.
+        what: name of the component in errors.
+        cls: class of the component.
+        device: device for the weights.
+        dtype: torch's name of the weights' type.
+        options: more options of `from_pretrained`.
+
+    Raises:
+        CheckpointError: the component cannot be loaded, lacks weights, or does not fit on the device.
     """
     options |= {"torch_dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
     if issubclass(cls, PreTrainedModel):
-        # diffusers' models lack this: with a device map it fails on missing weights without naming them.
+        # Not for diffusers' models: with a device map, missing weights fail without their names.
         options["device_map"] = {"": device}
     try:
         component, report = cls.from_pretrained(folder, **options)
     except Exception as error:
         raise CheckpointError(f"{what} cannot be loaded: {error}") from error
     if missing := sorted(report["missing_keys"]):
-        # The libraries fill such gaps with random numbers: something would come, of noise.
-        raise CheckpointError(f"{what} lacks weights: {', '.join(missing)}")
+        # The libraries fill such gaps with random numbers, and images would be noise.
+        raise CheckpointError(f"{what} lacks weights: {', '.join(missing)}; download the checkpoint again")
     try:
         return component.to(torch.device(device))
     except Exception as error:  # no such device, or too little memory on it
-        raise CheckpointError(f"{what} cannot be put on {device}: {error}") from error
+        raise CheckpointError(f"{what} cannot be moved to {device}: {error}") from error
 
 
 class _SilentBar(tqdm):  # type: ignore[misc]
-    """A progress bar that paints nothing; `display` is called whenever it would."""
+    """A progress bar that draws nothing. It calls `display` whenever it would draw."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False, "leave": False})
 
 
 class _LoggedProgress(_SilentBar):
-    """A progress bar for a log: a line every ten seconds, where the library's bars are painted often."""
+    """A progress bar that writes a log line every ten seconds, as the library's would fill a log."""
 
     logged_at = float("-inf")
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Called with every file and every few bytes, for three bars, two of which count the same bytes.
+        """Writes a log line if ten seconds have passed. Called for every file and every few bytes.
 
-        When a bar is closed `msg` is empty; that may be when it is collected, long after.
+        There are three bars, and two of them count the same bytes. `msg` is "" when a bar is closed. That may
+        be long after the download, when the bar is garbage-collected.
         """
         now = time.monotonic()
         if msg is None and self.unit == "B" and self.n and now - _LoggedProgress.logged_at >= 10:

@@ -1,4 +1,4 @@
-"""`torch.compile` for the stages: the same code on every replica, kept between starts."""
+"""Settings of `torch.compile` for the stages: the same code on every replica, cached between starts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 RECOMPILE_LIMIT = 64
-"""Graphs of one function. Beyond it torch runs the function uncompiled, or fails."""
+"""Maximum number of graphs of one function. Beyond it torch runs the function uncompiled, or fails."""
 HOPPER = (9, 0)
-"""The first compute capability with programmatic dependent launch."""
+"""First compute capability with programmatic dependent launch."""
 
 
 def prepare(cache: str) -> None:
     """Configures the compiler of this process. Call it before the first compilation.
 
     Args:
-        cache: the folder that keeps compiled code. The compiler's own keys cover versions and devices, so
-            that replicas of different kinds may share it. The environment variable
+        cache: folder for compiled code. The compiler's own keys cover versions and devices, so replicas of
+            different kinds may share it. The environment variable
             `TORCHINDUCTOR_CACHE_DIR` takes precedence.
     """
     # The compiler's own modules set the variable to their default when they are imported.
@@ -31,15 +31,15 @@ def prepare(cache: str) -> None:
         # The compiler starts a process for each CPU of the machine, even in a container with few.
         torch._inductor.config.compile_threads = min(torch._inductor.config.compile_threads or 1, cpu_limit())
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    # A module's own numbers are constants, also where lengths are dynamic.
+    # The numbers of a module stay constants, even where lengths are dynamic.
     torch._dynamo.config.specialize_float = True
 
 
 def options(device: torch.device) -> dict[str, Any]:
     """Returns the `options` for every `torch.compile` call on this device.
 
-    By default the compiler times several configurations of a kernel and keeps the fastest. Those of a sum
-    add up in different orders, so two replicas could round differently. With these options each kernel has
+    By default the compiler times several configurations of a kernel and keeps the fastest. Configurations of
+    a sum add in different orders, so two replicas could round differently. With these options each kernel has
     one configuration. They are passed to each call because Dynamo resets the process-wide setting after the
     first compiled frame (torch 2.11 and 2.13).
     """
@@ -54,7 +54,7 @@ def cpu_limit(cpu_max: Path = CGROUP_CPU_MAX) -> int:
     """Returns the number of CPUs that this process may use, by its affinity and its container's quota.
 
     Args:
-        cpu_max: the quota's file (cgroup v2): microseconds in a period, or `max`, and the period's length.
+        cpu_max: file of the quota (cgroup v2): microseconds in a period, or `max`, and the period's length.
     """
     available = len(os.sched_getaffinity(0))
     try:

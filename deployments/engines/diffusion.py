@@ -1,4 +1,4 @@
-"""Decoders: what they have in common, whatever pipeline they run. No Ray in here."""
+"""The common part of all decoders, for any pipeline of diffusers. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -9,28 +9,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import interpolate
 
-from deployments.engines.memory import cleared, wait_for
-from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, release
+from deployments.engines.guard import guarded
+from deployments.engines.memory import wait_for
+from deployments.errors import Cancelled, NotANumber
 from deployments.stages.calls import Call
 from deployments.types import Preview, Progress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from deployments.errors import EngineFault
     from deployments.types import ImageRequest, Pixels
 
 PREVIEW_SIDE = 512
-"""The longer side of a preview, in pixels, is this or less, and at most half the image's."""
+"""Maximum length of a preview's longer side, in pixels. It is also at most half of the image's."""
 
 
 class PipelineDecoder(ABC):
-    """Paints one unit at a time by a pipeline of diffusers.
+    """Makes one unit at a time with a pipeline of diffusers.
 
-    The pixels are those of the pipeline called whole, with a generator of the same seed on the same device,
-    unless it was accelerated by something that changes them.
+    The pixels equal those of one call of the pipeline, with a generator of the same seed on the same device.
+    The exceptions are acceleration options that change pixels.
 
     Args:
-        pipeline: of a DiT that is trained by flow matching, with a `scheduler` and a `vae`.
+        pipeline: pipeline with a `scheduler`, a `vae` and a DiT that was trained by flow matching.
+
+    Attributes:
+        fault: fault that has stopped the decoder for good, or None while it works.
+        done: number of denoising steps made so far.
+        unit: what `done` counts.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -39,40 +46,41 @@ class PipelineDecoder(ABC):
         self.fault: EngineFault | None = None
         self.done = 0
         self.unit = "steps"
-        # The VAE runs on source images, after the last step and for previews: long, and without a callback.
+        # The VAE runs on source images, for previews and after the last step. It takes long and has no
+        # callback, so hooks check for a cancelled call.
         encoder, decoder = self._pipeline.vae.encoder, self._pipeline.vae.decoder
         for block in (*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks):
             block.register_forward_pre_hook(lambda *_: self._stop_if_cancelled())
 
     @abstractmethod
     def _run(self, request: ImageRequest, **arguments: Any) -> torch.Tensor:
-        """Call the pipeline: what is the family's own, and these arguments, which every pipeline takes.
+        """Calls the pipeline with the family's own arguments and with these, which every pipeline takes.
 
         Returns:
-            The images, shape (1, 3, height, width), values 0 to 1.
+            The images: shape (1, 3, height, width), values 0 to 1.
         """
 
     @abstractmethod
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the VAE takes them."""
+        """Returns latents in the scale of the VAE's input."""
 
     @torch.inference_mode()
     def decode(self, request: ImageRequest, call: Call) -> Pixels:
-        """See `deployments.families.Decoder`."""
-        if self.fault:
-            raise self.fault
+        """Implements `deployments.families.Decoder.decode`."""
         self._call = call
-        try:
+        too_large = (
+            f"the decoder stage has too little memory for {request.width}x{request.height} with "
+            f"{len(request.sources)} source images; ask for a smaller size or fewer source images"
+        )
+        with guarded(
+            self,
+            self._device,
+            "the decoder",
+            request_id=call.request_id,
+            too_large=too_large,
+            recover=self._pipeline.maybe_free_model_hooks,  # upstream's own last step
+        ):
             return self._paint(request)
-        except torch.OutOfMemoryError as error:
-            self._clean_up(error)
-            raise OutOfMemoryError(
-                f"the decoder stage has too little memory for {request.width}x{request.height} with "
-                f"{len(request.sources)} source images; ask for a smaller size or fewer source images"
-            ) from error
-        except Exception as error:
-            self._clean_up(error)
-            raise
 
     def _paint(self, request: ImageRequest) -> Pixels:
         self._stop_if_cancelled()
@@ -82,11 +90,11 @@ class PipelineDecoder(ABC):
             wait_for(self._device)
             self.done += 1
             self._stop_if_cancelled()
-            done, total = step + 1, pipeline.num_timesteps  # an edit may begin in the middle
+            done, total = step + 1, pipeline.num_timesteps  # an edit may skip the first steps
             self._call.report(Progress(done=done, total=total, seconds=time.monotonic() - began))
             preview_steps = _preview_steps(total, request.previews)
             if done in preview_steps:
-                # Flow matching: from here a straight line along the velocity leads to the clean image.
+                # Flow matching: the clean image is on the straight line along the velocity.
                 scheduler = pipeline.scheduler
                 clean = tensors["latents"] - scheduler.sigmas[scheduler.step_index] * tensors["noise_pred"]
                 pixels = self._preview(clean)
@@ -106,7 +114,7 @@ class PipelineDecoder(ABC):
 
     @property
     def _device(self) -> torch.device:
-        """Where the pipeline computes, wherever its weights wait."""
+        """Device on which the pipeline computes; its weights may be elsewhere."""
         device: torch.device = self._pipeline._execution_device
         return device
 
@@ -114,16 +122,8 @@ class PipelineDecoder(ABC):
         if self._call.cancelled.is_set():
             raise Cancelled
 
-    def _clean_up(self, error: Exception) -> None:
-        """Make ready for the next unit, if the device still works."""
-        release(error, request_id=self._call.request_id)
-        if lost := cleared(self._device):
-            self.fault = EngineFault(f"the decoder stopped: {lost}")
-            return
-        self._pipeline.maybe_free_model_hooks()  # upstream's own last step
-
     def _preview(self, latents: torch.Tensor) -> Pixels:
-        """A small image of latents of shape (1, channels, height / 8, width / 8)."""
+        """Returns a small image of latents: shape (1, channels, height / 8, width / 8)."""
         vae = self._pipeline.vae
         height, width = latents.shape[-2:]
         factor = max(2, -(-max(height, width) * self._pipeline.vae_scale_factor // PREVIEW_SIDE))
@@ -133,18 +133,21 @@ class PipelineDecoder(ABC):
 
 
 def _preview_steps(steps: int, previews: int) -> list[int]:
-    """After which steps there are previews: spread over the run, none after the last step."""
+    """Returns the steps that a preview follows, spread over the run. The last step is none of them."""
     spread = {round(steps * (i + 1) / (previews + 1)) for i in range(previews)}
     return sorted(spread - {0, steps})
 
 
 def _pixels(image: torch.Tensor) -> Pixels:
-    """From values of 0 to 1, shape (3, height, width), on the device: what upstream rounds on the CPU.
+    """Returns the pixels of an image, rounded on the device as upstream rounds on the CPU.
+
+    Args:
+        image: shape (3, height, width), values 0 to 1.
 
     Raises:
-        NotANumber: there is something else in it.
+        NotANumber: the image has NaN or infinite values.
     """
     if not torch.isfinite(image).all():
-        raise NotANumber("the decoder's pixels are not numbers")
+        raise NotANumber("the decoder's pixels are not finite numbers")
     pixels: Pixels = (image.float() * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return pixels

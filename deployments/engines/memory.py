@@ -1,10 +1,9 @@
-"""How much memory a device has, and how much a computation would take."""
+"""Memory of a device: how much is free, and how much a computation would need."""
 
 from __future__ import annotations
 
 import weakref
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -12,22 +11,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deployments.errors import EngineFault, OutOfMemoryError, release
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from deployments.stages.calls import Call
-
-
-class Faulty(Protocol):
-    """An engine, as far as its fault goes; see `deployments.families`."""
-
-    fault: Exception | None
+    from collections.abc import Callable
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody has taken."""
+    """Returns the number of free bytes of a device's memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available: int = psutil.virtual_memory().available
@@ -35,11 +24,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def wait_for(device: torch.device) -> None:
-    """Waits until the device has done what this thread has given it.
+    """Waits until the device has done all work that this thread has launched.
 
-    A GPU's launches return at once. Without waiting a thread would be steps ahead of it: its progress would
-    not be true, and a cancelled unit would go on for as long. The core sleeps meanwhile; by default CUDA
-    polls.
+    Launches on a GPU return at once. Without waiting, a thread would be steps ahead of its device. Its
+    progress would be wrong, and a cancelled unit would run for as many steps more. The core sleeps meanwhile;
+    by default CUDA polls.
     """
     if device.type == "cuda":
         done = torch.cuda.Event(blocking=True)
@@ -47,60 +36,27 @@ def wait_for(device: torch.device) -> None:
         done.synchronize()
 
 
-def cleared(device: torch.device) -> Exception | None:
-    """Let go, after an error, of what the work has left on the device; returns why that is lost, if it is."""
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)  # a device that is lost raises the same error for ever
-        except RuntimeError as error:
-            return error
-        torch.cuda.empty_cache()
-    return None
-
-
-@contextmanager
-def surviving(engine: Faulty, device: torch.device, who: str, call: Call) -> Iterator[None]:
-    """What goes wrong in the block is logged, and leaves nothing behind on the device.
-
-    Args:
-        engine: gets a fault if the device is lost.
-        device: that it works on.
-        who: it is, for people.
-        call: which is worked on.
-
-    Raises:
-        EngineFault: the engine has one already.
-        OutOfMemoryError: the device has too little memory.
-    """
-    if engine.fault:
-        raise engine.fault
-    try:
-        yield
-    except Exception as error:
-        release(error, f"{who} failed", request_id=call.request_id)
-        if lost := cleared(device):
-            engine.fault = EngineFault(f"{who} stopped: {lost}")
-        if isinstance(error, torch.OutOfMemoryError):
-            raise OutOfMemoryError(f"{who} has too little memory") from error
-        raise
-
-
 def working_bytes(computation: Callable[[], object]) -> int:
-    """The most memory that a computation takes at once beside the weights it reads.
+    """Returns the peak memory of a computation, in bytes, without the weights that it reads.
 
-    The computation is gone through with tensors that have shapes and no contents: it takes neither the
-    memory nor the time. What libraries take for themselves inside an operator is not counted.
+    The computation runs with fake tensors, which have shapes and no contents. So it takes neither the memory
+    nor the time. Memory that libraries allocate inside an operator is not counted.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.inference_mode(), _Tracker() as tracker:
         computation()
-        left: int = tracker.live  # what is still alive are the weights' stand-ins
+        left: int = tracker.live  # the fake tensors that stand for the weights are still alive
         peak: int = tracker.peak
         return peak - left
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make, as long as they live."""
+    """Counts the bytes of all storages that operators allocate, while they live.
+
+    Attributes:
+        live: bytes that are allocated now.
+        peak: largest value of `live` so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -109,7 +65,7 @@ class _Tracker(TorchDispatchMode):
         self._storages: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called for every operator."""
+        """Runs an operator and counts its outputs. PyTorch calls this for every operator."""
         outputs = func(*args, **(kwargs or {}))
         for output in tree_leaves(outputs):
             if isinstance(output, torch.Tensor) and output.untyped_storage() not in self._storages:

@@ -1,4 +1,4 @@
-"""What people write, before a model reads it."""
+"""Preparation of prompts before a model reads them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ if TYPE_CHECKING:
 
 ZERO_WIDTH_SPACE = "\u200b"
 QUOTATION_MARKS = (("'", "'"), ("“", "”"), ('"', '"'), ("「", "」"))
-"""What GLM-Image takes for quotation marks: `GlmImagePipeline.get_glyph_texts` (diffusers 0.42)."""
+"""Quotation marks that GLM-Image knows: `GlmImagePipeline.get_glyph_texts` (diffusers 0.42)."""
 QUOTED = [re.compile(f"{begin}([^{begin}{end}]*){end}") for begin, end in QUOTATION_MARKS]
 
 
 def quoted_texts(prompt: str) -> list[str]:
-    """What of a prompt is to be painted as text: by the kind of quotation marks, then in its order.
+    """Returns the quoted parts of a prompt, which appear in the image as text.
 
-    Two apostrophes are quotation marks, too, as they are to the model.
+    They are ordered by the kind of quotation marks, then by their place in the prompt. A pair of apostrophes
+    counts as quotation marks, because the model reads it so.
     """
     return [text for quoted in QUOTED for text in quoted.findall(prompt)]
 
 
 def plain_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt with every string that the tokenizer would read as a control token broken up.
+    """Returns the prompt with a break in every string that the tokenizer would read as a control token.
 
-    Other prompts come back as they are. The break is a zero-width space, so that the text reads
-    the same; it is looked for again until there is none, since a break may bring forth another.
+    Other prompts are returned unchanged. The break is a zero-width space, so the text reads the same. The
+    search is repeated until nothing is found, because a break may form another control token.
     """
     reserved = tokenizer.added_tokens_decoder.keys()
     while True:
@@ -34,7 +35,7 @@ def plain_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
         found = [
             start
             for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-            if token in reserved and end - start > 1  # one letter cannot be broken
+            if token in reserved and end - start > 1  # a single letter cannot be broken
         ]
         if not found:
             return prompt

@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights, made of real classes: cached, or written by hand.
+"""Small checkpoints with random weights, made of real classes. They are cached, or written by a command.
 
 They have the folder layout of released checkpoints and are loaded by the same code.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Sizes = TypeVar("Sizes", bound="DataclassInstance")
 INDEXES = ("model_index.json", "config.json")
-"""What a checkpoint has one of, by its layout: diffusers' or transformers'."""
+"""Index files of the two layouts: diffusers' and transformers'. A checkpoint has one of them."""
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -37,19 +37,19 @@ CHAT_TEMPLATE = """\
 
 
 class Part(Protocol):
-    """What of the libraries can be written."""
+    """An object of a library that can be saved: a pipeline, a model, or a processor of its input."""
 
     def save_pretrained(self, folder: Path, /) -> object:
-        """Write it, weights as safetensors."""
+        """Writes the object to a folder, its weights as safetensors."""
 
 
 class TinyCheckpoint(Generic[Sizes]):
-    """How random checkpoints are made.
+    """Maker of a family's checkpoints with random weights.
 
     Args:
-        file: where the recipe is written.
-        presets: sizes by name, of a dataclass; the first ones are the usual ones.
-        make: makes what is written of these sizes: a pipeline, or a model and what prepares its input.
+        file: source file of the module that defines `make`.
+        presets: sizes by name; each is a dataclass of integers. The first one is the default.
+        make: makes the parts of a checkpoint of given sizes: a pipeline, or a model and its processor.
     """
 
     def __init__(
@@ -61,54 +61,66 @@ class TinyCheckpoint(Generic[Sizes]):
         self._make = make
 
     def cached(self, sizes: Sizes | None = None) -> Path:
-        """The folder of the checkpoint of these sizes in the user's cache, written when it is not there yet.
+        """Returns the folder of a checkpoint in the user's cache. Writes the checkpoint if it is missing.
 
-        The folder's name holds a digest of the sizes and of the recipe, this module included, so that a
-        changed recipe is not served from an old cache. Safe when several processes ask at once.
+        The folder's name has a digest of the sizes and of the code that makes the checkpoint, this module
+        included. So changed code makes a new folder. Several processes may call this at the same time.
+
+        Args:
+            sizes: sizes of the checkpoint. Defaults to the first preset.
         """
         sizes = sizes or self._usual
-        recipe = self._file.read_bytes() + Path(__file__).read_bytes()
-        digest = hashlib.sha256(recipe + repr(sizes).encode()).hexdigest()[:16]
+        code = self._file.read_bytes() + Path(__file__).read_bytes()
+        digest = hashlib.sha256(code + repr(sizes).encode()).hexdigest()[:16]
         folder: Path = cached_assets_path("glm-image-server", namespace="tiny") / digest
         if not folder.exists():
             self.write(folder, sizes)
         return folder
 
     def write(self, folder: Path, sizes: Sizes | None = None) -> None:
-        """Write a checkpoint to `folder`, which appears at once and whole.
+        """Writes a checkpoint to a folder, which appears complete in one step.
 
-        When another process has written the folder meanwhile, its work is kept: the two are equal.
+        If another process writes the folder first, its checkpoint is kept: the two are equal.
+
+        Args:
+            folder: folder to create.
+            sizes: sizes of the checkpoint. Defaults to the first preset.
 
         Raises:
-            FileExistsError: `folder` is there and holds something other than a checkpoint.
+            FileExistsError: the folder exists and is not a checkpoint.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             for part in self._make(sizes or self._usual):
                 part.save_pretrained(scratch)
-            scratch.chmod(0o755)  # mkdtemp's folders are for their owner alone
+            scratch.chmod(0o755)  # mkdtemp makes folders that only their owner can read
             try:
                 scratch.rename(folder)
-            except OSError as error:  # not empty: somebody was there first
+            except OSError as error:  # not empty: another process was first
                 if not folder.exists():
                     raise
                 if not any((folder / index).exists() for index in INDEXES):
-                    raise FileExistsError(f"{folder} exists and is not a checkpoint") from error
+                    raise FileExistsError(
+                        f"{folder} exists and is not a checkpoint; choose another folder"
+                    ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def main(self) -> None:
-        """Write a checkpoint where the command line says."""
+        """Writes a checkpoint, with the folder and the sizes from the command line."""
         usual_name = next(iter(self._presets))
         what = self._file.parent.name
         parser = argparse.ArgumentParser(
-            prog=f"python -m deployments.{what}.{self._file.stem}",
-            description=f"Write a checkpoint ({what}) with random weights, to test or to benchmark with.",
+            prog=f"python -m deployments.{'.'.join(self._file.with_suffix('').parts[-3:])}",
+            description=f"Write a {what} checkpoint with random weights, for tests and benchmarks.",
         )
-        parser.add_argument("folder", type=Path, help="where to write it; must not exist yet")
+        parser.add_argument("folder", type=Path, help="folder to create; it must not exist")
         parser.add_argument(
-            "--preset", choices=self._presets, default=usual_name, help="the sizes to begin with"
+            "--preset",
+            choices=self._presets,
+            default=usual_name,
+            help="preset of the sizes; the other options override it",
         )
         for field in dataclasses.fields(self._usual):
             parser.add_argument(
@@ -120,7 +132,7 @@ class TinyCheckpoint(Generic[Sizes]):
         folder, preset = options.pop("folder"), self._presets[options.pop("preset")]
         chosen = {name: value for name, value in options.items() if value is not None}
         if folder.exists():
-            parser.error(f"{folder} exists already")
+            parser.error(f"{folder} exists already; choose another folder")
         try:
             sizes = dataclasses.replace(preset, **chosen)
         except ValueError as error:
@@ -131,7 +143,7 @@ class TinyCheckpoint(Generic[Sizes]):
 
 
 def chat_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's, with a small vocabulary: single bytes (a BPE without merges), then the control tokens."""
+    """Returns a small tokenizer of Qwen's class: single bytes (a BPE without merges), then control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     end, *others = CONTROL_TOKENS
     tokenizer = Qwen2Tokenizer(

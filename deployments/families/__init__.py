@@ -1,4 +1,4 @@
-"""The model families: what the API plane must know of each, and where its engines are.
+"""The model families: the facts that the API plane needs about each, and the location of its engines.
 
 A family is a package with a `prior` module that defines `PriorEngine` and a `decoder` module that
 defines `Decoder`. Importing this module loads no torch: only the replica that runs an engine does.
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 
 Parameter = Literal["negative_prompt", "cfg_normalization", "strength"]
-"""What only some families take."""
+"""Name of a request parameter that only some families accept."""
 PARAMETERS: tuple[Parameter, ...] = get_args(Parameter)
 GUIDANCE_PARAMETERS: frozenset[Parameter] = frozenset({"negative_prompt", "cfg_normalization"})
-"""What has no effect without guidance."""
+"""Parameters that have no effect without guidance."""
 
 
 class PriorEngine(Protocol):
-    """Turns prompts and source images into what the decoder follows, for several requests at once.
+    """Computes priors from prompts and source images, for several requests at once.
 
     Attributes:
-        fault: why the engine has stopped for good, or None while it works.
-        done: how many tokens it has drawn or, where none are drawn, read, for whomever.
-        unit: what is counted.
+        fault: reason why the engine has stopped for good, or None while it works.
+        done: number of tokens drawn for all requests so far. Engines that draw none count the tokens read.
+        unit: name of the counted items.
     """
 
     fault: Exception | None
@@ -41,36 +41,36 @@ class PriorEngine(Protocol):
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None]) -> PriorEngine:
-        """Load the components of the prior stage and no others.
+        """Loads the components of the prior stage and no others.
 
         Args:
-            model: which.
-            report: called now and then with the share of the loading that is done, 0 to 1. Compiling is part
-                of it.
+            model: configuration of the model.
+            report: called repeatedly with the share of the loading that is done, 0 to 1. Compilation is
+                part of the loading.
 
         Raises:
-            CheckpointError: one of them is missing or does not fit.
+            CheckpointError: a component is missing or does not fit.
         """
 
     def submit(self, request: ImageRequest, call: Call) -> Future[Prior]:
-        """Ask for the prior of one unit; may be called from any thread.
+        """Enqueues one unit and returns the future of its prior. May be called from any thread.
 
-        Progress is reported a few times a second at most. The future fails with `Cancelled` within a token
-        after the call is cancelled, if tokens are drawn, and with `RequestTooLong` when the request has more
-        tokens than a row.
+        Progress is reported a few times a second at most. An engine that draws tokens fails the future with
+        `Cancelled` within a token after the call is cancelled. The future fails with `RequestTooLong` if the
+        request exceeds `max_sequence_length`.
         """
 
     def run(self) -> None:
-        """Do what is submitted; returns only after a fault."""
+        """Processes submitted units. Returns only after a fault."""
 
 
 class Decoder(Protocol):
     """Turns priors into pixels. Used by one thread at a time.
 
     Attributes:
-        fault: why it has stopped for good, or None while it works.
-        done: how many denoising steps it has made, for whomever.
-        unit: what is counted.
+        fault: reason why the decoder has stopped for good, or None while it works.
+        done: number of denoising steps run for all requests so far.
+        unit: name of the counted items.
     """
 
     fault: Exception | None
@@ -79,24 +79,24 @@ class Decoder(Protocol):
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None]) -> Decoder:
-        """Load the components of the decoder stage and no others.
+        """Loads the components of the decoder stage and no others.
 
         Args:
-            model: which.
-            report: called now and then with the share of the loading that is done, 0 to 1. Compiling is part
-                of it.
+            model: configuration of the model.
+            report: called repeatedly with the share of the loading that is done, 0 to 1. Compilation is
+                part of the loading.
 
         Raises:
-            CheckpointError: one of them is missing or does not fit.
+            CheckpointError: a component is missing or does not fit.
         """
 
     def decode(self, request: ImageRequest, call: Call) -> Pixels:
-        """Make the pixels of one unit. Progress is reported after every denoising step, and previews.
+        """Computes the pixels of one unit. Reports previews, and progress after every denoising step.
 
         Raises:
-            Cancelled: the call was cancelled; within a denoising step.
-            OutOfMemoryError: this unit takes more memory than there is.
-            NotANumber: what came out is no image.
+            Cancelled: the call was cancelled. Raised within a denoising step.
+            OutOfMemoryError: this unit needs more memory than is free.
+            NotANumber: the pixels are not finite.
         """
 
 
@@ -105,19 +105,19 @@ class Family:
     """One family of models.
 
     Attributes:
-        package: where its engines are.
-        parameters: which of those that only some families take.
-        guidance_scale: what a request gets that leaves it out, unless the configuration says another.
-        edit_guidance_scale: likewise with source images; None is the same as without.
-        guidance_off: the largest guidance scale at which guidance is off.
-        max_sequence_length: of the prior stage, unless the configuration says another.
-        hosted_steps: denoising steps that fal's and Pixazo's documents take for unset; None where they have
-            none: the model's own.
-        side_multiple: both sides of every image, made or given, are multiples of it.
-        min_side: of every image, in pixels.
-        max_side: of every image, in pixels.
-        max_aspect: of a source image, longer side over shorter.
-        max_sources: source images of one edit.
+        package: Python package of its engines.
+        parameters: the family-specific parameters that it accepts.
+        guidance_scale: default guidance scale, which the configuration may override.
+        edit_guidance_scale: default guidance scale of edits. None stands for `guidance_scale`.
+        guidance_off: largest guidance scale at which guidance is off.
+        max_sequence_length: default token limit of the prior stage, which the configuration may override.
+        hosted_steps: default number of denoising steps in fal's and Pixazo's documents. None where they
+            document no default; the model's own applies.
+        side_multiple: divisor of both sides of every source image and every generated image, in pixels.
+        min_side: smallest side of every image, in pixels.
+        max_side: largest side of every image, in pixels.
+        max_aspect: largest aspect ratio of a source image, longer side over shorter.
+        max_sources: largest number of source images of one edit.
     """
 
     package: str
@@ -135,30 +135,30 @@ class Family:
 
     @property
     def legal_sides(self) -> str:
-        """In words, for messages."""
+        """Description of the legal side lengths, for error messages."""
         return f"a multiple of {self.side_multiple} from {self.min_side} to {self.max_side}"
 
     def is_legal_size(self, width: int, height: int) -> bool:
-        """Whether an image of this size, in pixels, can be made."""
+        """Returns whether an image of this size, in pixels, can be generated."""
         return all(
             side % self.side_multiple == 0 and self.min_side <= side <= self.max_side
             for side in (width, height)
         )
 
     def prior_engine(self) -> type[PriorEngine]:
-        """Import the family's prior engine."""
+        """Imports the family's prior engine and returns its class."""
         module = importlib.import_module(f"{self.package}.prior")
         return cast("type[PriorEngine]", module.PriorEngine)
 
     def decoder(self) -> type[Decoder]:
-        """Import the family's decoder."""
+        """Imports the family's decoder and returns its class."""
         module = importlib.import_module(f"{self.package}.decoder")
         return cast("type[Decoder]", module.Decoder)
 
 
 FAMILIES = {
-    # Sizes: the model's documentation (512-2048, multiples of 32); its image processor's aspect limit
-    # is in transformers' image_processing_pil_glm_image.py, `smart_resize`.
+    # The sizes are from the model's documentation (512-2048, multiples of 32). The aspect limit of its image
+    # processor is in transformers' image_processing_pil_glm_image.py, `smart_resize`.
     "glm_image": Family(
         package="deployments.families.glm_image",
         parameters=frozenset(),
@@ -173,7 +173,8 @@ FAMILIES = {
         max_aspect=4,
         max_sources=4,
     ),
-    # The released models' page (total area of 512² to 2048² pixels) and `ZImagePipeline` (diffusers 0.42).
+    # The values are from the released models' page (total area of 512² to 2048² pixels) and from
+    # `ZImagePipeline` (diffusers 0.42).
     "z_image": Family(
         package="deployments.families.z_image",
         parameters=frozenset({"negative_prompt", "cfg_normalization", "strength"}),

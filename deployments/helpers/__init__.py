@@ -1,1 +1,1 @@
-"""Helper models: the prompt expander's chat model and the safety checker's classifier."""
+"""The helper models: the prompt expander's chat model and the safety checker's classifier."""

@@ -1,6 +1,6 @@
-"""Lines of the log that are about one request. Serve writes them as JSON, with their fields, to its files.
+"""Log lines about one request. Serve writes them, with their fields, as JSON to its log files.
 
-There is never a prompt, an image or a key in them.
+They never contain a prompt, an image or a key.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 logger = logging.getLogger("ray.serve")
 
 FAULT = {"event": "fault"}
-"""The field of lines that tell of what went wrong and should not have."""
+"""Field of the log lines about an unexpected failure."""
 
 
 def about(request_id: str, level: int, message: str, **facts: Any) -> None:
-    """Write a line.
+    """Writes a log line about a request.
 
     Args:
-        request_id: of the request; a job's is its own id.
-        level: of the line, by `logging`.
-        message: for people.
-        facts: its fields.
+        request_id: id of the request; a job's request has the job's id.
+        level: level of the line, by `logging`.
+        message: text for people.
+        facts: more fields of the line.
     """
-    # Elsewhere Serve would put the id of its own call instead, which for jobs is new every time.
+    # In the current context Serve would write its own call's id, which is a new one for each call of a job.
     Context().run(logger.log, level, message, extra={"request_id": request_id, **facts})

@@ -1,8 +1,8 @@
-"""What is counted for Prometheus, by every process for itself; Ray collects it and hands it out.
+"""Prometheus metrics. Each process counts for itself; Ray collects and exports the numbers.
 
-To a name Ray adds `ray_` in front and, of a counter, `_total` behind; to the labels those of the deployment
-and the process. It makes up the `_sum` of a histogram from its buckets, so that seconds are counted besides;
-and it drops a gauge that was not set for twenty seconds, so that gauges are set again and again. (Ray 2.60.)
+Ray puts `ray_` before each name, and `_total` after a counter's. It adds labels for the deployment and the
+process. It estimates a histogram's `_sum` from its buckets, so seconds are also counted by counters. It drops
+a gauge that was not set for twenty seconds, so gauges are set repeatedly. (Ray 2.60.)
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 20, 30, 45, 60, 90, 120, 180, 300, 60
 
 
 class Metric:
-    """Something that is counted. Ray's own object is made at first use: it asks in which replica it is.
+    """Base of the metrics. Ray's own object is made at first use, because it looks up its replica.
 
     Args:
-        name: without the prefix; of a counter without `_total`.
-        description: for people; the README has it too.
-        labels: what it is counted by. Of each there are few values, none of which a user chooses.
+        name: name without the prefix, and without `_total` for a counter.
+        description: text for people; the README contains it too.
+        labels: names of the labels. Each has few values, and users choose none of them.
     """
 
     def __init__(self, name: str, description: str, *labels: str) -> None:
@@ -38,11 +38,11 @@ class Metric:
 
     @property
     def exported_as(self) -> str:
-        """Its name for Prometheus."""
+        """The metric's name in Prometheus."""
         return f"ray_{self.name}"
 
     def _made(self, kind: str, **options: Any) -> Any:
-        from ray.serve import metrics  # the engines' tests and scripts need none of it
+        from ray.serve import metrics  # here, because tests and scripts of the engines work without Ray
 
         cls = getattr(metrics, kind)
         return cls(self.name, description=self.description, tag_keys=self.labels, **options)
@@ -53,7 +53,7 @@ class Counter(Metric):
 
     @property
     def exported_as(self) -> str:
-        """Its name for Prometheus."""
+        """The metric's name in Prometheus."""
         return f"ray_{self.name}_total"
 
     @cached_property
@@ -62,13 +62,13 @@ class Counter(Metric):
         return made
 
     def add(self, amount: float = 1, **labels: str) -> None:
-        """Count so much more; nothing is nothing, which Ray refuses."""
+        """Adds an amount. Does nothing for 0 or less, which Ray rejects."""
         if amount > 0:
             self._ray.inc(amount, tags=labels)
 
 
 class Gauge(Metric):
-    """A number that goes up and down."""
+    """A number that rises and falls."""
 
     @cached_property
     def _ray(self) -> RayGauge:
@@ -76,12 +76,12 @@ class Gauge(Metric):
         return made
 
     def set(self, value: float, **labels: str) -> None:
-        """So it is now; to be said again within ten seconds."""
+        """Sets the value. Call it again within ten seconds, changed or not."""
         self._ray.set(value, tags=labels)
 
 
 class Histogram(Metric):
-    """Durations, by how long they are."""
+    """A distribution of durations."""
 
     @cached_property
     def _ray(self) -> RayHistogram:
@@ -89,34 +89,38 @@ class Histogram(Metric):
         return made
 
     def observe(self, seconds: float, **labels: str) -> None:
-        """One more of them."""
+        """Adds one duration. A negative one counts as 0."""
         self._ray.observe(max(0.0, seconds), tags=labels)
 
 
-LOADS = Counter("loads", "Loadings of an engine, by their `outcome`: `loaded` or `failed`.", "outcome")
-LOAD_SECONDS = Histogram("load_seconds", "Seconds that loading an engine took.")
-UNLOADS = Counter("unloads", "Engines that were let go, idle or by hand.")
+LOADS = Counter("loads", "Attempts to load an engine, by `outcome`: `loaded` or `failed`.", "outcome")
+LOAD_SECONDS = Histogram("load_seconds", "Seconds taken to load an engine.")
+UNLOADS = Counter("unloads", "Engines unloaded, when idle or by hand.")
 WORK = Counter(
     "work",
-    "What an engine has done, images that were called off included: by `unit` prior `tokens` drawn or read, "
-    "denoising `steps`, `images` checked, or `tokens` of prompts written.",
+    "Work done by an engine, including work for cancelled images. `unit` is `tokens` (prior tokens generated "
+    "or read, or tokens of prompts written), `steps` (denoising steps) or `images` (images checked).",
     "unit",
 )
 RUNNING = Gauge(
-    "running", "Requests that a replica has, each in a row of its own if it is the prior stage's."
+    "running", "Requests that a replica has accepted. The prior stage runs several of them at the same time."
 )
 MEMORY = Gauge(
     "memory_bytes",
-    "Memory of a replica: on a GPU what PyTorch has `allocated` and `reserved`, and what is `free`; else "
-    "what the process has `resident`.",
+    "Memory of a replica, by `kind`. On a GPU: `allocated` and `reserved` by PyTorch, and `free` on the "
+    "device. On a CPU: `resident` memory of the process.",
     "kind",
 )
 
 
-def tell_memory(device: str) -> None:
-    """Set the gauge of this process's memory."""
+def measure_memory(device: str) -> None:
+    """Sets the gauge of this process's memory.
+
+    Args:
+        device: device of the stage, `cuda` or `cpu`.
+    """
     if device == "cuda":
-        import torch  # which the process has loaded by then
+        import torch  # which the stage's process has imported
 
         if not torch.cuda.is_initialized():
             return

@@ -1,9 +1,12 @@
-"""Traces: OpenTelemetry's spans of a request over all processes. Off unless the environment says where to.
+"""Traces: OpenTelemetry spans of a request, over all processes. Off unless the environment names a receiver.
 
-That is what `OTEL_EXPORTER_OTLP_ENDPOINT` names, a receiver of OTLP by HTTP; OpenTelemetry's other variables
-hold too: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables. Spans of several
-processes are one trace by W3C's `traceparent`, https://www.w3.org/TR/trace-context, which is "" where there
-is none. There is never a prompt, an image or a key in a span.
+`OTEL_EXPORTER_OTLP_ENDPOINT` names it: a receiver of OTLP over HTTP. OpenTelemetry's other variables apply
+too: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables.
+
+W3C's `traceparent` (https://www.w3.org/TR/trace-context) joins the spans of several processes into one trace.
+It is "" if there is none. Spans never contain a prompt, an image or a key.
+
+While tracing is off, OpenTelemetry's API does nothing and its SDK is not imported.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Span, SpanKind
     from opentelemetry.util.types import AttributeValue
 
 SERVICE = "glm-image-server"
@@ -29,23 +34,25 @@ PROTOCOL = "http/protobuf"
 Kind = Literal["internal", "server", "client"]
 
 _provider: TracerProvider | None = None
+"""The SDK's provider; None while tracing is off."""
+_tracer: trace.Tracer = trace.NoOpTracer()
 
 
 def start(process: str) -> None:
-    """Begin with traces, if they are on; once in a process, before its first span.
+    """Starts tracing if the environment enables it. Call it once in a process, before its first span.
 
     Args:
-        process: which of the service's it is.
+        process: name of the process within the service.
 
     Raises:
-        ValueError: the environment asks for another protocol.
+        ValueError: the environment chooses a protocol other than `http/protobuf`.
     """
-    global _provider
+    global _provider, _tracer
     if _provider or not any(os.environ.get(switch) for switch in SWITCHES):
         return
     for name in PROTOCOLS:
         if (protocol := os.environ.get(name, PROTOCOL)) != PROTOCOL:
-            raise ValueError(f"{name} is {protocol!r}; traces are sent by {PROTOCOL} alone")
+            raise ValueError(f"{name} is {protocol!r}, but only {PROTOCOL} is supported; unset {name}")
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -55,24 +62,25 @@ def start(process: str) -> None:
     resource = Resource.create({"service.name": name, "service.instance.id": process})
     _provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    _tracer = _provider.get_tracer(__name__)
 
 
 def stop() -> None:
-    """Send what is left, since a replica's process just ends; takes seconds if there is no receiver."""
-    global _provider
+    """Sends the remaining spans and stops tracing. Takes seconds if the receiver does not answer.
+
+    Call it when a replica stops, because Serve ends the process abruptly afterwards.
+    """
+    global _provider, _tracer
     if _provider:
         _provider.shutdown()
-        _provider = None
+        _provider, _tracer = None, trace.NoOpTracer()
 
 
 def traceparent() -> str:
-    """That of the span in which this is asked."""
-    if not _provider:
-        return ""
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
+    """Returns the `traceparent` of the current span, or "" while tracing is off."""
     carrier: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(carrier)
+    if _provider:  # the no-op tracer would pass on a caller's
+        TraceContextTextMapPropagator().inject(carrier)
     return carrier.get("traceparent", "")
 
 
@@ -80,24 +88,20 @@ def traceparent() -> str:
 def span(
     name: str, *, kind: Kind = "internal", parent: str = "", **attributes: AttributeValue
 ) -> Iterator[None]:
-    """The block is a span; not for asynchronous generators, which may end elsewhere than they began.
+    """Runs the block in a span. Not for async generators, which may end in another context.
 
     Args:
-        name: what is done.
-        kind: `server` answers to another process, `client` asks one.
-        parent: its `traceparent`; "" for the span in which this is.
-        attributes: what else is to be known.
+        name: name of the span.
+        kind: `server` answers another process, `client` calls one.
+        parent: `traceparent` of the parent; "" for the current span.
+        attributes: attributes of the span.
     """
-    if not _provider:
-        yield
-        return
-    tracer = _provider.get_tracer(__name__)
-    with tracer.start_as_current_span(
+    with _tracer.start_as_current_span(
         name,
         context=_context(parent),
-        kind=_kind(kind),
+        kind=trace.SpanKind[kind.upper()],
         attributes=attributes,
-        record_exception=False,  # its message may hold anything
+        record_exception=False,  # an exception's message may contain a prompt
         set_status_on_exception=False,
     ) as it:
         try:
@@ -111,17 +115,13 @@ def span(
 
 
 def note(name: str = "", *, error: str = "", **attributes: AttributeValue) -> None:
-    """Say more about the span in which this is.
+    """Adds to the current span.
 
     Args:
-        name: another one.
-        error: the code of what went wrong, if something did.
-        attributes: more of them.
+        name: new name of the span; "" keeps the old one.
+        error: error code, if the work failed.
+        attributes: more attributes of the span.
     """
-    if not _provider:
-        return
-    from opentelemetry import trace
-
     it = trace.get_current_span()
     if name:
         it.update_name(name)
@@ -140,22 +140,23 @@ def record(
     error: str = "",
     **attributes: AttributeValue,
 ) -> None:
-    """Add a span that is over; see `span` and `note`.
+    """Adds a span that has ended already.
 
     Args:
-        name: what was done.
-        began: on the clock of `time.time`.
-        ended: likewise.
-        kind: see `span`.
-        parent: likewise.
-        error: see `note`.
-        attributes: see `span`.
+        name: name of the span.
+        began: start of the span, by `time.time`.
+        ended: end of the span, by `time.time`.
+        kind: `server` answers another process, `client` calls one.
+        parent: `traceparent` of the parent; "" for the current span.
+        error: error code, if the work failed.
+        attributes: attributes of the span.
     """
-    if not _provider:
-        return
-    tracer = _provider.get_tracer(__name__)
-    it = tracer.start_span(
-        name, context=_context(parent), kind=_kind(kind), attributes=attributes, start_time=int(began * 1e9)
+    it = _tracer.start_span(
+        name,
+        context=_context(parent),
+        kind=trace.SpanKind[kind.upper()],
+        attributes=attributes,
+        start_time=int(began * 1e9),
     )
     if error:
         _fail(it, error)
@@ -163,23 +164,12 @@ def record(
 
 
 def _context(parent: str) -> Context | None:
-    """What a span is in, by its parent; None, without one, is what is current."""
+    """Returns the context of a parent's `traceparent`, or None, the current context, if it is empty."""
     if not parent:
         return None
-    from opentelemetry.context import Context
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
     return TraceContextTextMapPropagator().extract({"traceparent": parent}, context=Context())
 
 
-def _kind(kind: Kind) -> SpanKind:
-    from opentelemetry.trace import SpanKind
-
-    return SpanKind[kind.upper()]
-
-
-def _fail(it: Span, code: str) -> None:
-    from opentelemetry.trace import Status, StatusCode
-
+def _fail(it: trace.Span, code: str) -> None:
     it.set_attribute("error.type", code)
-    it.set_status(Status(StatusCode.ERROR, code))
+    it.set_status(trace.Status(trace.StatusCode.ERROR, code))

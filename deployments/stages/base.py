@@ -1,4 +1,4 @@
-"""What the replicas of all our Ray Serve deployments have in common: an engine that is loaded beside them."""
+"""The common part of our Ray Serve deployments: an engine, loaded in a thread, that answers requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ray import serve
 from deployments.errors import RequestTooLong
 from deployments.observability import log, metrics, tracing
 from deployments.stages.calls import stream
-from deployments.stages.loading import Engine, Loader, Replica
+from deployments.stages.loading import Engine, Loader
+from deployments.stages.reporting import Reporter
 from deployments.types import Progress
 
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ logger = logging.getLogger("ray.serve")
 
 
 class Stage(Generic[Engine]):
-    """One replica; begins to load its engine at once.
+    """One replica of a deployment. It starts to load its engine at once.
 
     Args:
-        config: where and how it runs.
+        config: configuration of the stage.
 
     Attributes:
-        part: of an image's making that it does, as metrics and traces call it.
+        part: name of the stage's work in metrics, traces and logs.
     """
 
     part: ClassVar[str]
@@ -42,24 +43,28 @@ class Stage(Generic[Engine]):
     async def __init__(self, config: StageConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         tracing.start(serve.get_replica_context().replica_tag)
         self._device = config.device
-        self._running = self._told_done = 0
-        self._replica = Replica()
-        self._loader = Loader(self._load, cpu_threads=config.cpu_threads, tell=self._replica.tell)
-        self._replica.measure = self._measure  # not before there is a loader to ask
-        await self._loader.wait(self._replica.has_ready_sibling)
+        self._running = self._counted_done = 0
+        self._reporter = Reporter()
+        self._loader = Loader(self._load, cpu_threads=config.cpu_threads, report=self._reporter.report)
+        self._reporter.measure = self._measure  # only now: it reads the loader
+        await self._loader.wait(self._reporter.has_ready_sibling)
 
     def _load(self, report: Callable[[float], None]) -> Engine:
-        """Load the engine, in its thread; `report` is told the share of it that is loaded, 0 to 1."""
+        """Loads the engine, in its thread.
+
+        Args:
+            report: takes the share that is loaded, 0 to 1.
+        """
         raise NotImplementedError
 
     async def _answers(
         self, request: StageRequest, start: Callable[[Engine, Call], Future[Result]]
     ) -> AsyncGenerator[Event | Result, None]:
-        """Yield the engine's events for a request, then its result; see `deployments.stages.calls.stream`.
+        """Yields the engine's events for a request, then its result; see `deployments.stages.calls.stream`.
 
         Args:
-            request: the caller's.
-            start: hands it to the engine.
+            request: the caller's request.
+            start: submits the request to the engine and returns its future.
         """
         self._running += 1
         came = began = time.time()
@@ -79,10 +84,17 @@ class Stage(Generic[Engine]):
             raise
         finally:
             self._running -= 1
-            self._tell_end(request, came, began, outcome)
+            self._record_outcome(request, came, began, outcome)
 
-    def _tell_end(self, request: StageRequest, came: float, began: float, outcome: str) -> None:
-        """Log and trace what became of a request: when it came, when the engine began, and how it ended."""
+    def _record_outcome(self, request: StageRequest, came: float, began: float, outcome: str) -> None:
+        """Logs and traces a finished request.
+
+        Args:
+            request: the request.
+            came: time of its arrival, by `time.time`.
+            began: time at which the engine began with it, by `time.time`.
+            outcome: `made`, `cancelled`, or the name of the error's class.
+        """
         ended = time.time()
         is_well = outcome in ("made", "cancelled", RequestTooLong.__name__)
         log.about(
@@ -105,21 +117,21 @@ class Stage(Generic[Engine]):
         )
 
     def _measure(self) -> None:
-        """Tell the metrics how the replica is; called every few seconds, by a thread."""
+        """Updates the replica's metrics. Called every few seconds, by the reporter's thread."""
         metrics.RUNNING.set(self._running)
-        metrics.tell_memory(self._device)
+        metrics.measure_memory(self._device)
         if engine := self._loader.loaded:
             done = engine.done
-            metrics.WORK.add(done - self._told_done, unit=engine.unit)
-            self._told_done = done
+            metrics.WORK.add(done - self._counted_done, unit=engine.unit)
+            self._counted_done = done
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces the replica when this raises."""
+        """Raises the engine's fault, if it has one. Serve then replaces the replica."""
         self._loader.check_health()
 
     def __del__(self) -> None:
-        """Called by Serve when the replica is to go."""
+        """Cleans up. Serve calls this when it stops the replica."""
         metrics.UNLOADS.add()
         logger.info("unloaded", extra={"event": "unload"})
-        self._replica.leave()
+        self._reporter.leave()
         tracing.stop()

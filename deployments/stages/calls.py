@@ -1,4 +1,4 @@
-"""What a caller of a stage and the thread that works for it share, and the way between the two."""
+"""The connection between the caller of a stage and the thread that works for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def _nobody(_: Event) -> None:
+def _ignore(_: Event) -> None:
     pass
 
 
@@ -25,27 +25,27 @@ class Call:
     """One call of a stage, as its engine sees it.
 
     Attributes:
-        request_id: of the request that it belongs to, for the log.
-        report: takes what the caller may want to know meanwhile; from any thread, without waiting.
-        cancelled: set when the caller has gone: the work is to stop.
+        request_id: id of the client's request, for the log.
+        report: takes the engine's events. May be called from any thread; does not block.
+        cancelled: set when the caller is gone. The work must then stop.
     """
 
     request_id: str = ""
-    report: Callable[[Event], None] = _nobody
+    report: Callable[[Event], None] = _ignore
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 async def stream(
     start: Callable[[Call], Future[Result]], request_id: str = ""
 ) -> AsyncGenerator[Event | Result, None]:
-    """Do work in another thread; yields what it reports and, at last, its result.
+    """Runs work in another thread, and yields its events and then its result.
 
-    When the caller goes, the work is cancelled: at once if it has not begun, else it is told to stop and
-    its end is waited for.
+    When the caller stops iterating, the work is cancelled. Work that has not begun is removed at once. Work
+    that has begun is asked to stop, and this generator waits for its end.
 
     Args:
-        start: hands the work over and returns its future.
-        request_id: of the request that it belongs to.
+        start: submits the work and returns its future.
+        request_id: id of the client's request, for the log.
     """
     loop = asyncio.get_running_loop()
     reported: asyncio.Queue[Event | None] = asyncio.Queue()

@@ -1,10 +1,10 @@
-"""How often the demo checkpoint paints what a sentence says, and how long it takes, over HTTP.
+"""Measures over HTTP how often the demo checkpoint paints a sentence correctly, and how long it takes.
 
     python -m tests.demo.accuracy [--count 200] [--size 512x512 1024x1024] [--no-edits] [--url URL]
 
-Serves a configuration, or asks a server that runs already. Sentences are drawn as those of the training are,
-by other seeds; a judge that knows geometry looks at the pictures. `count` is the number of objects, and `all`
-all of it at once.
+Serves a configuration, or uses a running server. Sentences are generated like those of the training, from
+other seeds. A geometric judge checks the pictures. The column `count` is about the number of objects. A
+picture passes `all` if it passes all marks.
 """
 
 import argparse
@@ -31,27 +31,27 @@ from training.demo.scenes import Scene, random_edit, random_scene
 
 USUAL_SIZE = "512x512"
 EDITS, OWN_EDITS = "edits", "edits of its own"
-"""The sources are drawn by code, or painted by the demo."""
+"""Kinds of edits. The sources are drawn by code, or painted by the demo."""
 SIZES = (USUAL_SIZE, "768x512", "512x768", "1024x1024")
-LESS = 8
-"""So many times fewer are asked for of other sizes and of edits."""
+REDUCTION = 8
+"""Divisor of the number of pictures for other sizes and for edits."""
 STEPS = 8
-AT_ONCE = 8
-"""The next ones wait for all of these: on few cores stages that work at once hinder each other."""
-ALONE = 5
-"""So many are asked for one after the other first, and timed."""
+MAX_CONCURRENCY = 8
+"""Number of concurrent requests. A batch ends before the next: on few cores, concurrent stages are slower."""
+TIMED = 5
+"""Number of pictures that are requested first, one at a time, and timed."""
 MARKS = ("background", "count", "colour", "shape", "place", "size")
 SHEET = 4
-"""A sheet has so many rows and columns, ..."""
+"""Number of rows and columns of a sheet."""
 TILE = 256
-"""... each of so many pixels, ..."""
+"""Side of a picture on a sheet in pixels."""
 FRAME = 4
-"""... and around each a frame."""
+"""Width of the frame around a picture in pixels."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a picture is to show, and for an edit what it is made of."""
+class Task:
+    """Scene that a picture is to show, and for an edit its source scene."""
 
     scene: Scene
     source: Scene | None = None
@@ -59,7 +59,7 @@ class Asked:
 
 @contextmanager
 def server(config: Path, url: str | None) -> Iterator[str]:
-    """The address of a server: the one given, or of one that serves the configuration meanwhile."""
+    """Yields the given URL, or the URL of a server that serves the configuration."""
     if url:
         yield url
         return
@@ -67,11 +67,11 @@ def server(config: Path, url: str | None) -> Iterator[str]:
         yield running.url
 
 
-def asked(kind: str, count: int) -> list[Asked]:
-    chance = random.Random(f"held out: {kind}")
+def make_tasks(kind: str, count: int) -> list[Task]:
+    rng = random.Random(f"held out: {kind}")
     if kind not in (EDITS, OWN_EDITS):
-        return [Asked(random_scene(chance)) for _ in range(count)]
-    return [Asked(after, before) for before, after in (random_edit(chance) for _ in range(count))]
+        return [Task(random_scene(rng)) for _ in range(count)]
+    return [Task(after, before) for before, after in (random_edit(rng) for _ in range(count))]
 
 
 def paint(client: httpx.Client, scene: Scene, size: str, seed: int, source: Pixels | None = None) -> Pixels:
@@ -81,18 +81,18 @@ def paint(client: httpx.Client, scene: Scene, size: str, seed: int, source: Pixe
 
 
 def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) -> str:
-    """Ask for pictures of one kind.
+    """Requests pictures of one kind and judges them.
 
     Returns:
-        Its row of the table.
+        The kind's row of the table.
     """
     size = USUAL_SIZE if kind in (EDITS, OWN_EDITS) else kind
     width, height = map(int, size.split("x"))
-    everything = asked(kind, count)
+    tasks = make_tasks(kind, count)
     times = []
 
     def one(seed: int) -> Pixels:
-        scene, before = everything[seed].scene, everything[seed].source
+        scene, before = tasks[seed].scene, tasks[seed].source
         source = None
         if before:
             own = kind == OWN_EDITS
@@ -102,14 +102,14 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
         times.append(time.perf_counter() - began)
         return painted
 
-    pictures = [one(seed) for seed in range(min(ALONE, count))]
+    pictures = [one(seed) for seed in range(min(TIMED, count))]
     seconds = statistics.median(times)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for first in range(ALONE, count, AT_ONCE):
-            pictures += pool.map(one, range(first, min(first + AT_ONCE, count)))
-    faults = [wrong(one.scene, picture) for one, picture in zip(everything, pictures, strict=True)]
+    with ThreadPoolExecutor(MAX_CONCURRENCY) as pool:
+        for first in range(TIMED, count, MAX_CONCURRENCY):
+            pictures += pool.map(one, range(first, min(first + MAX_CONCURRENCY, count)))
+    faults = [wrong(one.scene, picture) for one, picture in zip(tasks, pictures, strict=True)]
     if sheets:
-        write_sheet(sheets, kind, everything, pictures, faults)
+        write_sheet(sheets, kind, tasks, pictures, faults)
     missed = Counter(fault for some in faults for fault in some)
     right = [count - missed[mark] for mark in MARKS] + [faults.count(set())]
     shares = " | ".join(f"{100 * number / count:.1f} %" for number in right)
@@ -117,15 +117,13 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
 
 
 def write_sheet(
-    folder: Path, kind: str, everything: list[Asked], pictures: list[Pixels], faults: list[set[str]]
+    folder: Path, kind: str, tasks: list[Task], pictures: list[Pixels], faults: list[set[str]]
 ) -> None:
-    """The first pictures, in a red frame if there is a fault, and what was asked for and is wrong."""
+    """Writes a sheet of the first pictures, with red frames around faulty ones, and a list of faults."""
     side = TILE + 2 * FRAME
     sheet = Image.new("RGB", (SHEET * side, SHEET * side), "gray")
     lines = []
-    for place, (one, pixels, wrongs) in enumerate(
-        zip(everything[: SHEET**2], pictures, faults, strict=False)
-    ):
+    for place, (one, pixels, wrongs) in enumerate(zip(tasks[: SHEET**2], pictures, faults, strict=False)):
         row, column = divmod(place, SHEET)
         picture = Image.fromarray(pixels)
         picture.thumbnail((TILE, TILE))
@@ -140,12 +138,12 @@ def write_sheet(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--count", type=int, default=200, help=f"prompts of {USUAL_SIZE}")
-    parser.add_argument("--size", nargs="*", default=SIZES, help="each as WIDTHxHEIGHT; none for edits alone")
+    parser.add_argument("--count", type=int, default=200, help=f"number of prompts of {USUAL_SIZE}")
+    parser.add_argument("--size", nargs="*", default=SIZES, help="sizes as WIDTHxHEIGHT; none for edits only")
     parser.add_argument("--edits", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--url", help="of a server that runs already, instead of a configuration")
-    parser.add_argument("--sheets", type=Path, help="a folder for sheets of the first pictures")
+    parser.add_argument("--url", help="URL of a running server, instead of a configuration")
+    parser.add_argument("--sheets", type=Path, help="folder for sheets of the first pictures")
     options = parser.parse_args()
     kinds = [*options.size, *([EDITS, OWN_EDITS] if options.edits else [])]
     with (
@@ -153,11 +151,11 @@ def main() -> None:
         httpx.Client(base_url=url, timeout=600) as client,
     ):
         generate(client, size=USUAL_SIZE)  # loads the model
-        print(f"{STEPS} steps, {AT_ONCE} at a time; seconds are of one alone, the median of {ALONE}")
+        print(f"{STEPS} steps, {MAX_CONCURRENCY} requests at once; seconds: median of {TIMED}, one at a time")
         print(f"| | prompts | {' | '.join(MARKS)} | all | s |")
         print(f"|---|{'---:|' * (len(MARKS) + 3)}")
         for kind in kinds:
-            count = options.count if kind == USUAL_SIZE else max(1, options.count // LESS)
+            count = options.count if kind == USUAL_SIZE else max(1, options.count // REDUCTION)
             print(measure(client, kind, count, options.sheets), flush=True)
 
 

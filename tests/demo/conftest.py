@@ -1,4 +1,4 @@
-"""The configuration of the demo checkpoint, served as the other tests serve theirs."""
+"""The configuration of the demo checkpoint for tests with a real server."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ CONFIG = ROOT / "configs" / "demo.yaml"
 
 
 def demo_config(folder: Path, config: Path) -> Path:
-    """A configuration's models and settings, with files in the folder."""
+    """Writes a copy of a configuration that stores its files in the folder."""
     args = yaml.safe_load(config.read_text())["applications"][0]["args"]
     settings = {name: value for name, value in args.items() if name not in ("storage", "database")}
     return config_file(folder, **settings)

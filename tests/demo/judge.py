@@ -1,4 +1,4 @@
-"""Looks at a picture and tells what scene it shows, by simple geometry."""
+"""A judge that recognizes the scene of a picture by simple geometry."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,27 +13,27 @@ from deployments.types import Pixels
 from training.demo.scenes import COLOURS, SHAPES, SIZES, Frame, Scene, Thing, draw
 
 SIDE = 128
-"""Pictures are looked at with so many pixels on their shorter side."""
+"""Shorter side in pixels to which pictures are scaled."""
 LEAST_AREA = 0.006
-"""Spots smaller than this share of a square of the shorter side are none: the smallest shape has 0.017."""
+"""Minimum area of an object, as a share of the shorter side squared. The smallest shape has 0.017."""
 NEAR = 0.125
-"""How far an object may be from where it is asked for, as a share of width or height."""
+"""Largest distance of an object from its requested place, as a share of width or height."""
 FITTED = 32
-"""Pixels a side of shapes that are compared."""
+"""Side in pixels to which shapes are scaled for comparison."""
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows, the largest object first."""
+    """Recognized contents of a picture, the largest object first."""
 
     background: str
     things: tuple[Thing, ...]
 
 
-def look(image: Image.Image) -> Seen:
-    """Tell what is in a picture, objects by the middle of their boxes."""
+def recognize(image: Image.Image) -> Seen:
+    """Recognizes a picture's background and objects. An object's centre is that of its bounding box."""
     scale = SIDE / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     small = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX), dtype=np.int64)
@@ -58,7 +58,10 @@ def look(image: Image.Image) -> Seen:
 
 
 def marks(scene: Scene, seen: Seen) -> dict[str, bool]:
-    """What of a scene a picture has right; all but the background and the count are of all objects."""
+    """Returns whether a picture is right, by mark.
+
+    The marks other than the background and the count are right only if they are right for all objects.
+    """
     left = list(seen.things)
     pairs = []
     for thing in scene.things:
@@ -79,13 +82,13 @@ def marks(scene: Scene, seen: Seen) -> dict[str, bool]:
 
 
 def wrong(scene: Scene, image: Image.Image | Pixels) -> set[str]:
-    """What a picture of a scene has wrong, by the names of `marks`."""
+    """Returns the names of the `marks` that a picture of a scene has wrong."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return {what for what, is_right in marks(scene, look(picture)).items() if not is_right}
+    return {what for what, is_right in marks(scene, recognize(picture)).items() if not is_right}
 
 
 def drawn(scene: Scene, width: int, height: int, *, aligned: bool = True) -> Pixels:
-    """The true picture of a scene."""
+    """Returns the true picture of a scene."""
     picture: torch.Tensor = (draw([scene], Frame(height, width, aligned))[0] + 1) * 127.5
     pixels: Pixels = picture.round().byte().permute(1, 2, 0).numpy()
     return pixels
@@ -96,7 +99,7 @@ def _commonest(numbers: NDArray[np.int64]) -> int:
 
 
 def _spots(nearest: NDArray[np.int64], background: int) -> list[tuple[Mask, int]]:
-    """Connected parts of one colour, and its number, that are large enough, the largest first."""
+    """Returns parts of one colour that are large enough, with the number of the colour, largest first."""
     spots = [
         (part, colour)
         for colour in range(len(COLOURS))
@@ -107,23 +110,23 @@ def _spots(nearest: NDArray[np.int64], background: int) -> list[tuple[Mask, int]
 
 
 def _around(values: NDArray[Any]) -> list[NDArray[Any]]:
-    """What each pixel and its four neighbours have; there is nothing beyond the border."""
+    """Returns the values of each pixel and its four neighbours, with zeros beyond the border."""
     padded = np.pad(values, 1)
     return [values, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
 
 
 def _without_lines(mask: Mask) -> Mask:
-    """A mask less what is thinner than three pixels: edges, whose colours mix to a third one."""
+    """Returns a mask without parts thinner than three pixels. Such parts are edges with mixed colours."""
     core: Mask = np.logical_and.reduce(_around(mask))
     opened: Mask = np.logical_or.reduce(_around(core))
     return opened
 
 
 def _parts(mask: Mask) -> list[Mask]:
-    """The connected parts of a mask that are large enough."""
+    """Returns the connected parts of a mask that are large enough."""
     numbers = np.arange(mask.size).reshape(mask.shape)
     labels = np.where(mask, numbers, 0)
-    while True:  # until the pixels of each part have the number of its last one
+    while True:  # until all pixels of a part have the number of its last pixel
         spread = np.where(mask, np.maximum.reduce(_around(labels)), 0)
         spread = np.where(mask, spread.ravel()[spread], 0)
         if np.array_equal(spread, labels):
@@ -134,14 +137,14 @@ def _parts(mask: Mask) -> list[Mask]:
 
 
 def _fitted(mask: Mask) -> NDArray[np.float64]:
-    """A shape, brought to one size."""
+    """Returns a shape scaled to the size for comparison."""
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize((FITTED, FITTED), Image.Resampling.BOX)
     return np.asarray(image, dtype=np.float64) / 255
 
 
 @lru_cache
 def _template(shape: str) -> tuple[NDArray[np.float64], float]:
-    """A shape as it is compared, and its area if its radius is one."""
+    """Returns a shape scaled for comparison, and its area at radius 1."""
     side = 512
     thing = Thing(shape, "black", "large", 0.5, 0.5)
     mask: Mask = drawn(Scene("white", (thing,), ""), side, side, aligned=False)[:, :, 0] < 128

@@ -1,4 +1,4 @@
-"""The judge of pictures is right about true ones, and about wrong ones."""
+"""Tests that the judge is right about true pictures and about wrong ones."""
 
 import random
 from dataclasses import replace
@@ -19,15 +19,15 @@ SCENE = Scene(
 @pytest.mark.parametrize(("width", "height", "count"), [(512, 512, 100), (768, 512, 25), (1024, 1024, 10)])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_true_pictures_are_right(width: int, height: int, count: int, aligned: bool) -> None:
-    chance = random.Random(f"{width} {height}")
+    rng = random.Random(f"{width} {height}")
     for _ in range(count):
-        scene = random_scene(chance)
-        for one in (scene, shifted(scene, chance)):
+        scene = random_scene(rng)
+        for one in (scene, shifted(scene, rng)):
             assert wrong(scene, drawn(one, width, height, aligned=aligned)) == set(), one
 
 
 def changed(**fields: str | float) -> Scene:
-    """The scene with another first object."""
+    """Returns the scene with a changed first object."""
     first, second = SCENE.things
     return replace(SCENE, things=(replace(first, **fields), second))  # type: ignore[arg-type]
 
@@ -45,7 +45,7 @@ def changed(**fields: str | float) -> Scene:
         (replace(SCENE, things=(*SCENE.things, Thing("star", "red", "small", 0.1, 0.5))), {"count"}),
     ],
 )
-def test_what_is_wrong_is_told(shown: Scene, faults: set[str]) -> None:
+def test_faults_are_reported(shown: Scene, faults: set[str]) -> None:
     assert wrong(SCENE, drawn(shown, 512, 512)) == faults
 
 

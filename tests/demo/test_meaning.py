@@ -1,4 +1,4 @@
-"""The demo checkpoint paints what is asked for, whatever way it is asked: a real server, over HTTP."""
+"""Tests with a real server, over HTTP, that the demo checkpoint paints the requested scene by any API."""
 
 import base64
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from PIL import Image
 
 from deployments.types import Pixels
 from tests.demo.conftest import CONFIG, demo_config
-from tests.demo.judge import look, wrong
+from tests.demo.judge import recognize, wrong
 from tests.serve.conftest import served
 from tests.serve.test_exactness import edit
 from tests.serve.test_exactness import generate as generate_some
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 EXTRA = {"num_inference_steps": 8, "seed": 1}
 USUAL: dict[str, Any] = {"size": "512x512"} | EXTRA
 CLOSE, SLACK = 4, 0.25
-"""Of pixels' values, 0 to 255: previews are made of averaged latents, so that the last one differs too."""
+"""Tolerances of pixel values from 0 to 255. Even the last preview differs: previews use averaged latents."""
 NEAR = 0.03
-"""Places that differ by less, as a share of a side, are the same: a pixel of the judge is 0.008."""
+"""Distance below which places count as equal, as a share of a side. A pixel of the judge is 0.008."""
 CIRCLE = Scene("white", (Thing("circle", "red", "medium", 0.5, 0.5),), "a red circle on a white background")
 SCENES = [
     Scene(
@@ -86,7 +86,7 @@ def generate(client: httpx.Client, prompt: str, **fields: Any) -> list[Pixels]:
 
 @pytest.fixture(scope="module")
 def painted(client: httpx.Client) -> dict[tuple[Scene, str], Pixels]:
-    """Pictures of scenes, by their size; asked for at once, as that takes half the time."""
+    """Returns pictures by scene and size. They are requested at once, because that takes half the time."""
     wanted = [(scene, "512x512") for scene in (CIRCLE, *SCENES)] + PLACES
     with ThreadPoolExecutor(len(wanted)) as pool:
         pictures = pool.map(lambda one: generate(client, one[0].sentence, size=one[1])[0], wanted)
@@ -118,7 +118,7 @@ def test_the_picture_in_the_readme_is_that_of_its_first_request(client: httpx.Cl
 
 
 def test_guidance_makes_a_colour_stronger(client: httpx.Client) -> None:
-    """It leads away from the average picture, farther than to the colour itself; few steps lead not back."""
+    """Guidance leads away from the average picture, past the colour itself. Few steps do not lead back."""
     scene = Scene(
         "purple",
         (Thing("square", "orange", "large", 0.5, 0.5),),
@@ -135,11 +135,13 @@ def test_guidance_makes_a_colour_stronger(client: httpx.Client) -> None:
     assert 0.8 < strengths[0] < strengths[1] < strengths[2]
 
 
-def test_several_images_differ_and_all_show_what_was_asked_for(client: httpx.Client) -> None:
+def test_several_images_differ_and_all_show_the_requested_scene(client: httpx.Client) -> None:
     scene = SCENES[0]
     pictures = generate(client, scene.sentence, n=4)
     assert [wrong(scene, picture) for picture in pictures] == [set()] * 4
-    assert len({look(Image.fromarray(picture)).things for picture in pictures}) > 1, "all in the same places"
+    assert len({recognize(Image.fromarray(picture)).things for picture in pictures}) > 1, (
+        "all in the same places"
+    )
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
@@ -161,7 +163,7 @@ def test_previews_come_closer_to_the_picture(client: httpx.Client, circle: Pixel
 
 
 def distance(preview: Pixels, picture: Pixels) -> float:
-    """Of pixels' values, 0 to 255, on average."""
+    """Returns the mean difference of pixel values from 0 to 255."""
     height, width, _ = preview.shape
     small = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
     return float(np.abs(np.asarray(small, dtype=float) - preview).mean())
@@ -177,10 +179,10 @@ def test_jobs_and_other_dialects_paint_the_same_picture(client: httpx.Client, ci
     assert np.array_equal(pixels(files[0]), circle)
 
 
-def test_an_edit_changes_what_it_is_told_to_and_nothing_else(client: httpx.Client, circle: Pixels) -> None:
+def test_an_edit_changes_the_requested_colour_and_nothing_else(client: httpx.Client, circle: Pixels) -> None:
     assert wrong(CIRCLE, circle) == set()
     (edited,) = edit(client, (circle,), **USUAL | {"prompt": "make the circle green"})
-    (was,) = look(Image.fromarray(circle)).things
+    (was,) = recognize(Image.fromarray(circle)).things
     assert wrong(replace(CIRCLE, things=(replace(was, colour="green"),)), edited) == set()
-    (is_now,) = look(Image.fromarray(edited)).things
+    (is_now,) = recognize(Image.fromarray(edited)).things
     assert max(abs(is_now.x - was.x), abs(is_now.y - was.y)) < NEAR

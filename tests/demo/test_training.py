@@ -1,4 +1,4 @@
-"""What trains the demo checkpoint: scenes, codes, requests, and the loop."""
+"""Tests of the demo checkpoint's training: scenes, codes, requests, and the loop."""
 
 import random
 from dataclasses import replace
@@ -14,21 +14,21 @@ from torch.nn.utils import parametrize
 from training.demo import codebook, decoder, model, prior, reading, samples, trainer, vae
 from training.demo.codebook import Codes, SumsOfParts
 from training.demo.scenes import CELL, COLOURS, Frame, Scene, Thing, draw, random_scene
-from training.demo.trainer import Workshop
+from training.demo.trainer import TrainingRun
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codebook, "BATCHES", 6)
-        shop = Workshop(tmp_path_factory.mktemp("demo"), torch.device("cpu"), minutes=0.02, workers=0)
-        codebook.train(shop)
-    return shop
+        run = TrainingRun(tmp_path_factory.mktemp("demo"), torch.device("cpu"), minutes=0.02, workers=0)
+        codebook.train(run)
+    return run
 
 
 @pytest.fixture(scope="module")
-def codes(shop: Workshop) -> Codes:
-    return Codes(shop)
+def codes(run: TrainingRun) -> Codes:
+    return Codes(run)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def processor() -> Any:
 @pytest.fixture(scope="module")
 def net(processor: Any, codes: Codes) -> Any:
     net = model.prior(processor)
-    codebook.put_into(net, codes)
+    codebook.install(net, codes)
     return net
 
 
 def some_scenes(count: int) -> list[Scene]:
-    chance = random.Random("tests of the training")
-    return [random_scene(chance) for _ in range(count)]
+    rng = random.Random("tests of the training")
+    return [random_scene(rng) for _ in range(count)]
 
 
 def test_a_crop_is_cut_from_the_picture() -> None:
@@ -60,15 +60,18 @@ def test_a_crop_is_cut_from_the_picture() -> None:
 def test_cells_of_one_colour_have_the_first_codes(codes: Codes) -> None:
     for number, colour in enumerate(COLOURS):
         scene = Scene(colour, some_scenes(1)[0].things[:0], "")
-        assert set(codes.of_pictures(draw([scene], Frame(512, 512))).flatten().tolist()) == {number}
+        assert set(codes.encode_pictures(draw([scene], Frame(512, 512))).flatten().tolist()) == {number}
 
 
 def test_a_scene_has_the_codes_that_its_picture_has_or_ones_that_look_alike(codes: Codes) -> None:
     scenes = some_scenes(20)
-    drawn, seen = codes.of_scenes(scenes, Frame(512, 512)), codes.of_pictures(draw(scenes, Frame(512, 512)))
+    drawn, seen = (
+        codes.encode_scenes(scenes, Frame(512, 512)),
+        codes.encode_pictures(draw(scenes, Frame(512, 512))),
+    )
     busy = drawn >= model.PLAIN
     assert (drawn == seen)[~busy].float().mean() > 0.98
-    assert (drawn == seen)[busy].float().mean() > 0.5  # an edge is another one's, inside out
+    assert (drawn == seen)[busy].float().mean() > 0.5  # an edge has two codes, one of them inside out
     likeness = (codes.vectors[drawn] * codes.vectors[seen]).sum(-1)
     assert likeness.min() > 0.8
 
@@ -80,7 +83,7 @@ def test_the_model_reads_pictures_as_the_training_does(codes: Codes, net: Any, p
     with torch.inference_mode():
         features = net.get_image_features(read["pixel_values"], read["image_grid_thw"]).pooler_output
         ids = net.get_image_tokens(torch.cat(features), read["image_grid_thw"])
-    assert torch.equal(ids.view(16, 16), codes.of_pictures(picture)[0])
+    assert torch.equal(ids.view(16, 16), codes.encode_pictures(picture)[0])
 
 
 def test_a_scene_is_found_where_a_blurred_picture_of_it_has_its_objects() -> None:
@@ -89,26 +92,30 @@ def test_a_scene_is_found_where_a_blurred_picture_of_it_has_its_objects() -> Non
     cell = CELL / reading.SIDE
     moved = replace(scene, things=(replace(things[0], x=0.25 + cell), replace(things[1], y=0.5 - cell)))
     picture = functional.avg_pool2d(draw([moved], Frame(512, 512)), 9, 1, 4, count_include_pad=False)
-    assert reading.found(scene, picture[0]) == moved
+    assert reading.locate_objects(scene, picture[0]) == moved
 
 
 def test_the_reader_begins_as_the_tokenizer_is(codes: Codes, net: Any) -> None:
-    codebook.put_into(net, codes)
+    codebook.install(net, codes)
     pictures = draw(some_scenes(8), Frame(512, 768))
     with torch.inference_mode():
-        cells = codebook.cells_of(pictures)
+        cells = codebook.extract_cells(pictures)
         near = torch.rand(cells.shape[:3]) < 0.5
         logits = reading.Reader(net.model.visual, codes)(cells, near) / reading.SHARPNESS
-        assert torch.allclose(logits, codes.likeness(cells)[near], atol=2e-3)  # which is in half precision
+        assert torch.allclose(
+            logits, codes.similarities(cells)[near], atol=2e-3
+        )  # the codebook is in half precision
 
 
 def test_a_painted_picture_in_other_colours_is_the_other_scene() -> None:
-    chance = random.Random(0)
+    rng = random.Random(0)
     frame = Frame(512, 512)
     for before in some_scenes(20):
-        after = reading.recoloured(before, chance)
-        drawn, redrawn = (codebook.cells_of(draw([scene], frame))[0] for scene in (before, after))
-        assert (reading.in_colours(drawn, before, after) - redrawn).abs().mean() < 0.01  # of about 4
+        after = reading.recolour_scene(before, rng)
+        drawn, redrawn = (codebook.extract_cells(draw([scene], frame))[0] for scene in (before, after))
+        assert (
+            reading.recolour_cells(drawn, before, after) - redrawn
+        ).abs().mean() < 0.01  # values span about 4
 
 
 def test_a_table_is_the_sum_of_its_parts() -> None:
@@ -152,37 +159,37 @@ def test_requests_are_those_that_the_processor_makes(
         assert torch.equal(batch.positions[:, line, begins : batch.prompts.shape[1]], positions[:, 0])
 
 
-def weights_of_the_prior(shop: Workshop) -> dict[str, torch.Tensor]:
-    return load_file(shop.checkpoint / "vision_language_encoder" / "model.safetensors")
+def weights_of_the_prior(run: TrainingRun) -> dict[str, torch.Tensor]:
+    return load_file(run.checkpoint / "vision_language_encoder" / "model.safetensors")
 
 
 @pytest.mark.slow
-def test_training_goes_on_and_ends_with_a_checkpoint(
-    shop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_training_resumes_and_ends_with_a_checkpoint(
+    run: TrainingRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prior, "TOKENS", {"cpu": 700})
     monkeypatch.setattr(decoder, "BATCH", {"cpu": 1})
     monkeypatch.setattr(vae, "BATCH", {"cpu": 1})
     monkeypatch.setattr(vae, "MEASURED", 1)
-    monkeypatch.setattr(trainer, "TELL_EVERY_S", 0)
+    monkeypatch.setattr(trainer, "LOG_INTERVAL_S", 0)
     monkeypatch.setattr(samples, "COLUMNS", 1)
     monkeypatch.setattr(reading, "PAINTED", 1)
     for part in (vae, prior, decoder):
-        part.train(shop)
-    learnt = weights_of_the_prior(shop)
-    reading.train(shop)
-    told = capsys.readouterr().out
-    assert all(f"{part}: step 1, " in told for part in ("vae", "prior", "decoder", "reading"))
-    changed = {name for name, weight in weights_of_the_prior(shop).items() if not weight.equal(learnt[name])}
+        part.train(run)
+    learnt = weights_of_the_prior(run)
+    reading.train(run)
+    printed = capsys.readouterr().out
+    assert all(f"{part}: step 1, " in printed for part in ("vae", "prior", "decoder", "reading"))
+    changed = {name for name, weight in weights_of_the_prior(run).items() if not weight.equal(learnt[name])}
     embeddings = {f"model.visual.patch_embed.proj.{name}" for name in ("weight", "bias")}
     assert changed > embeddings | {"model.vqmodel.quantize.embedding.weight"}
     assert all(name.startswith(("model.visual.", "model.vqmodel.quantize.")) for name in changed)
-    longer = Workshop(shop.folder, shop.device, minutes=2 * shop.minutes, workers=0)
+    longer = TrainingRun(run.folder, run.device, minutes=2 * run.minutes, workers=0)
     prior.train(longer)
-    assert "prior: goes on at step" in capsys.readouterr().out
+    assert "prior: resumes at step" in capsys.readouterr().out
     samples.paint(longer)
-    assert (shop.folder / "samples.png").exists()
-    pipeline = GlmImagePipeline.from_pretrained(shop.checkpoint)
+    assert (run.folder / "samples.png").exists()
+    pipeline = GlmImagePipeline.from_pretrained(run.checkpoint)
     table = pipeline.transformer.prior_token_embedding
     assert not parametrize.is_parametrized(table)
     assert table.weight.shape[0] == model.CODEBOOK

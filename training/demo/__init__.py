@@ -1,1 +1,1 @@
-"""Trains the demo checkpoint."""
+"""Training of the demo checkpoint."""

@@ -1,8 +1,8 @@
-"""The image tokenizer: a vision encoder whose layers do nothing yet, and its codebook.
+"""The image tokenizer: a vision encoder whose layers have no effect yet, and its codebook.
 
-A code is a cell of one colour, or of two: one inside, one outside of one of a few dozen geometries. So the
-models can learn colours and geometries apart. The encoder's features are a cell's principal components, until
-`reading` trains them further, and its layers; codes are compared by angle, as the model does it.
+A code is a cell of one colour, or of two: one inside and one outside of one of a few dozen geometries. So the
+models can learn colours and geometries separately. The encoder's features are a cell's principal components,
+until `reading` trains the features and the layers further. Codes are compared by angle, as in the model.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from transformers import GlmImageForConditionalGeneration
 
     from training.demo.scenes import Scene
-    from training.demo.trainer import Workshop
+    from training.demo.trainer import TrainingRun
 
 COMPONENTS = VISION_WIDTH // 3
-"""Of each colour channel; what is left of the width is a constant."""
+"""Number of principal components of each colour channel. The rest of the width is a constant."""
 
 BATCHES = 60
 BATCH = 32
 SIDES = (11, 13, 16, 18, 24, 32)
-"""Cells a side of the pictures that the geometries are taken from."""
+"""Numbers of cells per side of the pictures that provide the geometries."""
 UNALIGNED_EVERY = 4
-TRACE = 0.06
-"""A cell of which less than this shows a second colour anywhere is one of one colour."""
+PLAIN_THRESHOLD = 0.06
+"""Largest coverage of a second colour, at any point of a cell, for which the cell counts as plain."""
 ROUNDS = 30
 
 
 @torch.no_grad()
-def train(shop: Workshop) -> None:
-    """Find the components and the geometries; takes seconds on a GPU, minutes on two cores."""
-    torch.manual_seed(shop.seed)
-    chance = random.Random(f"codebook {shop.seed}")
+def train(run: TrainingRun) -> None:
+    """Computes the components and the geometries. Takes seconds on a GPU, minutes on two cores."""
+    torch.manual_seed(run.seed)
+    rng = random.Random(f"codebook {run.seed}")
     kept = []
     for number in range(BATCHES):
-        side = CELL * chance.choice(SIDES)
-        scenes = [shifted(random_scene(chance), chance) for _ in range(BATCH)]
-        masks, _ = _masks(scenes, Frame(side, side, number % UNALIGNED_EVERY > 0), shop.device)
+        side = CELL * rng.choice(SIDES)
+        scenes = [shifted(random_scene(rng), rng) for _ in range(BATCH)]
+        masks, _ = _masks(scenes, Frame(side, side, number % UNALIGNED_EVERY > 0), run.device)
         kept.append(masks[~_is_plain(masks)])
     masks = torch.cat(kept)
     geometries = _k_means(masks)
@@ -55,8 +55,8 @@ def train(shop: Workshop) -> None:
     _, directions = torch.linalg.eigh(uneven.T.double() @ uneven.double())
     components = torch.cat([flat, directions.float().T.flip(0)[: COMPONENTS - 1]])
     error = (masks - geometries[torch.cdist(masks, geometries).argmin(1)]).square().mean().sqrt()
-    shop.tell("codebook", f"{len(masks)} cells, {GEOMETRIES} geometries, error {error:.4f}")
-    torch.save({"components": components.cpu(), "geometries": geometries.cpu()}, shop.folder / "codebook.pt")
+    run.log("codebook", f"{len(masks)} cells, {GEOMETRIES} geometries, error {error:.4f}")
+    torch.save({"components": components.cpu(), "geometries": geometries.cpu()}, run.folder / "codebook.pt")
 
 
 def _k_means(masks: torch.Tensor) -> torch.Tensor:
@@ -66,18 +66,18 @@ def _k_means(masks: torch.Tensor) -> torch.Tensor:
         counts = torch.bincount(nearest, minlength=GEOMETRIES)
         sums = torch.zeros_like(centers).index_add_(0, nearest, masks)
         centers = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(1), centers)
-        if done < ROUNDS // 2:  # one that few need goes where one is needed most
+        if done < ROUNDS // 2:  # rarely used centers move to cells that are far from any center
             rare = (counts < len(masks) / GEOMETRIES / 20).nonzero().flatten()
             centers[rare] = masks[torch.multinomial(distances.square(), max(1, len(rare)))[: len(rare)]]
     return centers
 
 
 def _is_plain(masks: torch.Tensor) -> torch.Tensor:
-    return (masks.amax(-1) < TRACE) | (masks.amin(-1) > 1 - TRACE)
+    return (masks.amax(-1) < PLAIN_THRESHOLD) | (masks.amin(-1) > 1 - PLAIN_THRESHOLD)
 
 
 def _masks(scenes: list[Scene], frame: Frame, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each cell what its object covers, shape (scenes, rows, columns, 16 × 16), and that one's colour."""
+    """Returns each cell's object coverage, shape (scenes, rows, columns, 16 × 16), and object colour."""
     covered = torch.zeros(len(scenes), *frame.shape, device=device)
     rows, columns = (side // CELL for side in frame.shape)
     colours = backgrounds(scenes, device)[:, None, None].repeat(1, rows, columns)
@@ -85,30 +85,30 @@ def _masks(scenes: list[Scene], frame: Frame, device: torch.device) -> tuple[tor
         covered[drawn.scenes] = torch.maximum(covered[drawn.scenes], drawn.coverage)
         most = functional.max_pool2d(drawn.coverage[:, None], CELL)[:, 0]
         colours[drawn.scenes] = torch.where(
-            most > TRACE / 2, drawn.colours[:, None, None], colours[drawn.scenes]
+            most > PLAIN_THRESHOLD / 2, drawn.colours[:, None, None], colours[drawn.scenes]
         )
     half = functional.avg_pool2d(covered[:, None], 2)[:, 0]
     return half.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3), colours
 
 
 class Codes:
-    """The codebook, and what it makes of scenes and of pictures."""
+    """The codebook, which encodes scenes and pictures."""
 
-    def __init__(self, shop: Workshop) -> None:
-        state = torch.load(shop.folder / "codebook.pt", map_location=shop.device, weights_only=True)
+    def __init__(self, run: TrainingRun) -> None:
+        state = torch.load(run.folder / "codebook.pt", map_location=run.device, weights_only=True)
         self.geometries = state["geometries"]
-        self.weight = torch.zeros(VISION_WIDTH, 3, PATCH * PATCH, device=shop.device)
+        self.weight = torch.zeros(VISION_WIDTH, 3, PATCH * PATCH, device=run.device)
         for channel in range(3):
             self.weight[channel * COMPONENTS : (channel + 1) * COMPONENTS, channel] = state["components"]
-        self.weight = self.weight.flatten(1).half().float()  # as it is written
+        self.weight = self.weight.flatten(1).half().float()  # the precision of the checkpoint
         cells = prototypes(self.geometries)
         constant = (cells @ self.weight.T).norm(dim=1).mean()
         self.bias = functional.pad(constant[None], (VISION_WIDTH - 1, 0))
         self.vectors = directions(cells, self.weight, self.bias).half().float()
 
     @torch.no_grad()
-    def of_scenes(self, scenes: list[Scene], frame: Frame) -> torch.Tensor:
-        """Ids of what scenes look like, the object always inside: shape (scenes, rows, columns)."""
+    def encode_scenes(self, scenes: list[Scene], frame: Frame) -> torch.Tensor:
+        """Returns the ids of scenes, always with the object inside: shape (scenes, rows, columns)."""
         masks, inside = _masks(scenes, frame, self.weight.device)
         outside = backgrounds(scenes, self.weight.device)[:, None, None]
         geometry = torch.cdist(masks.flatten(0, 2), self.geometries).argmin(1).view(inside.shape)
@@ -118,18 +118,22 @@ class Codes:
         return torch.where(_is_plain(masks), plain, mixed)
 
     @torch.no_grad()
-    def likeness(self, cells: torch.Tensor) -> torch.Tensor:
-        """The cosines between features: of cells, shape (..., 3 × 16 × 16), and of codes: (..., codes)."""
+    def similarities(self, cells: torch.Tensor) -> torch.Tensor:
+        """Returns the cosines between the features of cells and of codes, shape (..., codes).
+
+        Args:
+            cells: shape (..., 3 × 16 × 16).
+        """
         features = directions(cells, self.weight, self.bias)
         return features @ functional.normalize(self.vectors, dim=1).T
 
-    def of_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Ids that the vision encoder and the codebook give: shape (pictures, rows, columns)."""
-        return self.likeness(cells_of(pictures)).argmax(-1)
+    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Returns the ids from the vision encoder and the codebook, shape (pictures, rows, columns)."""
+        return self.similarities(extract_cells(pictures)).argmax(-1)
 
 
-def cells_of(pictures: torch.Tensor) -> torch.Tensor:
-    """What the vision encoder sees of pictures, shape (pictures, rows, columns, 3 × 16 × 16)."""
+def extract_cells(pictures: torch.Tensor) -> torch.Tensor:
+    """Returns pictures as the vision encoder's input, shape (pictures, rows, columns, 3 × 16 × 16)."""
     half = functional.interpolate(pictures, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
     half = normalized(((half + 1) * 127.5).round().movedim(1, -1)).movedim(-1, 1)
     cut = half.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
@@ -137,12 +141,18 @@ def cells_of(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def directions(cells: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Features of cells, shape (..., 3 × 16 × 16), by the vision encoder's weights, as long as one each."""
+    """Returns the features of cells by the vision encoder's weights, normalized to length 1.
+
+    Args:
+        cells: shape (..., 3 × 16 × 16).
+        weight: weights of the vision encoder's patch embedding.
+        bias: biases of the patch embedding.
+    """
     return functional.normalize(cells @ weight.T + bias, dim=-1)
 
 
 def prototypes(geometries: torch.Tensor) -> torch.Tensor:
-    """The cells that codes stand for, as the vision encoder sees them: shape (codes, 3 × 16 × 16)."""
+    """Returns the cell of each code as the vision encoder's input, shape (codes, 3 × 16 × 16)."""
     palette = normalized(torch.tensor(list(COLOURS.values()), device=geometries.device))
     inside, outside = (palette[numbers.to(geometries.device), None, :, None] for numbers in PAIRS.T)
     mixed = torch.lerp(outside, inside, geometries[:, None]).flatten(0, 1)
@@ -150,7 +160,7 @@ def prototypes(geometries: torch.Tensor) -> torch.Tensor:
 
 
 def normalized(colours: torch.Tensor) -> torch.Tensor:
-    """As the processor does it; the last dimension is red, green and blue, 0 to 255."""
+    """Returns colours normalized as in the processor. The last dimension is red, green, blue, 0 to 255."""
     mean, std = (
         torch.tensor(values, device=colours.device) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     )
@@ -160,11 +170,12 @@ def normalized(colours: torch.Tensor) -> torch.Tensor:
 class SumsOfParts(nn.Module):
     """A parametrisation of a table with a row for each code: sums of rows for colours and geometries.
 
-    What a model learns of a red circle's edge it knows of a blue one's, too. Rows after them are their own.
+    So a model applies its knowledge of a red circle's edge to a blue circle's edge. Rows after the codes are
+    independent.
     """
 
     def forward(self, parts: torch.Tensor) -> torch.Tensor:
-        """The table, from its parts."""
+        """Returns the table of the given parts."""
         plain, inside, outside, geometries, rest = parts.split(
             [*[PLAIN] * 3, GEOMETRIES, len(parts) - 3 * PLAIN - GEOMETRIES]
         )
@@ -173,7 +184,7 @@ class SumsOfParts(nn.Module):
         return torch.cat([plain, mixed.flatten(0, 1), rest])
 
     def right_inverse(self, table: torch.Tensor) -> torch.Tensor:
-        """The parts whose sums are nearest to a table."""
+        """Returns the parts whose sums are nearest to a table."""
         parts = 2 * PLAIN + GEOMETRIES
         ones = torch.eye(3 * PLAIN + GEOMETRIES, device=table.device)
         sums = self.forward(ones)[PLAIN:, -parts:]
@@ -182,8 +193,8 @@ class SumsOfParts(nn.Module):
 
 
 @torch.no_grad()
-def put_into(prior: GlmImageForConditionalGeneration, codes: Codes) -> None:
-    """Make it the autoregressive model's."""
+def install(prior: GlmImageForConditionalGeneration, codes: Codes) -> None:
+    """Copies the tokenizer's weights and codes into the autoregressive model."""
     visual, vq = prior.model.visual, prior.model.vqmodel
     visual.patch_embed.proj.weight.copy_(codes.weight.view(-1, 3, PATCH, PATCH))
     visual.patch_embed.proj.bias.copy_(codes.bias)

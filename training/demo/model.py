@@ -1,4 +1,4 @@
-"""The demo checkpoint's components: the real classes, at sizes that fit a repository."""
+"""The components of the demo checkpoint: the real classes, at sizes that fit into a repository."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from deployments.families.glm_image import tiny
 from training.demo.scenes import COLOURS, random_edit, random_scene
 
 PLAIN = len(COLOURS)
-"""The first codes: cells of one colour."""
+"""Number of plain codes, which are cells of one colour. They come first."""
 GEOMETRIES = 36
 PAIRS = torch.tensor([(a, b) for a in range(PLAIN) for b in range(PLAIN) if a != b])
-"""Colours inside and outside of a geometry; the codes after the plain ones are pairs × geometries."""
+"""Colours inside and outside of a geometry. The codes after the plain ones are pairs × geometries."""
 CODEBOOK = PLAIN + len(PAIRS) * GEOMETRIES
 WORDS = 200
 LATENT_CHANNELS = 8
 VISION_WIDTH = 64
 PATCH = 16
-"""Pixels a side of a cell, as the vision encoder sees it."""
+"""Side of a cell in pixels, in the vision encoder's input."""
 
 
 def processor() -> GlmImageProcessor:
-    """Ids: image tokens, then bytes and the scenes' words, then the control tokens."""
-    chance = random.Random(0)
-    sentences = [random_scene(chance).sentence for _ in range(20_000)]
-    sentences += [random_edit(chance)[1].sentence for _ in range(5_000)]
+    """Returns a processor whose ids are image tokens, bytes and the scenes' words, control tokens."""
+    rng = random.Random(0)
+    sentences = [random_scene(rng).sentence for _ in range(20_000)]
+    sentences += [random_edit(rng)[1].sentence for _ in range(5_000)]
     learnt = Tokenizer(BPE())
     learnt.normalizer = normalizers.Lowercase()
     learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,7 +58,7 @@ def processor() -> GlmImageProcessor:
 
 
 def prior(processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
-    """The autoregressive model."""
+    """Returns the autoregressive model."""
     tokenizer = processor.tokenizer
     width, heads, layers = 192, 6, 6
     half = width // heads // 2
@@ -81,7 +81,7 @@ def prior(processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
                     "rope_type": "default",
                     "rope_theta": 500.0,
                     "partial_rotary_factor": 1.0,
-                    # Time, rows and columns take turns, so that each has fast and slow frequencies.
+                    # Time, rows and columns alternate, so that each has fast and slow frequencies.
                     "mrope_section": [1] * half,
                 },
             },
@@ -91,7 +91,7 @@ def prior(processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
                 "intermediate_size": 2 * VISION_WIDTH,
                 "num_heads": 4,
                 "patch_size": PATCH,
-                "image_size": 8 * PATCH,  # positions are learnt for so many cells, and interpolated
+                "image_size": 8 * PATCH,  # positions are learnt for 8 cells per side, and interpolated
                 "initializer_range": VISION_WIDTH**-0.5,
             },
             vq_config={
@@ -112,18 +112,18 @@ def prior(processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
 
 
 def glyph_encoder() -> T5EncoderModel:
-    """The smallest there can be, as it has nothing to say: the demo paints no words."""
+    """Returns a minimal glyph encoder, because the demo paints no words."""
     return T5EncoderModel(T5Config(vocab_size=384, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
 
 
 def dit() -> GlmImageTransformer2DModel:
-    """The decoder's transformer."""
+    """Returns the transformer of the decoder."""
     return GlmImageTransformer2DModel(
         patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         num_layers=4,
-        attention_head_dim=96,  # the wider a head, the more sharply it tells a token from its neighbours
+        attention_head_dim=96,  # wider heads distinguish a token more sharply from its neighbours
         num_attention_heads=2,
         text_embed_dim=32,
         time_embed_dim=32,
@@ -133,7 +133,7 @@ def dit() -> GlmImageTransformer2DModel:
 
 
 def vae() -> AutoencoderKL:
-    """Of the factor 8, as the released one."""
+    """Returns a VAE with the factor 8, like the released one."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,

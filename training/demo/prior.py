@@ -1,4 +1,4 @@
-"""Training of the autoregressive language model: sentences to image tokens."""
+"""Training of the autoregressive language model, from sentences to image tokens."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ if TYPE_CHECKING:
     from transformers import GlmImageForConditionalGeneration
 
     from training.demo.scenes import Scene
-    from training.demo.trainer import Workshop
+    from training.demo.trainer import TrainingRun
 
 TOKENS = {"cuda": 36_000, "cpu": 3_000}
-"""Of a batch."""
+"""Number of tokens of a batch."""
 EDITS = 0.2
+"""Share of batches of edits."""
 PREVIEWS = 0.3
-"""Share of other batches that end with the preview grid, where what a sentence means is learnt."""
+"""Share of other batches that end with the preview grid, because the preview teaches a sentence's meaning."""
 FAR_WEIGHT = 0.1
-"""Of a cell that lies more than two cells away from the next object: of these there are most."""
+"""Weight of a cell that is more than two cells away from the next object. Most cells are."""
 ALIGNED = 0.6
-"""Share of edits whose source is."""
+"""Share of edits with an aligned source."""
 SOURCE_NOISE = 0.03
 PROMPT_MULTIPLE = 16
-"""Prompts are padded to so many tokens, so that a compiled model sees few lengths."""
+"""Number of tokens to whose multiples prompts are padded, so that a compiled model sees few lengths."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests of one size, right-aligned; image tokens are left out and made on the device.
+    """Right-aligned requests of one size. Image tokens are omitted and computed on the device.
 
     Attributes:
-        height: in pixels.
-        width: likewise.
-        scenes: what is asked for.
-        sources: of edits, what they begin with.
-        grids: rows and columns of what is drawn, in that order.
+        height: height of the pictures in pixels.
+        width: width of the pictures in pixels.
+        scenes: requested scenes.
+        sources: source scenes of edits.
+        grids: rows and columns of the drawn grids, in drawing order.
         prompts: token ids, shape (requests, prompt).
-        valid: what is no padding, shape (requests, prompt + drawn - 1).
+        valid: mask of the tokens that are not padding, shape (requests, prompt + drawn - 1).
         positions: rotary positions, shape (3, requests, prompt + drawn - 1).
-        aligned: whether objects lie on the grid of cells, as all but some sources of edits do.
+        aligned: whether objects are on the grid of cells. Only sources of edits may be unaligned.
     """
 
     height: int
@@ -67,19 +68,19 @@ class Batch:
 
 
 def preview_grid(rows: int, columns: int) -> tuple[int, int]:
-    """The processor's."""
+    """Returns rows and columns of the preview grid, like the processor."""
     ratio = rows / columns
     return int(math.sqrt(ratio) * 16), int(math.sqrt(1 / ratio) * 16)
 
 
-def make_scenes(chance: random.Random, count: int, *, editing: bool) -> tuple[list[Scene], list[Scene]]:
-    """What edits begin with, and what is asked for."""
+def make_scenes(rng: random.Random, count: int, *, editing: bool) -> tuple[list[Scene], list[Scene]]:
+    """Returns the source scenes of edits, and the requested scenes."""
     if not editing:
-        return [], [shifted(random_scene(chance), chance) for _ in range(count)]
+        return [], [shifted(random_scene(rng), rng) for _ in range(count)]
     sources, scenes = [], []
     for _ in range(count):
-        before, after = random_edit(chance)
-        source = shifted(before, chance)
+        before, after = random_edit(rng)
+        source = shifted(before, rng)
         moved = zip(after.things, source.things, strict=True)
         sources.append(source)
         scenes.append(
@@ -88,11 +89,11 @@ def make_scenes(chance: random.Random, count: int, *, editing: bool) -> tuple[li
     return sources, scenes
 
 
-def make_batch(tokenizer: Any, tokens: int, chance: random.Random, _: int = 0) -> Batch:
-    """A batch of about so many tokens."""
-    height, width = pick_size(chance)
+def make_batch(tokenizer: Any, tokens: int, rng: random.Random, _: int = 0) -> Batch:
+    """Returns a batch with about the given number of tokens."""
+    height, width = pick_size(rng)
     rows, columns = height // CELL, width // CELL
-    editing = chance.random() < EDITS
+    editing = rng.random() < EDITS
     preview = preview_grid(rows, columns)
     tail = f"<sop>{rows} {columns}<eop>"
     hole: list[int] = []
@@ -101,11 +102,11 @@ def make_batch(tokenizer: Any, tokens: int, chance: random.Random, _: int = 0) -
         placeholder = tokenizer.convert_tokens_to_ids("<|image|>")
         hole = [tokenizer.bos_token_id, *[placeholder] * (rows * columns), tokenizer.eos_token_id]
     else:
-        grids = [preview] if chance.random() < PREVIEWS else [preview, (rows, columns)]
+        grids = [preview] if rng.random() < PREVIEWS else [preview, (rows, columns)]
         tail += f"<sop>{preview[0]} {preview[1]}<eop>"
     drawn = sum(r * c for r, c in grids)
     count = max(1, tokens // (drawn + len(hole) + 40))
-    sources, scenes = make_scenes(chance, count, editing=editing)
+    sources, scenes = make_scenes(rng, count, editing=editing)
     texts = [scene.sentence + tail + tokenizer.bos_token for scene in scenes]
     lines = [hole + text for text in tokenizer(texts, add_special_tokens=False).input_ids]
     longest = -(-max(map(len, lines)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
@@ -117,14 +118,14 @@ def make_batch(tokenizer: Any, tokens: int, chance: random.Random, _: int = 0) -
         valid[line, longest - len(ids) :] = True
         source = (rows, columns) if editing else None
         positions[:, line, longest - len(ids) :] = _positions(len(ids), source, grids)[:, :-1]
-    aligned = chance.random() < ALIGNED
+    aligned = rng.random() < ALIGNED
     return Batch(height, width, scenes, sources, grids, prompts, valid, positions, aligned)
 
 
 def _positions(prompt: int, source: tuple[int, int] | None, grids: list[tuple[int, int]]) -> torch.Tensor:
-    """As upstream's `get_rope_index` has them, of the prompt and of what is drawn: shape (3, tokens)."""
+    """Returns the positions of all tokens, like upstream's `get_rope_index`: shape (3, tokens)."""
     parts, start, text = [], 0, prompt
-    if source:  # between its start and its end token
+    if source:  # the source grid is between its start and end tokens
         parts = [torch.zeros(3, 1, dtype=torch.long), _grid(1, *source)]
         start, text = 1 + max(source), prompt - 1 - source[0] * source[1]
     parts.append(torch.arange(start, start + text).expand(3, -1))
@@ -140,58 +141,58 @@ def _grid(start: int, rows: int, columns: int) -> torch.Tensor:
     return torch.stack([torch.full_like(row, start), row + start, column + start]).flatten(1)
 
 
-def train(shop: Workshop) -> None:
-    """Train it and write it, with the vision encoder, and the processor."""
-    torch.manual_seed(shop.seed)
+def train(run: TrainingRun) -> None:
+    """Trains the language model. Writes it with the vision encoder and the processor."""
+    torch.manual_seed(run.seed)
     processor = model.processor()
-    codes = codebook.Codes(shop)
-    net = model.prior(processor).to(shop.device)
-    codebook.put_into(net, codes)
+    codes = codebook.Codes(run)
+    net = model.prior(processor).to(run.device)
+    codebook.install(net, codes)
     for table in (net.get_input_embeddings(), net.lm_head):
         parametrize.register_parametrization(table, "weight", codebook.SumsOfParts(), unsafe=True)
         nn.init.normal_(table.parametrizations.weight.original, std=net.config.text_config.initializer_range)
-    if shop.device.type == "cuda":
+    if run.device.type == "cuda":
         for layer in net.model.language_model.layers:
             layer.compile(dynamic=True)
-    make = partial(make_batch, processor.tokenizer, TOKENS[shop.device.type])
+    make = partial(make_batch, processor.tokenizer, TOKENS[run.device.type])
     trained = train_part(
-        shop,
+        run,
         "prior",
         net,
         make,
-        lambda batch: _loss(shop, net, codes, batch, processor.image_token_id),
+        lambda batch: _loss(run, net, codes, batch, processor.image_token_id),
         rate=2e-3,
     )
     for table in (trained.get_input_embeddings(), trained.lm_head):
         parametrize.remove_parametrizations(table, "weight")
-    trained.half().save_pretrained(shop.checkpoint / "vision_language_encoder")
-    processor.save_pretrained(shop.checkpoint / "processor")
+    trained.half().save_pretrained(run.checkpoint / "vision_language_encoder")
+    processor.save_pretrained(run.checkpoint / "processor")
 
 
 def _loss(
-    shop: Workshop,
+    run: TrainingRun,
     net: GlmImageForConditionalGeneration,
     codes: codebook.Codes,
     batch: Batch,
     placeholder: int,
 ) -> torch.Tensor:
-    prompts = batch.prompts.to(shop.device)
+    prompts = batch.prompts.to(run.device)
     if batch.sources:
-        pictures = draw(batch.sources, Frame(batch.height, batch.width, batch.aligned), shop.device)
+        pictures = draw(batch.sources, Frame(batch.height, batch.width, batch.aligned), run.device)
         pictures = (pictures + SOURCE_NOISE * torch.randn_like(pictures)).clamp(-1, 1)
-        prompts = prompts.masked_scatter(prompts == placeholder, codes.of_pictures(pictures).flatten())
+        prompts = prompts.masked_scatter(prompts == placeholder, codes.encode_pictures(pictures).flatten())
     aligned = batch.aligned or not batch.sources
     drawn, weights = [], []
     for rows, columns in batch.grids:
-        ids = codes.of_scenes(batch.scenes, Frame(CELL * rows, CELL * columns, aligned))
-        weights.append(closeness(ids, backgrounds(batch.scenes, shop.device)).flatten(1))
+        ids = codes.encode_scenes(batch.scenes, Frame(CELL * rows, CELL * columns, aligned))
+        weights.append(cell_weights(ids, backgrounds(batch.scenes, run.device)).flatten(1))
         drawn.append(ids.flatten(1))
     target, weight = torch.cat(drawn, 1), torch.cat(weights, 1)
-    with shop.autocast():
+    with run.autocast():
         hidden = net.model.language_model(
             input_ids=torch.cat([prompts, target[:, :-1]], 1),
-            attention_mask=_mask(batch.valid.to(shop.device)),
-            position_ids=batch.positions.to(shop.device),
+            attention_mask=_mask(batch.valid.to(run.device)),
+            position_ids=batch.positions.to(run.device),
             use_cache=False,
         ).last_hidden_state[:, -target.shape[1] :]
         logits = net.lm_head(hidden)
@@ -199,11 +200,11 @@ def _loss(
     return (error * weight.flatten()).sum() / weight.sum()
 
 
-def closeness(ids: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """What cells count, shape (pictures, rows, columns): little where there is nothing near.
+def cell_weights(ids: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+    """Returns the weights of cells, shape (pictures, rows, columns). Cells far from any object weigh little.
 
     Args:
-        ids: their codes, the same shape.
+        ids: codes of the cells, of the same shape.
         background: numbers of the backgrounds' colours, shape (pictures).
     """
     plain = (ids == background[:, None, None]).float()
@@ -212,6 +213,6 @@ def closeness(ids: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
 
 
 def _mask(valid: torch.Tensor) -> torch.Tensor:
-    """Who may look at whom: shape (requests, 1, tokens, tokens). Padding looks at itself, not at nothing."""
+    """Returns the attention mask, shape (requests, 1, tokens, tokens). A padding token attends to itself."""
     causal = torch.ones(valid.shape[1], valid.shape[1], dtype=torch.bool, device=valid.device).tril()
     return (causal & valid[:, None, None, :]) | torch.eye(len(causal), dtype=torch.bool, device=valid.device)

@@ -1,9 +1,10 @@
-"""Further training of the image tokenizer: to read pictures that the demo has painted, as it reads drawings.
+"""Further training of the image tokenizer, so that it reads the demo's own pictures like drawings.
 
-In these, edges are blurred and somewhat ragged, so that their cells look most like ones of other colours or
-geometries. Which cell a neat drawing would have there is told by what lies around: this the vision encoder's
-layers learn, which the other parts' training leaves without effect. As there are few painted pictures, they
-are shown in other colours, too. The language model, which has learnt from drawings, stays as it is.
+In pictures painted by the demo, edges are blurred and somewhat ragged. Their cells often resemble cells of
+other colours or geometries. The surrounding cells reveal which cell a neat drawing would have. The vision
+encoder's layers learn this from their context; the other parts' training leaves these layers without effect.
+There are few painted pictures, so they are shown in other colours, too. The language model, trained on
+drawings, is unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import GlmImageForConditionalGeneration
 
 from training.demo import codebook, samples
-from training.demo.prior import SOURCE_NOISE, closeness
+from training.demo.prior import SOURCE_NOISE, cell_weights
 from training.demo.scenes import CELL, COLOURS, Frame, backgrounds, draw, random_scene, shifted
 from training.demo.trainer import pick_size
 from training.demo.trainer import train as train_part
@@ -30,62 +31,64 @@ if TYPE_CHECKING:
 
     from training.demo.codebook import Codes
     from training.demo.scenes import Scene
-    from training.demo.trainer import Workshop
+    from training.demo.trainer import TrainingRun
 
 PAINTED = 160
-"""Pictures that are painted first, ..."""
-AT_ONCE = 8
-"""... so many at once, ..."""
+"""Number of pictures that the demo paints before the training."""
+PAINT_BATCH = 8
+"""Number of pictures painted at once."""
 SIDE = 512
-"""... of so many pixels a side."""
+"""Side of the painted pictures in pixels."""
 BATCH = 8
-"""Of these."""
+"""Number of painted pictures in a batch."""
 DRAWN = 5
-"""And as much as so many of the same size is drawn."""
+"""Area of the drawings in a batch, in multiples of a painted picture's area."""
 ALIGNED = 0.5
-"""Share of drawings whose objects lie where cells meet."""
+"""Share of drawings whose objects are centred on cell corners."""
 SHARPNESS = 100.0
-"""What cosines are multiplied with, at first."""
+"""Initial factor of the cosines."""
 
 
-def train(shop: Workshop) -> None:
-    """Train it, and put it into the checkpoint of the language model."""
-    torch.manual_seed(shop.seed)
-    codes = codebook.Codes(shop)
-    scenes, pictures = painted(shop)
+def train(run: TrainingRun) -> None:
+    """Trains the tokenizer and writes it to the checkpoint of the language model."""
+    torch.manual_seed(run.seed)
+    codes = codebook.Codes(run)
+    scenes, pictures = paint_pictures(run)
     cells = torch.cat(
-        [codebook.cells_of(some.to(shop.device) / 127.5 - 1) for some in pictures.split(AT_ONCE)]
+        [codebook.extract_cells(some.to(run.device) / 127.5 - 1) for some in pictures.split(PAINT_BATCH)]
     )
-    neat = [found(scene, picture / 127.5 - 1) for scene, picture in zip(scenes, pictures, strict=True)]
-    folder = shop.checkpoint / "vision_language_encoder"
+    neat = [
+        locate_objects(scene, picture / 127.5 - 1) for scene, picture in zip(scenes, pictures, strict=True)
+    ]
+    folder = run.checkpoint / "vision_language_encoder"
     prior = GlmImageForConditionalGeneration.from_pretrained(folder)
-    codebook.put_into(prior, codes)
-    reader = Reader(prior.model.visual.float().to(shop.device), codes)
+    codebook.install(prior, codes)
+    reader = Reader(prior.model.visual.float().to(run.device), codes)
 
     def error(seen: torch.Tensor, true: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
-        ids = codes.likeness(true).argmax(-1)
-        kept = torch.rand(ids.shape, device=ids.device) < closeness(ids, backgrounds(scenes, ids.device))
+        ids = codes.similarities(true).argmax(-1)
+        kept = torch.rand(ids.shape, device=ids.device) < cell_weights(ids, backgrounds(scenes, ids.device))
         return functional.cross_entropy(reader(seen, kept), ids[kept])
 
     def loss_of(batch: _Batch) -> torch.Tensor:
         seen = [
-            in_colours(cells[number], neat[number], scene)
+            recolour_cells(cells[number], neat[number], scene)
             for number, scene in zip(batch.numbers, batch.painted, strict=True)
         ]
-        neatly = codebook.cells_of(draw(batch.painted, Frame(SIDE, SIDE), shop.device))
-        drawn = codebook.cells_of(draw(batch.drawn, batch.frame, shop.device))
+        neatly = codebook.extract_cells(draw(batch.painted, Frame(SIDE, SIDE), run.device))
+        drawn = codebook.extract_cells(draw(batch.drawn, batch.frame, run.device))
         noisy = drawn + SOURCE_NOISE * torch.randn_like(drawn)
         of_painted = error(torch.stack(seen), neatly, batch.painted)
         return of_painted + error(noisy, drawn, batch.drawn)
 
-    trained = train_part(shop, "reading", reader, partial(_batch, neat), loss_of, rate=1.5e-3)
+    trained = train_part(run, "reading", reader, partial(_batch, neat), loss_of, rate=1.5e-3)
     prior.model.visual.load_state_dict(trained.visual.state_dict())
     prior.model.vqmodel.quantize.embedding.weight.data.copy_(trained.vectors())
     prior.half().save_pretrained(folder)
 
 
 class Reader(nn.Module):
-    """The tokenizer, as it is learnt: the vision encoder, and the geometries that codes are made of."""
+    """The trainable tokenizer: the vision encoder and the geometries of the codes."""
 
     def __init__(self, visual: GlmImageVisionModel, codes: Codes) -> None:
         super().__init__()
@@ -94,34 +97,34 @@ class Reader(nn.Module):
         self.sharpness = nn.Parameter(torch.tensor(SHARPNESS, device=codes.weight.device).log())
 
     def forward(self, cells: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Logits of the codes.
+        """Computes the logits of the codes.
 
         Args:
-            cells: as the vision encoder sees them, shape (pictures, rows, columns, 3 × 16 × 16).
-            kept: whether logits are wanted of a cell, shape (pictures, rows, columns).
+            cells: input of the vision encoder, shape (pictures, rows, columns, 3 × 16 × 16).
+            kept: mask of the cells that need logits, shape (pictures, rows, columns).
 
         Returns:
-            Of the kept ones, shape (kept, codes).
+            The logits of these cells, shape (kept, codes).
         """
         grids = torch.tensor([[1, *cells.shape[1:3]]] * len(cells), device=cells.device)
         features = self.visual(cells.flatten(0, 2), grids).last_hidden_state[kept.flatten()]
         return self.sharpness.exp() * functional.normalize(features, dim=-1) @ self.vectors().T
 
     def vectors(self) -> torch.Tensor:
-        """The codebook's: shape (codes, features)."""
+        """Returns the vectors of the codebook, shape (codes, features)."""
         embed = self.visual.patch_embed.proj
         return codebook.directions(codebook.prototypes(self.geometries), embed.weight.flatten(1), embed.bias)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What is read.
+    """Pictures to read.
 
     Attributes:
-        numbers: of the painted pictures.
-        painted: what they show, in the colours that they are shown in.
-        drawn: other scenes, that are drawn.
-        frame: of these.
+        numbers: indices of the painted pictures.
+        painted: scenes of these pictures, in the new colours.
+        drawn: scenes of the drawings.
+        frame: frame of the drawings.
     """
 
     numbers: list[int]
@@ -130,31 +133,31 @@ class _Batch:
     frame: Frame
 
 
-def _batch(neat: list[Scene], chance: random.Random, _: int) -> _Batch:
-    numbers = [chance.randrange(len(neat)) for _ in range(BATCH)]
-    height, width = pick_size(chance)
+def _batch(neat: list[Scene], rng: random.Random, _: int) -> _Batch:
+    numbers = [rng.randrange(len(neat)) for _ in range(BATCH)]
+    height, width = pick_size(rng)
     count = max(1, DRAWN * SIDE**2 // (height * width))
     return _Batch(
         numbers,
-        [recoloured(neat[number], chance) for number in numbers],
-        [shifted(random_scene(chance), chance) for _ in range(count)],
-        Frame(height, width, aligned=chance.random() < ALIGNED),
+        [recolour_scene(neat[number], rng) for number in numbers],
+        [shifted(random_scene(rng), rng) for _ in range(count)],
+        Frame(height, width, aligned=rng.random() < ALIGNED),
     )
 
 
-def recoloured(scene: Scene, chance: random.Random) -> Scene:
-    """A scene in other colours."""
+def recolour_scene(scene: Scene, rng: random.Random) -> Scene:
+    """Returns the scene in other colours."""
     old = {scene.background, *(thing.colour for thing in scene.things)}
-    new = dict(zip(sorted(old), chance.sample(list(COLOURS), len(old)), strict=True))
+    new = dict(zip(sorted(old), rng.sample(list(COLOURS), len(old)), strict=True))
     things = tuple(replace(thing, colour=new[thing.colour]) for thing in scene.things)
     return replace(scene, background=new[scene.background], things=things)
 
 
-def in_colours(cells: torch.Tensor, before: Scene, after: Scene) -> torch.Tensor:
-    """A picture in other colours: what is a mixture of old ones becomes the same mixture of new ones.
+def recolour_cells(cells: torch.Tensor, before: Scene, after: Scene) -> torch.Tensor:
+    """Returns a picture in other colours. A mixture of old colours becomes the same mixture of new colours.
 
     Args:
-        cells: as the vision encoder sees them, shape (rows, columns, 3 × 16 × 16).
+        cells: input of the vision encoder, shape (rows, columns, 3 × 16 × 16).
         before: the scene that the picture shows.
         after: that scene in the new colours.
     """
@@ -166,22 +169,22 @@ def in_colours(cells: torch.Tensor, before: Scene, after: Scene) -> torch.Tensor
 
 
 def _palette(scene: Scene, device: torch.device) -> torch.Tensor:
-    """Its colours, the background's first, as the vision encoder sees them: shape (colours, 3)."""
+    """Returns a scene's colours as in the vision encoder's input, background first: shape (colours, 3)."""
     names = [scene.background, *(thing.colour for thing in scene.things)]
     return codebook.normalized(torch.tensor([COLOURS[name] for name in names], device=device))
 
 
-def painted(shop: Workshop) -> tuple[list[Scene], torch.Tensor]:
-    """Scenes, and pictures that the demo paints of them, values 0 to 255: shape (scenes, 3, 512, 512)."""
-    chance = random.Random(f"painted {shop.seed}")
-    scenes = [random_scene(chance) for _ in range(PAINTED)]
-    file = shop.folder / "painted.pt"
+def paint_pictures(run: TrainingRun) -> tuple[list[Scene], torch.Tensor]:
+    """Returns scenes, and the demo's pictures of them: shape (scenes, 3, 512, 512), values 0 to 255."""
+    rng = random.Random(f"painted {run.seed}")
+    scenes = [random_scene(rng) for _ in range(PAINTED)]
+    file = run.folder / "painted.pt"
     pictures = torch.load(file, weights_only=True) if file.exists() else torch.empty(0, dtype=torch.uint8)
-    pipeline = samples.assembled(shop) if len(pictures) < PAINTED else None
+    pipeline = samples.assemble(run) if len(pictures) < PAINTED else None
     while pipeline and (done := len(pictures)) < PAINTED:
         torch.manual_seed(done)
         images = pipeline(
-            [scene.sentence for scene in scenes[done : done + AT_ONCE]],
+            [scene.sentence for scene in scenes[done : done + PAINT_BATCH]],
             height=SIDE,
             width=SIDE,
             num_inference_steps=samples.STEPS,
@@ -190,15 +193,17 @@ def painted(shop: Workshop) -> tuple[list[Scene], torch.Tensor]:
         ).images
         pictures = torch.cat([pictures, (255 * images).round().byte().cpu()])
         torch.save(pictures, file)
-        shop.tell("reading", f"painted {len(pictures)} pictures")
+        run.log("reading", f"painted {len(pictures)} pictures")
     return scenes, pictures
 
 
-def found(scene: Scene, picture: torch.Tensor) -> Scene:
-    """A scene whose objects are where a picture has them, at most a cell farther in any direction.
+def locate_objects(scene: Scene, picture: torch.Tensor) -> Scene:
+    """Returns the scene with its objects moved to where a picture shows them.
+
+    Objects move by at most one cell in each direction.
 
     Args:
-        scene: what the picture shows.
+        scene: the scene of the picture.
         picture: shape (3, 512, 512), values from -1 to 1.
     """
     for position, thing in enumerate(scene.things):

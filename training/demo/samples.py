@@ -1,4 +1,4 @@
-"""The last part: the components become a checkpoint, and paint sentences that one can look at."""
+"""The last part of the training: it completes the checkpoint and paints sample sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deployments.families.glm_image.tiny import scheduler
 from training.demo.scenes import random_scene
 
 if TYPE_CHECKING:
-    from training.demo.trainer import Workshop
+    from training.demo.trainer import TrainingRun
 
 STEPS = 8
 GUIDANCE = 1.5
@@ -22,9 +22,9 @@ COLUMNS = 4
 SIDE = 256
 
 
-def assembled(shop: Workshop) -> GlmImagePipeline:
-    """Upstream's pipeline of the components, with what it wants besides; this is written, too."""
-    folder = shop.checkpoint
+def assemble(run: TrainingRun) -> GlmImagePipeline:
+    """Returns upstream's pipeline of the components. Writes its tokenizer and scheduler to the checkpoint."""
+    folder = run.checkpoint
     ByT5Tokenizer().save_pretrained(folder / "tokenizer")
     scheduler().save_pretrained(folder / "scheduler")
     pipeline = GlmImagePipeline(
@@ -38,26 +38,26 @@ def assembled(shop: Workshop) -> GlmImagePipeline:
         transformer=GlmImageTransformer2DModel.from_pretrained(folder / "transformer"),
         scheduler=scheduler(),
     )
-    return pipeline.to(shop.device, torch.float32)
+    return pipeline.to(run.device, torch.float32)
 
 
-def paint(shop: Workshop) -> None:
-    """Write the index of the components, and `samples.png`, with its sentences."""
-    pipeline = assembled(shop)
-    pipeline.save_config(shop.checkpoint)  # model_index.json
-    chance = random.Random("samples")
-    sentences = [random_scene(chance).sentence for _ in range(COLUMNS**2)]
+def paint(run: TrainingRun) -> None:
+    """Writes the index of the components, `samples.png`, and its sentences."""
+    pipeline = assemble(run)
+    pipeline.save_config(run.checkpoint)  # model_index.json
+    rng = random.Random("samples")
+    sentences = [random_scene(rng).sentence for _ in range(COLUMNS**2)]
     images = pipeline(
         sentences,
         height=512,
         width=512,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        generator=torch.Generator(shop.device).manual_seed(shop.seed),
+        generator=torch.Generator(run.device).manual_seed(run.seed),
     ).images
     sheet = Image.new("RGB", (COLUMNS * SIDE, COLUMNS * SIDE))
     for place, image in enumerate(images):
         image.thumbnail((SIDE, SIDE))
         sheet.paste(image, (place % COLUMNS * SIDE, place // COLUMNS * SIDE))
-    sheet.save(shop.folder / "samples.png")
-    (shop.folder / "samples.txt").write_text("\n".join(sentences))
+    sheet.save(run.folder / "samples.png")
+    (run.folder / "samples.txt").write_text("\n".join(sentences))

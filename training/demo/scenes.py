@@ -1,4 +1,4 @@
-"""Simple scenes: what they are, the sentences that describe them, and their pictures, drawn by code."""
+"""Simple scenes with sentences that describe them, and pictures of them, drawn by code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS = {
 COLOUR_NUMBERS = {name: number for number, name in enumerate(COLOURS)}
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = {"small": 0.115, "medium": 0.18, "large": 0.27}
-"""Radius, as a share of the picture's shorter side."""
+"""Radius of objects by size, as a share of the picture's shorter side."""
 
 PLACES = {
     (0.5, 0.5): ("in the middle", "in the center", "in the centre"),
@@ -38,7 +38,7 @@ PLACES = {
     (0.25, 0.75): ("in the bottom left corner", "at the bottom left"),
     (0.75, 0.75): ("in the bottom right corner", "at the bottom right"),
 }
-"""Of a lone object: where its centre is, as shares of width and height, and how one says so."""
+"""Phrases for the place of a lone object, by its centre as shares of width and height."""
 
 RELATIONS = {
     (0, -1): ("above", "over", "on top of"),
@@ -46,21 +46,21 @@ RELATIONS = {
     (-1, 0): ("left of", "to the left of"),
     (1, 0): ("right of", "to the right of"),
 }
-"""Of two objects: on which side of the second the first is, and how one says so."""
+"""Phrases for the place of one object relative to another, by the direction across and down."""
 
 APART = 0.25
-"""Of two objects: how far from the middle each centre is, as a share of width or height."""
+"""Distance of both centres from the middle in scenes of two objects, as a share of width or height."""
 
 JITTER = 0.045
-"""Centres are drawn that far from where a sentence puts them, at most."""
+"""Largest offset of a drawn centre from its place in the sentence."""
 
 CELL = 32
-"""Pixels a side of what one prior token stands for."""
+"""Side of the cell that one prior token represents, in pixels."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene; `x`, `y` are its centre, as shares of width and height."""
+    """One object of a scene. `x` and `y` are its centre, as shares of width and height."""
 
     shape: str
     colour: str
@@ -70,7 +70,7 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """Without its size."""
+        """Colour and shape of the object, without its size."""
         return f"{self.colour} {self.shape}"
 
 
@@ -83,111 +83,108 @@ class Scene:
     sentence: str
 
 
-def _mentioned(thing: Thing, chance: random.Random) -> str:
-    if thing.size == "medium" and chance.random() < 0.9:
+def _object_phrase(thing: Thing, rng: random.Random) -> str:
+    if thing.size == "medium" and rng.random() < 0.9:
         return f"a {thing.name}"
-    size = {"large": chance.choice(("large", "big"))}.get(thing.size, thing.size)
+    size = {"large": rng.choice(("large", "big"))}.get(thing.size, thing.size)
     return f"a {size} {thing.name}"
 
 
-def _on_a_background(what: str, background: str, chance: random.Random) -> str:
+def _with_background(what: str, background: str, rng: random.Random) -> str:
     article = "an" if background == "orange" else "a"
     phrase = f"{article} {background} background"
-    if chance.random() < 0.12:
+    if rng.random() < 0.12:
         return f"on {phrase}, {what}"
-    phrase = chance.choice(
-        (*(f"on {phrase}",) * 6, f"against {phrase}", f"with {phrase}", f"on {background}")
-    )
-    return f"{what}{chance.choice(('', '', ','))} {phrase}"
+    phrase = rng.choice((*(f"on {phrase}",) * 6, f"against {phrase}", f"with {phrase}", f"on {background}"))
+    return f"{what}{rng.choice(('', '', ','))} {phrase}"
 
 
-def _typed(sentence: str, chance: random.Random) -> str:
-    """As people type: with a full stop after it or without, and the right article."""
+def _finish_sentence(sentence: str, rng: random.Random) -> str:
+    """Returns the sentence with correct articles, and sometimes with a full stop."""
     sentence = sentence.replace("a orange", "an orange")
-    return sentence + chance.choice(("", "", "."))
+    return sentence + rng.choice(("", "", "."))
 
 
-def random_scene(chance: random.Random) -> Scene:
-    """One or two objects and a sentence about them.
+def random_scene(rng: random.Random) -> Scene:
+    """Returns a scene of one or two objects and a sentence about it.
 
-    What a sentence leaves out is as usual: a medium size, the middle, a white background.
+    Details that the sentence omits have defaults: a medium size, the middle, a white background.
     """
-    background = "white" if (plain := chance.random() < 0.1) else chance.choice(list(COLOURS))
+    background = "white" if (plain := rng.random() < 0.1) else rng.choice(list(COLOURS))
     others = [colour for colour in COLOURS if colour != background]
     first, second = (
-        Thing(chance.choice(SHAPES), chance.choice(others), chance.choice(list(SIZES)), 0.5, 0.5)
-        for _ in range(2)
+        Thing(rng.choice(SHAPES), rng.choice(others), rng.choice(list(SIZES)), 0.5, 0.5) for _ in range(2)
     )
-    if chance.random() < 0.45:
-        (x, y), phrases = chance.choice(list(PLACES.items()))
+    if rng.random() < 0.45:
+        (x, y), phrases = rng.choice(list(PLACES.items()))
         if first.size == "large" and (x, y) != (0.5, 0.5):
             first = replace(first, size="medium")
-        what = _mentioned(first, chance)
-        if (x, y) != (0.5, 0.5) or chance.random() < 0.4:
-            what = f"{what} {chance.choice(phrases)}"
+        what = _object_phrase(first, rng)
+        if (x, y) != (0.5, 0.5) or rng.random() < 0.4:
+            what = f"{what} {rng.choice(phrases)}"
         things: tuple[Thing, ...] = (replace(first, x=x, y=y),)
     else:
-        (across, down), phrases = chance.choice(list(RELATIONS.items()))
+        (across, down), phrases = rng.choice(list(RELATIONS.items()))
         first, second = (
             replace(thing, size="medium") if thing.size == "large" else thing for thing in (first, second)
         )
         first = replace(first, x=0.5 + APART * across, y=0.5 + APART * down)
         second = replace(second, x=0.5 - APART * across, y=0.5 - APART * down)
-        what = f"{_mentioned(first, chance)} {chance.choice(phrases)} {_mentioned(second, chance)}"
+        what = f"{_object_phrase(first, rng)} {rng.choice(phrases)} {_object_phrase(second, rng)}"
         things = (first, second)
-    sentence = what if plain else _on_a_background(what, background, chance)
-    if chance.random() < 0.1:
-        sentence = f"{chance.choice(('a picture of', 'an image of', 'draw', 'paint'))} {sentence}"
-    return Scene(background, things, _typed(sentence, chance))
+    sentence = what if plain else _with_background(what, background, rng)
+    if rng.random() < 0.1:
+        sentence = f"{rng.choice(('a picture of', 'an image of', 'draw', 'paint'))} {sentence}"
+    return Scene(background, things, _finish_sentence(sentence, rng))
 
 
-def shifted(scene: Scene, chance: random.Random) -> Scene:
-    """The same, each object a little away from where the sentence puts it."""
+def shifted(scene: Scene, rng: random.Random) -> Scene:
+    """Returns the scene with each object a little away from its place in the sentence."""
     return replace(
         scene,
         things=tuple(
             replace(
                 thing,
-                x=thing.x + chance.uniform(-JITTER, JITTER),
-                y=thing.y + chance.uniform(-JITTER, JITTER),
+                x=thing.x + rng.uniform(-JITTER, JITTER),
+                y=thing.y + rng.uniform(-JITTER, JITTER),
             )
             for thing in scene.things
         ),
     )
 
 
-def random_edit(chance: random.Random) -> tuple[Scene, Scene]:
-    """A scene, and the same one after what the second's sentence asks for has been done."""
+def random_edit(rng: random.Random) -> tuple[Scene, Scene]:
+    """Returns a scene before and after an edit. The second scene's sentence requests the edit."""
     while True:
-        before = random_scene(chance)
+        before = random_scene(rng)
         shapes = [thing.shape for thing in before.things]
-        if len(set(shapes)) == len(shapes):  # one that is named by its shape alone must be the only one
+        if len(set(shapes)) == len(shapes):  # an object that is named only by its shape must be unique
             break
     used = {before.background, *(thing.colour for thing in before.things)}
-    new = chance.choice([colour for colour in COLOURS if colour not in used])
-    make = chance.choice(("make", "make", "paint", "turn"))
-    if chance.random() < 0.3:
+    new = rng.choice([colour for colour in COLOURS if colour not in used])
+    make = rng.choice(("make", "make", "paint", "turn"))
+    if rng.random() < 0.3:
         return before, replace(
-            before, background=new, sentence=_typed(f"{make} the background {new}", chance)
+            before, background=new, sentence=_finish_sentence(f"{make} the background {new}", rng)
         )
-    position = chance.randrange(len(before.things))
+    position = rng.randrange(len(before.things))
     thing = before.things[position]
-    called = chance.choice((thing.shape, thing.shape, thing.name))
+    called = rng.choice((thing.shape, thing.shape, thing.name))
     things = list(before.things)
     things[position] = replace(thing, colour=new)
     return before, replace(
-        before, things=tuple(things), sentence=_typed(f"{make} the {called} {new}", chance)
+        before, things=tuple(things), sentence=_finish_sentence(f"{make} the {called} {new}", rng)
     )
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Some objects, one of a scene each.
+    """Objects of several scenes, at most one of each scene.
 
     Attributes:
-        scenes: which scenes', shape (objects).
-        colours: theirs, shape (objects).
-        coverage: share of each pixel that they cover, shape (objects, height, width).
+        scenes: index of each object's scene, shape (objects).
+        colours: colour number of each object, shape (objects).
+        coverage: share of each pixel that an object covers, shape (objects, height, width).
     """
 
     scenes: torch.Tensor
@@ -197,15 +194,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Frame:
-    """How scenes are drawn.
+    """Geometry of drawn pictures.
 
     Attributes:
-        height: of the pictures, in pixels.
-        width: likewise.
-        aligned: whether centres lie where cells meet, and radii are whole or half cells: a shape of a size is
-            made of the same few cells then, wherever it is.
-        crop: the side of squares that are cut out, if not all is drawn.
-        corners: of these, top and left of each scene's.
+        height: height of the pictures in pixels.
+        width: width of the pictures in pixels.
+        aligned: whether centres are on cell corners and radii are whole or half cells. A shape of a given
+            size then consists of the same few cells at any place.
+        crop: side of square crops in pixels. None draws whole pictures.
+        corners: top and left of each scene's crop.
     """
 
     height: int
@@ -221,20 +218,20 @@ class Frame:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of what is drawn."""
+        """Height and width of the drawn part."""
         return (self.crop, self.crop) if self.crop else self.size
 
 
 def objects(scenes: list[Scene], frame: Frame, device: torch.device | str) -> Iterator[Drawn]:
-    """Draw the scenes' objects, one after the other."""
+    """Draws the scenes' objects, grouped by shape and by position in their scene."""
     height, width = frame.shape
     rows = torch.arange(height, device=device)[:, None] + 0.5
     columns = torch.arange(width, device=device)[None, :] + 0.5
     groups: dict[tuple[int, str], list[tuple[float, ...]]] = {}
     for line, scene in enumerate(scenes):
-        for position, thing in enumerate(scene.things):  # two of one scene are in two groups
-            groups.setdefault((position, thing.shape), []).append((line, *_measures(thing, frame, line)))
-    numbers = _moved([one for group in groups.values() for one in group], device)
+        for position, thing in enumerate(scene.things):  # two objects of one scene are in two groups
+            groups.setdefault((position, thing.shape), []).append((line, *_geometry(thing, frame, line)))
+    numbers = _to_device([one for group in groups.values() for one in group], device)
     for (_, shape), group in zip(
         groups, numbers.split([len(group) for group in groups.values()]), strict=True
     ):
@@ -243,13 +240,13 @@ def objects(scenes: list[Scene], frame: Frame, device: torch.device | str) -> It
         yield Drawn(line.flatten().long(), colour.flatten().long(), coverage)
 
 
-def _moved(values: list[Any], device: torch.device | str) -> torch.Tensor:
-    """Values on a device, without waiting for what it still has to do."""
+def _to_device(values: list[Any], device: torch.device | str) -> torch.Tensor:
+    """Copies values to a device without waiting for its pending work."""
     return torch.tensor(values).to(device, non_blocking=True)
 
 
-def _measures(thing: Thing, frame: Frame, line: int) -> tuple[float, ...]:
-    """Its colour's number, and its centre and radius in pixels."""
+def _geometry(thing: Thing, frame: Frame, line: int) -> tuple[float, ...]:
+    """Returns an object's colour number, and its centre and radius in pixels."""
     x, y = thing.x * frame.width, thing.y * frame.height
     radius = SIZES[thing.size] * min(frame.width, frame.height)
     if frame.aligned:
@@ -259,12 +256,12 @@ def _measures(thing: Thing, frame: Frame, line: int) -> tuple[float, ...]:
 
 
 def backgrounds(scenes: list[Scene], device: torch.device | str) -> torch.Tensor:
-    """Numbers of their colours."""
-    return _moved([COLOUR_NUMBERS[scene.background] for scene in scenes], device)
+    """Returns the numbers of the scenes' background colours."""
+    return _to_device([COLOUR_NUMBERS[scene.background] for scene in scenes], device)
 
 
 def draw(scenes: list[Scene], frame: Frame, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Pictures of shape (scenes, 3, height, width), values from -1 to 1, with smooth edges."""
+    """Returns pictures with smooth edges: shape (scenes, 3, height, width), values from -1 to 1."""
     palette = torch.tensor(list(COLOURS.values()), device=device) / 127.5 - 1
     pictures = palette[backgrounds(scenes, device)][:, :, None, None].repeat(1, 1, *frame.shape)
     for drawn in objects(scenes, frame, device):
@@ -273,7 +270,8 @@ def draw(scenes: list[Scene], frame: Frame, device: torch.device | str = "cpu") 
     return pictures
 
 
-# Signed distances in pixels from a shape's outline, about, negative inside; y grows downwards.
+# The next functions return approximate signed distances in pixels from a shape's outline. They are negative
+# inside. y grows downwards.
 
 
 def _circle(x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -289,8 +287,8 @@ def _triangle(x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.T
 
 
 def _star(x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Its outline from a tip to the next notch, mirrored and turned into all ten such parts."""
-    y = y - radius * 0.09  # its box is in the middle then
+    """Returns the distance from a star's outline, whose ten parts are the mirrored line from tip to notch."""
+    y = y - radius * 0.09  # centres the star's bounding box
     angle = torch.atan2(x, -y)
     folded = (angle + math.pi / 5).remainder(2 * math.pi / 5) - math.pi / 5
     length = torch.hypot(x, y)

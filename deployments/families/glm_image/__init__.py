@@ -1,1 +1,1 @@
-"""GLM-Image: checkpoint loading, the prior engine, the decoder and a tiny checkpoint."""
+"""The GLM-Image family: checkpoint loading, the prior engine, the decoder and a tiny checkpoint."""

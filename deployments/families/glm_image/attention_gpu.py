@@ -1,4 +1,4 @@
-"""Attention of the language model on an accelerator: one product for its inputs, and fused over blocks."""
+"""Attention of the language model on an accelerator: one input projection, and block-wise fused attention."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from transformers import GlmImageForConditionalGeneration
 
 BLOCK = 128
-"""Positions that the attention reads, or skips, at a time. A row is a multiple of it."""
+"""Number of positions that the attention reads or skips at a time. A row's length is a multiple of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPUSlots:
-    """Where each line of a pass writes in one layer's cache, and what it may read there.
+    """Read and write positions of each line of a pass in one layer's cache.
 
-    A decoding pass has a line for each row, and a prompt's slice is one line. Its row is found in the cache
-    of all rows by its position, so that the row may be a tensor and is not copied.
+    A decoding pass has one line for each row. A prompt's slice is a single line. A slice addresses its row by
+    its position in the cache of all rows. So the row may be a tensor and is not copied.
 
     Attributes:
         keys: shape (lines, heads, positions, channels). The positions are those of one row, or of all rows.
         values: shape (lines, heads, positions, channels).
-        firsts: where each line's row begins: shape (lines,). None if at 0, all of them.
-        starts: each line's first position that is written: shape (lines,).
+        firsts: start of each line's row: shape (lines,). None if every row starts at 0.
+        starts: first position that each line writes: shape (lines,).
         blocks: number of blocks that each line reads: shape (lines, 1, 1), int32.
-        indices: numbers of blocks, those of each line's row first: shape (lines, 1, 1, blocks), int32.
+        indices: indices of blocks, those of each line's row first: shape (lines, 1, 1, blocks), int32.
     """
 
     keys: torch.Tensor
@@ -50,13 +50,13 @@ class GPUSlots:
         self.values[lines, :, at] = values.transpose(1, 2)
 
     def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Causal attention of each line over its own row.
+        """Applies causal attention of each line over its own row.
 
-        How a row's blocks are divided among the processors depends on that row alone.
+        The division of a row's blocks among the processors depends on that row alone.
 
         Args:
             query: shape (lines, heads, tokens, channels).
-            scaling: factor of the products.
+            scaling: factor of the dot products.
 
         Returns:
             Shape (lines, heads, tokens, channels).
@@ -79,7 +79,7 @@ class GPUSlots:
         attended = flex_attention(
             query, self.keys, self.values, block_mask=block_mask, scale=scaling, enable_gqa=True
         )
-        assert isinstance(attended, torch.Tensor)  # noqa: S101 - no auxiliary output is asked for
+        assert isinstance(attended, torch.Tensor)  # noqa: S101 - no auxiliary output is requested
         return attended
 
 
@@ -92,7 +92,7 @@ class FusedAttention(nn.Module):
     """Upstream's attention with one product for queries, keys and values.
 
     Args:
-        attention: upstream's `GlmImageTextAttention`. Its output projection is shared, the others are copied.
+        attention: upstream's `GlmImageTextAttention`. Its output projection is shared; the others are copied.
     """
 
     def __init__(self, attention: Any) -> None:
@@ -111,7 +111,7 @@ class FusedAttention(nn.Module):
         past_key_values: GPUSlots,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Applies the attention; called by upstream's layer.
+        """Applies the attention. Called by upstream's layer.
 
         Args:
             hidden_states: shape (lines, tokens, width).
@@ -119,7 +119,7 @@ class FusedAttention(nn.Module):
             past_key_values: the layer's cache.
 
         Returns:
-            Shape (lines, tokens, width), and None for the weights.
+            The next hidden states, shape (lines, tokens, width), and None for the attention weights.
         """
         shape = (*hidden_states.shape[:-1], -1, self._channels)
         query, keys, values = (
@@ -133,16 +133,16 @@ class FusedAttention(nn.Module):
 
 
 def fuse_projections(model: GlmImageForConditionalGeneration) -> None:
-    """Replaces the attention of each layer by `FusedAttention`, with a second copy of one layer at a time."""
+    """Replaces the attention of each layer by `FusedAttention`. At most one layer exists twice at a time."""
     for layer in model.model.language_model.layers:
         layer.self_attn = FusedAttention(layer.self_attn)
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # the old weights' memory has other sizes than what comes next
+        torch.cuda.empty_cache()  # later allocations have other sizes than the freed weights
 
 
 @torch.no_grad()
 def _fused(parts: Sequence[nn.Linear]) -> nn.Linear:
-    """Returns one layer whose outputs are those of several, one after the other."""
+    """Returns one layer whose output is the concatenated outputs of several layers."""
     biased = parts[0].bias is not None
     fused = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), biased, device="meta")
     fused.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)

@@ -38,11 +38,11 @@ BUILT_IN = {"tiny": tiny.cached, "demo": lambda: DEMO}
 def load_prior(
     model: ModelConfig, report: Callable[[float], None] = lambda _: None
 ) -> tuple[GlmImageForConditionalGeneration, GlmImageProcessor]:
-    """Load the autoregressive model, on its device, and its processor.
+    """Loads the autoregressive model onto its device, and its processor.
 
     Args:
-        model: which.
-        report: told the share that is loaded, 0 to 1.
+        model: configuration of the model.
+        report: called with the share that is loaded, 0 to 1.
 
     Raises:
         CheckpointError: the checkpoint or one of the two components is missing or does not fit.
@@ -59,11 +59,11 @@ def load_prior(
 
 
 def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> DecoderPipeline:
-    """Loads the pipeline without the autoregressive model, on its device if the weights are to stay there.
+    """Loads the pipeline without the autoregressive model, onto its device if the weights will stay there.
 
     Args:
-        model: which.
-        report: told the share that is loaded, 0 to 1.
+        model: configuration of the model.
+        report: called with the share that is loaded, 0 to 1.
 
     Raises:
         CheckpointError: the checkpoint or one of the components is missing or does not fit.

@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 WARM_UP_RUNS = 3
-"""Runs before a capture, in which the compiler and the libraries set themselves up."""
+"""Number of runs before a capture, in which the compiler and the libraries set themselves up."""
 
 MAX_AHEAD = 2
-"""Passes that the host enqueues ahead of the device. With more, a cancellation would take longer to act."""
+"""Number of passes that the host enqueues ahead of the device. A larger number would delay cancellation."""
 
 
 class CUDAGraphs:
     """Captures passes and replays them, one at a time and in any order.
 
-    All graphs share one pool of memory.
+    All graphs share one memory pool.
 
     Args:
-        device: where the passes run. On a device other than CUDA they run without graphs.
+        device: device of the passes. On a device other than CUDA they run without graphs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,11 +36,11 @@ class CUDAGraphs:
         """Runs a pass, captures it, and returns the function that replays it.
 
         Args:
-            run: reads and writes buffers that stay where they are, and never waits for the device.
+            run: the pass. It reads and writes buffers with fixed addresses, and never waits for the device.
 
         Returns:
-            Repeats the pass. It returns the same tensor each time, which the next replay of any graph may
-            overwrite.
+            A function that repeats the pass. It returns the same tensor each time, which the next replay of
+            any graph may overwrite.
         """
         if not self._on_cuda:
             run()
@@ -60,7 +60,7 @@ class CUDAGraphs:
             if len(self._ahead) == MAX_AHEAD:
                 self._ahead.popleft().synchronize()
             graph.replay()
-            event = torch.cuda.Event(blocking=True)  # by default, waiting takes all of a CPU
+            event = torch.cuda.Event(blocking=True)  # by default, waiting occupies a CPU core
             event.record()
             self._ahead.append(event)
             return result

@@ -1,4 +1,4 @@
-"""The decoder of GLM-Image: prior tokens to pixels, by upstream's own pipeline. No Ray in here."""
+"""The decoder of GLM-Image: prior tokens to pixels, by upstream's own pipeline. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from deployments.engines import acceleration, compilation
 from deployments.engines.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.engines.diffusion import PipelineDecoder
 from deployments.families.glm_image import checkpoint
-from deployments.types import ImageRequest, PriorTokens
+from deployments.families.warm_up import warm_up_unit
+from deployments.types import PriorTokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from deployments.config import ModelConfig
     from deployments.engines.acceleration import Size
-    from deployments.types import Pixels, TokenGrid
+    from deployments.types import ImageRequest, TokenGrid
 
 logger = logging.getLogger("ray.serve")
 
 
 class Decoder(PipelineDecoder):
-    """Paints prior tokens by `GlmImagePipeline` (diffusers 0.42)."""
+    """Decodes prior tokens by `GlmImagePipeline` (diffusers 0.42)."""
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> Decoder:
-        """See `deployments.families.Decoder`."""
+        """Implements `deployments.families.Decoder.load`."""
         read = 1.0
         if model.decoder.compiles:
             compilation.prepare(model.compile_cache)
@@ -57,7 +58,7 @@ class Decoder(PipelineDecoder):
         return images
 
     def _conditions(self, request: ImageRequest) -> dict[str, Any]:
-        """The prior tokens and source images, as the pipeline takes them."""
+        """Returns the prior tokens and source images as arguments of the pipeline."""
         prior = request.prior
         assert isinstance(prior, PriorTokens)  # noqa: S101 - both stages are of one family
         conditions: dict[str, Any] = {"prior_token_ids": self._upsample(prior.target)[None]}
@@ -71,7 +72,7 @@ class Decoder(PipelineDecoder):
         return conditions
 
     def _upsample(self, grid: TokenGrid) -> torch.Tensor:
-        """From a token for 32×32 pixels to one for 16×16, the DiT's grid: shape (4 × tokens,)."""
+        """Converts one token for 32×32 pixels to four for 16×16, the DiT's grid: shape (4 × tokens,)."""
         return torch.from_numpy(grid.repeat(2, 0).repeat(2, 1).reshape(-1)).to(self._device)
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
@@ -84,33 +85,25 @@ class Decoder(PipelineDecoder):
 
 
 def _units_of_each_kind(first: Size, others: Size) -> list[ImageRequest]:
-    """Units for all graphs of the DiT and all parts of the pipeline: without text, with text, and an edit.
+    """Returns units for all graphs of the DiT and all parts of the pipeline.
+
+    They are an image without text, one with text, and an edit.
 
     Args:
-        first: width and height of the first unit, and of the edits' source images.
+        first: width and height of the first unit, and of the edit's source image.
         others: width and height of the other units.
     """
     source = np.zeros((first[1], first[0], 3), dtype=np.uint8)
-    kinds: list[tuple[str, Size, tuple[Pixels, ...]]] = [
-        ("", first, ()),
-        ('"text"', others, ()),
-        ('"text"', others, (source,)),
-    ]
+    text, target = '"text"', _grid(others)
     return [
-        ImageRequest(
-            prompt=prompt,
-            width=size[0],
-            height=size[1],
-            seed=0,
-            steps=2,
-            guidance_scale=1.5,
-            prior=PriorTokens(target=_grid(size), sources=tuple(_grid(first) for _ in sources)),
-            sources=sources,
-        )
-        for prompt, size, sources in kinds
+        warm_up_unit(first, PriorTokens(target=_grid(first))),
+        warm_up_unit(others, PriorTokens(target=target), prompt=text),
+        warm_up_unit(
+            others, PriorTokens(target=target, sources=(_grid(first),)), prompt=text, sources=(source,)
+        ),
     ]
 
 
 def _grid(size: Size) -> TokenGrid:
-    """Prior tokens of an image of this width and height."""
+    """Returns prior tokens for an image of this width and height."""
     return np.zeros((size[1] // 32, size[0] // 32), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The DiT's block in a form that the compiler turns into few kernels: the same sums, less memory traffic.
+"""The DiT's block in a form that compiles to few kernels: the same sums, less memory traffic.
 
 Upstream's block (diffusers 0.42) keeps image and text apart. It assigns rotated values to slices and runs its
 feed-forward twice. Compiled, each costs a pass over activations or weights. See `tests/benchmarks/kernels.py`
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Layout(NamedTuple):
-    """Where the tokens of text and image are: text first, in one sequence.
+    """Positions of text and image tokens in one sequence, text first.
 
     Attributes:
-        is_text: shape (tokens, 1).
-        cos: cosines of the tokens' angles, shape (tokens, channels of a head / 2). The text's are zero.
+        is_text: mask of the text tokens, shape (tokens, 1).
+        cos: cosines of the tokens' angles, shape (tokens, channels of a head / 2). The text's angles are 0.
         sin: sines of the same angles.
     """
 
@@ -48,21 +48,21 @@ def fused_block(
 ) -> tuple[torch.Tensor, KeysValues]:
     """Runs one block for one image.
 
-    Text and image are one sequence, so that all lengths are one number. With several, the compiler cannot
-    tell which are equal and fuses less. There is no batch dimension: its stride would depend on where a
-    tensor comes from, and each would have a graph of its own.
+    Text and image are one sequence, so that there is one length. With several lengths, the compiler does not
+    know which are equal and fuses less. There is no batch dimension: its stride would depend on the origin
+    of a tensor, and each stride would have its own graph.
 
     Args:
-        block: upstream's, for its weights.
+        block: upstream's block, for its weights.
         hidden: hidden states of text and image, shape (tokens, width).
         modulation: the twelve shifts, scales and gates of this step, shape (12 × width,).
-        layout: of the tokens.
+        layout: positions of the tokens.
         sources: keys and values of source images, which the tokens attend to as well.
 
     Returns:
         The next hidden states, and the tokens' own keys and values.
     """
-    # Upstream's order: for the attention shift, scale and gate, and the same for the feed-forward; of each
+    # Upstream's order is shift, scale and gate of the attention, then of the feed-forward. Each is a pair:
     # the image's and the text's.
     pairs = zip(*[iter(modulation.chunk(12))] * 2, strict=True)
     shift, scale, gate, ff_shift, ff_scale, ff_gate = (
@@ -94,7 +94,7 @@ def _attention(
 
 
 def _rotate(states: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Rotates each pair of channels: those at the same place in the two halves of a head."""
+    """Rotates each pair of channels. A pair has the same index in the two halves of a head."""
     cos, sin = layout.cos[:, None], layout.sin[:, None]
     real, imaginary = states.float().chunk(2, dim=-1)
     rotated = torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
@@ -102,8 +102,8 @@ def _rotate(states: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def _feed_forward(feed_forward: FeedForward, hidden: torch.Tensor) -> torch.Tensor:
-    """Upstream's feed-forward, on a GPU with GELU computed inside the first product."""
-    activation, _, second = feed_forward.net  # between them is dropout, for training
+    """Applies upstream's feed-forward. On a GPU, GELU is computed inside the first product."""
+    activation, _, second = feed_forward.net  # the middle one is dropout, for training
     first = activation.proj
     # On a CPU the operator computes the exact GELU, not the approximation that the model was trained with.
     if hidden.device.type == "cuda" and type(first) is nn.Linear:

@@ -1,4 +1,4 @@
-"""Upstream's language model over a key/value cache with one row for each request."""
+"""Upstream's language model with a key/value cache that has one row for each request."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 SLICE_TOKENS = 128
-"""Tokens of a prompt that are read at a time. Running requests wait for no more than that between two tokens.
+"""Number of prompt tokens read at a time. Running requests wait for at most one slice between two tokens.
 
-On one H200 the released model's arithmetic for so many takes about as long as reading its weights.
+On one H200 the released model's arithmetic for one slice takes about as long as reading its weights.
 """
 
 
@@ -32,9 +32,10 @@ class Line:
 
     Attributes:
         row: its row of the cache.
-        start: where the row's next token is written.
-        position: that token's rotary position, of time, row and column: shape (3,), on the CPU.
-        generator: draws the token, on the model's device. None while the request's prompt is being read.
+        start: index in the row at which the next token is written.
+        position: rotary position of that token, in time, row and column: shape (3,), on the CPU.
+        generator: random generator for the token, on the model's device. None while the request's prompt is
+            being read.
         in_target: whether the token to be drawn belongs to the target grid.
     """
 
@@ -51,16 +52,16 @@ class LanguageModel:
     It keeps the last token of each row on its device, so that the host need not wait for it.
 
     Args:
-        model: upstream's. Its language model is changed for this use.
-        rows: number of requests at once.
+        model: upstream's model. Its language model is modified for this use.
+        rows: number of concurrent requests.
         max_sequence_length: number of tokens that a row holds.
 
     Attributes:
-        rows: number of requests at once.
+        rows: number of concurrent requests.
         max_sequence_length: number of tokens that a row holds.
 
     Raises:
-        CheckpointError: the checkpoint asks for a way of sampling that is not supported.
+        CheckpointError: the checkpoint requires a sampling method that is not supported.
         OutOfMemoryError: the cache does not fit on the model's device.
     """
 
@@ -74,7 +75,7 @@ class LanguageModel:
         self._sampler = Sampler(model)
         config = self._layers.config
         channels = config.hidden_size // config.num_attention_heads
-        # With the rows next to the positions, both one row and all rows in sequence are views.
+        # With rows next to positions, one row is a view, and so are all rows in sequence.
         shape = (2, config.num_key_value_heads, rows, max_sequence_length, channels)
         _plan(shape, config.num_hidden_layers, model)
         # Zeros, because masked values are multiplied by zero too, and NaN times zero is NaN.
@@ -87,11 +88,11 @@ class LanguageModel:
     def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Reads a slice of a prompt.
 
-        Slices begin at multiples of `SLICE_TOKENS` and have that length, except that the last may be shorter.
+        Slices begin at multiples of `SLICE_TOKENS` and have that length. Only the last may be shorter.
 
         Args:
             row: the request's row of the cache.
-            start: the slice's first position in it.
+            start: the slice's first position in that row.
             tokens: ids of shape (n,), on the CPU.
             positions: rotary positions of shape (3, n), on the CPU.
 
@@ -106,7 +107,7 @@ class LanguageModel:
         """Draws a row's first token from the logits after its prompt.
 
         Returns:
-            The id, or `UNSOUND`: a tensor without dimensions.
+            The id or `UNSOUND`, as a tensor without dimensions.
         """
         token: torch.Tensor
         (token,) = self._sampler.draw(logits, [generator], [in_target])
@@ -117,24 +118,24 @@ class LanguageModel:
         """Reads each row's last token and draws the next one.
 
         Args:
-            lines: those of all rows in use. Those without a generator draw nothing.
+            lines: the lines of all rows in use. Lines without a generator draw nothing.
 
         Returns:
-            An id, or `UNSOUND`, for each line with a generator, in order: tensors without dimensions.
+            An id or `UNSOUND` for each line with a generator, in order, as tensors without dimensions.
         """
         raise NotImplementedError
 
     def recover(self) -> None:
-        """Makes the device ready for more work after a failure. Raises if the device is lost."""
+        """Prepares the device for more work after a failure. Raises an error if the device is lost."""
 
     def clear(self, row: int) -> None:
-        """Forgets the contents of a row."""
+        """Sets the contents of a row to zero."""
         for cache in self._caches:
             cache[:, :, row].zero_()
 
 
 def _plan(shape: tuple[int, ...], layers: int, model: GlmImageForConditionalGeneration) -> None:
-    """Logs how much memory the cache takes, and refuses a cache that does not fit."""
+    """Logs the memory that the cache needs, and rejects a cache that does not fit."""
     _, _, rows, max_sequence_length, _ = shape
     device: torch.device = model.device
     needed = torch.Size(shape).numel() * layers * model.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The language model on a CPU: only the rows that have a token to read, their weights packed by oneDNN."""
+"""The language model on a CPU: it computes only rows with a token to read, with weights packed by oneDNN."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ATTENTION = "glm_image_rows_cpu"
 
 @dataclass(frozen=True, kw_only=True)
 class CPUSlots:
-    """Where one forward pass writes in one layer's cache, and what it may read there.
+    """Read and write positions of one forward pass in one layer's cache.
 
-    Upstream's attention takes it twice: as its cache, and as an argument that it hands to the attention
+    Upstream's attention takes it twice: as its cache, and as an argument that it passes to the attention
     function.
 
     Attributes:
-        keys: the layer's cache: shape (heads, all rows, positions, channels).
-        values: shape (heads, all rows, positions, channels).
-        rows: the rows of the pass.
-        starts: each one's first position that is written.
+        keys: the layer's cached keys: shape (heads, all rows, positions, channels).
+        values: the layer's cached values: shape (heads, all rows, positions, channels).
+        rows: indices of the rows of the pass.
+        starts: first position that the pass writes in each of these rows.
     """
 
     keys: torch.Tensor
@@ -63,19 +63,19 @@ def rows_attention(
     slots: CPUSlots,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each row over its own keys only, so that rows do not affect each other.
+    """Applies causal attention of each row over its own keys only, so that rows do not affect each other.
 
     Args:
         module: upstream's attention, unused.
         query: shape (rows, heads, tokens, channels).
-        keys: the layer's cache: shape (key/value heads, all rows, positions, channels).
-        values: shape (key/value heads, all rows, positions, channels).
-        mask: None; the slots take its place.
-        scaling: factor of the products.
-        slots: which rows of the cache, and where their tokens begin.
+        keys: the layer's cached keys: shape (key/value heads, all rows, positions, channels).
+        values: the layer's cached values: shape (key/value heads, all rows, positions, channels).
+        mask: None, because the slots replace it.
+        scaling: factor of the dot products.
+        slots: the rows of the pass, and the start of their tokens in the cache.
 
     Returns:
-        Shape (rows, tokens, heads, channels), and None for the weights.
+        The attended values, shape (rows, tokens, heads, channels), and None for the attention weights.
     """
     batch, heads, tokens, channels = query.shape
     groups = keys.shape[0]
@@ -84,7 +84,7 @@ def rows_attention(
         end = start + tokens
         key, value = keys[:, row, :end], values[:, row, :end]
         if tokens == 1:
-            # The heads that share keys become one head's queries: nothing is copied.
+            # Heads that share keys become the queries of one head, so that nothing is copied.
             grouped = query[i].view(1, groups, heads // groups, channels)
             attended = scaled_dot_product_attention(grouped, key[None], value[None], scale=scaling)
             output[i, 0] = attended.reshape(heads, channels)
@@ -101,11 +101,11 @@ AttentionInterface.register(ATTENTION, rows_attention)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for few rows on a CPU, its weights laid out ahead by oneDNN.
+    """A linear layer for few rows on a CPU, with weights that oneDNN has laid out in advance.
 
     For eight rows it is several times as fast as `nn.Linear`. A row's result does not depend on the other
-    rows, to the last bit. `nn.Linear`'s does. The operators are those that `torch.compile` uses for
-    `nn.Linear` when it freezes a model for the CPU.
+    rows, to the last bit. The result of `nn.Linear` does. The operators are those that `torch.compile` uses
+    for `nn.Linear` when it freezes a model for the CPU.
     """
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
@@ -122,7 +122,7 @@ class PackedLinear(nn.Module):
 
 
 class CPULanguageModel(LanguageModel):
-    """See `LanguageModel`."""
+    """The `LanguageModel` for CPUs."""
 
     def __init__(
         self, model: GlmImageForConditionalGeneration, *, rows: int, max_sequence_length: int
@@ -135,11 +135,11 @@ class CPULanguageModel(LanguageModel):
             self._head = PackedLinear(model.lm_head, rows)
 
     def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """See `LanguageModel`."""
+        """Implements `LanguageModel.prefill`."""
         return self._forward(tokens[None], positions[:, None], [row], [start])
 
     def decode(self, lines: Sequence[Line]) -> list[torch.Tensor]:
-        """See `LanguageModel`."""
+        """Implements `LanguageModel.decode`."""
         drawing = [line for line in lines if line.generator]
         rows = [line.row for line in drawing]
         logits = self._forward(
@@ -162,8 +162,8 @@ class CPULanguageModel(LanguageModel):
         Args:
             tokens: ids of shape (rows, n).
             positions: rotary positions of shape (3, rows, n).
-            rows: the rows of the cache.
-            starts: where in its row each one's tokens begin.
+            rows: indices of the rows of the cache.
+            starts: start of the tokens in each of these rows.
 
         Returns:
             The logits after each row's last token: shape (rows, vocabulary), float32.

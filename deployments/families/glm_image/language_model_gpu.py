@@ -1,4 +1,4 @@
-"""The language model on an accelerator: fixed shapes, compiled parts, each kind of pass one CUDA graph."""
+"""The language model on an accelerator: fixed shapes, compiled parts, a CUDA graph for each kind of pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Entry(nn.Module):
-    """The part before the layers: embeddings, rotary angles, and how far the cache is read.
+    """The part before the layers: embeddings, rotary angles, and the number of cache blocks to read.
 
     Args:
         layers: upstream's `GlmImageTextModel`.
@@ -39,14 +39,14 @@ class Entry(nn.Module):
         """Prepares a pass.
 
         Args:
-            tokens: ids of shape (lines, n). `UNSOUND` ones are read as 0.
+            tokens: ids of shape (lines, n). `UNSOUND` is read as 0.
             positions: rotary positions of shape (3, lines, n).
-            firsts: where in the cache each line's row begins: shape (lines,). None if at 0, all of them.
-            starts: where in its row each line's tokens begin: shape (lines,).
+            firsts: start of each line's row in the cache: shape (lines,). None if every row starts at 0.
+            starts: start of each line's tokens in its row: shape (lines,).
 
         Returns:
-            The first layer's input, the cosines and sines, where in the cache the tokens begin, and the
-            number of blocks that each line reads.
+            The first layer's input, and the cosines and sines. Also the start of each line's tokens in the
+            cache, and the number of blocks that each line reads.
         """
         hidden = self.embed_tokens(tokens.clamp(min=0))
         rotary = self.rotary_emb(hidden, position_ids=positions)
@@ -58,7 +58,7 @@ class Exit(nn.Module):
     """The part after the layers: the final norm and the head.
 
     Args:
-        model: upstream's.
+        model: upstream's model.
     """
 
     def __init__(self, model: GlmImageForConditionalGeneration) -> None:
@@ -77,10 +77,10 @@ class Exit(nn.Module):
 
 
 class GPULanguageModel(LanguageModel):
-    """See `LanguageModel`.
+    """The `LanguageModel` for accelerators.
 
-    Every decoding pass computes all rows at one shape, so that a row's arithmetic does not depend on which
-    others are in use. All passes read and write static buffers. The constructor compiles and captures them,
+    Every decoding pass computes all rows at one shape, so that a row's arithmetic does not depend on the
+    others in use. All passes read and write static buffers. The constructor compiles and captures the passes,
     so that no request waits for the compiler.
     """
 
@@ -101,16 +101,17 @@ class GPULanguageModel(LanguageModel):
         def buffer(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        # A decoding pass has a line for each row: where its token is written, that token's position of time,
-        # row and column, and whether the next token belongs to the target grid. The compiled attention takes
-        # the first of these only if it is contiguous (on a CPU, torch 2.11).
+        # A decoding pass has a line for each row. The five entries of a line are the index at which its token
+        # is written, that token's position in time, row and column, and whether the next token belongs to the
+        # target grid. On a CPU, the compiled attention of torch 2.11 requires a contiguous first entry.
         self._where = buffer(5, rows)
         self._noise = buffer(rows, len(self._sampler.special), dtype=torch.float32).fill_(1)
         self._blocks = torch.arange(blocks, dtype=torch.int32, device=self._device).repeat(rows, 1, 1, 1)
-        # A slice has tokens and their positions. It has a row, a start, and the index of its last token.
+        # `_slice` holds tokens and their positions. `_slice_at` holds the row, the start, and the index of
+        # the last token.
         self._slice = buffer(4, SLICE_TOKENS)
         self._slice_at = buffer(3)
-        # For each row, the blocks of the cache of all rows, its own first.
+        # For each row: the blocks of the cache of all rows, the row's own first.
         all_blocks = torch.arange(rows * blocks, dtype=torch.int32, device=self._device)
         self._all_blocks = torch.stack([all_blocks.roll(-row * blocks) for row in range(rows)])
 
@@ -120,9 +121,9 @@ class GPULanguageModel(LanguageModel):
             self._run_decoding = graphs.capture(self._decoding_pass)
 
     def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """See `LanguageModel`."""
+        """Implements `LanguageModel.prefill`."""
         last = len(tokens) - 1
-        # What the slice is filled up with is overwritten before it is read.
+        # The padding of the slice is overwritten before it is read.
         filled = torch.zeros(4, SLICE_TOKENS, dtype=torch.long)
         filled[0, : last + 1] = tokens
         filled[1:, : last + 1] = positions
@@ -131,16 +132,17 @@ class GPULanguageModel(LanguageModel):
         return self._run_slice().clone()
 
     def decode(self, lines: Sequence[Line]) -> list[torch.Tensor]:
-        """See `LanguageModel`."""
+        """Implements `LanguageModel.decode`."""
         by_row: list[Line | None] = [None] * self.rows
         for line in lines:
             by_row[line.row] = line
-        # A row that draws nothing is computed too. It writes where its next token will be, or at 0 if unused.
+        # A row that draws nothing is computed too. It writes at its next token's index, or at 0 if unused.
         where = [(one.start, *one.position.tolist(), one.in_target) if one else (0,) * 5 for one in by_row]
         self._set(self._where, torch.tensor(where).T.contiguous())
         drawing = [line for line in lines if line.generator]
         if self._candidate_sampler:
-            # In advance and over the whole vocabulary, so that each generator's stream is that of `Sampler`.
+            # The noise is drawn in advance for the whole vocabulary. So each generator's stream is the same
+            # as with `Sampler`.
             for line in drawing:
                 self._noise[line.row].exponential_(generator=line.generator)
             self._run_decoding()
@@ -152,9 +154,9 @@ class GPULanguageModel(LanguageModel):
         return [drawn[line.row] for line in drawing]
 
     def recover(self) -> None:
-        """See `LanguageModel`."""
+        """Implements `LanguageModel.recover`."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # a device that is lost raises the same error for ever
+            torch.cuda.synchronize(self._device)  # a lost device raises the same error every time
             torch.cuda.empty_cache()
 
     def _decoding_pass(self) -> torch.Tensor:
@@ -202,9 +204,9 @@ class GPULanguageModel(LanguageModel):
             tokens: ids of shape (lines, n).
             positions: rotary positions of shape (3, lines, n).
             caches: keys and values of each layer: shape (2, lines, heads, positions, channels).
-            firsts: where in them each line's row begins: shape (lines,). None if at 0, all of them.
-            starts: where in its row each line's tokens begin: shape (lines,).
-            indices: numbers of blocks, those of each line's row first: shape (lines, 1, 1, blocks), int32.
+            firsts: start of each line's row in the caches: shape (lines,). None if every row starts at 0.
+            starts: start of each line's tokens in its row: shape (lines,).
+            indices: indices of blocks, those of each line's row first: shape (lines, 1, 1, blocks), int32.
 
         Returns:
             The hidden states: shape (lines, n, width).
@@ -219,7 +221,7 @@ class GPULanguageModel(LanguageModel):
         return hidden
 
     def _set(self, buffer: torch.Tensor, values: torch.Tensor) -> None:
-        """Copies without waiting: from pinned memory, which torch keeps until the copy is done."""
+        """Copies values to a buffer without waiting. Torch keeps the pinned source until the copy is done."""
         if self._device.type == "cuda":
             values = values.pin_memory()
         buffer.copy_(values, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Upstream's pipeline, doing nothing twice."""
+"""Upstream's pipeline with caches, so that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from deployments.families.glm_image.transformer import Transformer
 
 GLYPH_CACHE_BYTES = 256 * 2**20
-"""Of the device's memory; a short text takes some kilobytes, the longest prompt about 100 MB."""
+"""Bytes of device memory for glyph embeddings. A short text takes some KB, the longest prompt ~100 MB."""
 
 
 class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
-    """`GlmImagePipeline` (diffusers 0.42) for prior tokens that were made elsewhere: the same pixels.
+    """`GlmImagePipeline` (diffusers 0.42) for prior tokens from the prior stage: the same pixels.
 
-    Glyph embeddings are kept for the next unit with the same text. The step's callback may ask for the
-    predicted velocity, as `noise_pred`.
+    Glyph embeddings are cached for the next unit with the same text. The step callback may request the
+    predicted velocity as `noise_pred`.
     """
 
     _callback_tensor_inputs = (*GlmImagePipeline._callback_tensor_inputs, "noise_pred")
@@ -45,7 +45,7 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         )
         self._last_step: torch.Tensor | None = None
         self._glyphs: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
-        # Text in quotes may hold `</s>` and the like: letters to be painted, not control tokens.
+        # Quoted text may contain strings like `</s>`. They are letters to be painted, not control tokens.
         self.tokenizer.split_special_tokens = True
         self.set_progress_bar_config(disable=True)
 
@@ -56,18 +56,25 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Upstream's, of the texts in quotes, which most prompts and the empty negative one do not have."""
+        """Returns upstream's embeddings of the quoted texts, from the cache if they are there.
+
+        Most prompts and the empty negative prompt have no quoted text.
+        """
         key = (*map(tuple, self.get_glyph_texts(prompt)), max_sequence_length, device, dtype)
         embeds = self._glyphs.pop(key, None)
         if embeds is None:
             embeds = super()._get_glyph_embeds(prompt, max_sequence_length, device, dtype)
-        self._glyphs[key] = embeds  # the youngest
+        self._glyphs[key] = embeds  # the most recently used
         while sum(kept.nbytes for kept in self._glyphs.values()) > GLYPH_CACHE_BYTES:
             self._glyphs.popitem(last=False)
-        return embeds.view_as(embeds)  # a tensor of this unit: the DiT keeps what it computes from it as long
+        # A new tensor for this unit: the DiT keeps results computed from a tensor as long as it lives.
+        return embeds.view_as(embeds)
 
     def try_step(self, side: int) -> object:
-        """See `deployments.engines.acceleration.Pipeline`. Its two passes come one after the other."""
+        """Implements `deployments.engines.acceleration.Pipeline.try_step`.
+
+        The step's two passes run one after the other, so that one pass is enough to measure.
+        """
         dit = self.transformer
         latent_side = side // self.vae_scale_factor
         tokens = (latent_side // dit.config.patch_size) ** 2
@@ -82,16 +89,16 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
             timestep=torch.zeros(1, device=dit.device),
             target_size=torch.zeros(1, 2, **floats),
             crop_coords=torch.zeros(1, 2, **floats),
-            image_rotary_emb=(rotary, rotary),  # the DiT would keep its own, which have no contents here
+            image_rotary_emb=(rotary, rotary),  # otherwise the DiT would cache tables without contents
         )
         return output
 
     def compile(self, options: dict[str, Any]) -> None:
-        """See `deployments.engines.acceleration.Pipeline`."""
+        """Implements `deployments.engines.acceleration.Pipeline.compile`."""
         self.transformer.compile_blocks(options)
 
     def source_bytes(self, side: int) -> int:
-        """What the DiT keeps of a square source image while the edit is painted: keys and values."""
+        """Returns the bytes of keys and values that the DiT keeps of a square source image during an edit."""
         config = self.transformer.config
         tokens = (side // self.vae_scale_factor // config.patch_size) ** 2
         width = config.num_attention_heads * config.attention_head_dim
@@ -99,12 +106,12 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         return size
 
     def cache_steps(self, threshold: float) -> None:
-        """See `deployments.engines.acceleration.Pipeline`.
+        """Implements `deployments.engines.acceleration.Pipeline.cache_steps`.
 
-        diffusers' first-block cache keeps apart what the passes with and without guidance leave, if it is
-        told which is which; upstream's pipeline does not tell it.
+        diffusers' first-block cache separates the passes with and without guidance only if each pass is
+        named. Upstream's pipeline does not name them.
         """
-        # diffusers does not list this block: image first, then text.
+        # diffusers does not register this block. It returns the image first, then the text.
         TransformerBlockRegistry.register(
             GlmImageTransformerBlock,
             TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
@@ -119,10 +126,13 @@ class DecoderPipeline(GlmImagePipeline):  # type: ignore[misc]
         self.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
 
     def _pass_name(self) -> str:
-        """Upstream's order: a pass for each source image, then in every step two, or one without guidance."""
+        """Returns the name of the next pass.
+
+        Upstream runs one pass for each source image. Then each step has two passes, or one without guidance.
+        """
         step = self._current_timestep
         if step is None:
-            self.transformer._reset_stateful_cache()  # no source image is like another one
+            self.transformer._reset_stateful_cache()  # source images differ from each other
             return "source"
         name = "unconditional" if step is self._last_step else "conditional"
         self._last_step = step

@@ -34,21 +34,21 @@ if TYPE_CHECKING:
     from deployments.stages.calls import Call
     from deployments.types import ImageRequest
 
-PROGRESS_S = 0.25
-"""Seconds between two reports of a request's progress, at least."""
+MIN_REPORT_INTERVAL_S = 0.25
+"""Minimum number of seconds between two reports of a request's progress."""
 
 
 @dataclass(eq=False, kw_only=True)
-class _Job:
-    """A request on its way through the engine, with its row and its tokens so far."""
+class _RequestState:
+    """State of a request in the engine: its row of the cache and its tokens so far."""
 
     sequence: Sequence
     seed: int
     call: Call
     future: Future[PriorTokens]
     row: int = -1
-    began: float = 0
-    reported: float = 0
+    started_at: float = 0
+    reported_at: float = 0
     prompt: torch.Tensor = field(init=False)
     image_tokens: list[torch.Tensor] = field(default_factory=list)
     read: int = 0
@@ -57,18 +57,18 @@ class _Job:
 
     @property
     def written(self) -> int:
-        """Number of positions of its row that are in use. Its next token is written there."""
+        """Number of positions in use in the request's row. The next token is written at this index."""
         return self.read + max(0, len(self.drawn) - 1)
 
     @property
     def in_target(self) -> bool:
-        """Whether its next token belongs to the target grid, which comes last."""
+        """Whether the request's next token belongs to the target grid, which comes last."""
         rows, columns = self.sequence.target
         return self.sequence.drawn - len(self.drawn) <= rows * columns
 
     @property
     def line(self) -> Line:
-        """The request's part in the next decoding pass."""
+        """Line of the request in the next decoding pass."""
         return Line(
             row=self.row,
             start=self.written,
@@ -78,29 +78,29 @@ class _Job:
         )
 
     def report(self, now: float) -> None:
-        """Reports its progress, at most every `PROGRESS_S` seconds and at the end."""
-        if now - self.reported >= PROGRESS_S or len(self.drawn) == self.sequence.drawn:
-            self.reported = now
+        """Reports the progress at the end, and otherwise at most every `MIN_REPORT_INTERVAL_S` seconds."""
+        if now - self.reported_at >= MIN_REPORT_INTERVAL_S or len(self.drawn) == self.sequence.drawn:
+            self.reported_at = now
             self.call.report(
-                Progress(done=len(self.drawn), total=self.sequence.drawn, seconds=now - self.began)
+                Progress(done=len(self.drawn), total=self.sequence.drawn, seconds=now - self.started_at)
             )
 
 
 def on_its_device(
     model: GlmImageForConditionalGeneration, rows: int, max_sequence_length: int
 ) -> LanguageModel:
-    """Returns the language model for the device that the weights are on."""
+    """Returns the language model for the device that holds the weights."""
     runner = CPULanguageModel if model.device.type == "cpu" else GPULanguageModel
     return runner(model, rows=rows, max_sequence_length=max_sequence_length)
 
 
 class PriorEngine:
-    """Samples prior tokens for several requests at once, which come and go at any token.
+    """Samples prior tokens for several requests at once. Requests join and leave the batch at any token.
 
-    The tokens of a seed do not depend on which other requests run. On a CPU they are identical to those of
-    `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42), except for rare seeds (one in several hundred
-    with the tiny checkpoint) where floating-point rounding changes the top-p cutoff. On a GPU all sums are
-    rounded differently.
+    The tokens of a seed do not depend on other running requests. On a CPU they are identical to those of
+    `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42), with rare exceptions. For one seed in several
+    hundred (with the tiny checkpoint), floating-point rounding changes the top-p cutoff. On a GPU all sums
+    are rounded differently.
 
     Upstream fails if it draws a special token inside the target grid, or an end token before it. An image
     token is drawn here instead. The end token after the grid is not needed and not drawn.
@@ -118,8 +118,8 @@ class PriorEngine:
         self._language_model = language_model
         self._sequencer = Sequencer(model, processor)
         self._preparing = _single_threaded_executor()
-        self._waiting: deque[_Job] = deque()
-        self._active: list[_Job] = []
+        self._waiting: deque[_RequestState] = deque()
+        self._active: list[_RequestState] = []
         self._free = list(reversed(range(language_model.rows)))
         self._work = threading.Event()
         self.fault: EngineFault | None = None
@@ -128,7 +128,7 @@ class PriorEngine:
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
-        """See `deployments.families.PriorEngine`."""
+        """Implements `deployments.families.PriorEngine.load`."""
         compiles = model.prior.device == "cuda"
         if compiles:
             compilation.prepare(model.compile_cache)
@@ -142,7 +142,7 @@ class PriorEngine:
         return engine
 
     def submit(self, request: ImageRequest, call: Call) -> Future[PriorTokens]:
-        """See `deployments.families.PriorEngine`. Requests get their rows in the order of submission."""
+        """Implements `deployments.families.PriorEngine.submit`. Rows are assigned in order of submission."""
         future: Future[PriorTokens] = Future()
         if self.fault:
             raise self.fault
@@ -150,131 +150,133 @@ class PriorEngine:
         return future
 
     def _prepare(self, request: ImageRequest, call: Call, future: Future[PriorTokens]) -> None:
-        """Tokenizes the prompt and cuts patches while the device works."""
+        """Tokenizes the prompt and cuts the source images into patches, while the device works."""
         try:
             sequence = self._sequencer.sequence(request)
             if sequence.length > self._language_model.max_sequence_length:
-                raise RequestTooLong(sequence.length, self._language_model.max_sequence_length)  # noqa: TRY301 - caught with all else
-        except Exception as error:  # noqa: BLE001 - the caller gets it
+                raise RequestTooLong(sequence.length, self._language_model.max_sequence_length)  # noqa: TRY301 - all errors are caught in one place
+        except Exception as error:  # noqa: BLE001 - the future passes it to the caller
             future.set_exception(error)
             return
-        job = _Job(sequence=sequence, seed=request.seed, call=call, future=future)
-        self._waiting.append(job)
-        if self.fault:  # meanwhile; the queue is not read any more
+        state = _RequestState(sequence=sequence, seed=request.seed, call=call, future=future)
+        self._waiting.append(state)
+        if self.fault:  # the fault is newer than `submit`, and the queue is no longer read
             future.set_exception(self.fault)
         self._work.set()
 
     def run(self) -> None:
-        """Works until a fault, and sleeps while there is nothing to do."""
+        """Processes requests until a fault, and sleeps while there are none."""
         while not self.fault:
             self._work.wait()
             self._work.clear()
             try:
                 while self.step():
                     pass
-            except Exception as error:  # noqa: BLE001 - all requests get it
+            except Exception as error:  # noqa: BLE001 - all requests fail with it
                 release(error, "the prior engine stopped")
                 self.fault = EngineFault(f"the prior engine stopped: {error}")
-                for job in (*self._active, *self._waiting):
-                    with suppress(InvalidStateError):  # cancelled while it waited
-                        job.future.set_exception(self.fault)
+                for state in (*self._active, *self._waiting):
+                    with suppress(InvalidStateError):  # the request was cancelled while it waited
+                        state.future.set_exception(self.fault)
 
     @torch.inference_mode()
     def step(self) -> bool:
         """Reads a slice of one new prompt and draws a token for every running request.
 
         Returns:
-            Whether there is more to do.
+            Whether any request is unfinished.
         """
         self._drop_cancelled()
         self._admit()
-        reading = next((job for job in self._active if job.read < len(job.sequence.prompt)), None)
+        reading = next((state for state in self._active if state.read < len(state.sequence.prompt)), None)
         if reading:
             try:
                 self._read_slice(reading)
-            except Exception as error:  # noqa: BLE001 - this request alone gets it
+            except Exception as error:  # noqa: BLE001 - only this request fails with it
                 release(error, request_id=reading.call.request_id)
-                self._language_model.recover()  # unless the device is lost, which raises here
-                self._leave(reading, _in_our_words(error))
-        if any(job.drawn for job in self._active):
+                self._language_model.recover()  # raises an error if the device is lost
+                self._finish(reading, _as_model_error(error))
+        if any(state.drawn for state in self._active):
             self._draw_next()
         return bool(self._active or self._waiting)
 
     def _admit(self) -> None:
         while self._free and self._waiting:
-            job = self._waiting.popleft()
-            if job.future.set_running_or_notify_cancel():
-                job.row = self._free.pop()
-                job.generator = torch.Generator(self._model.device).manual_seed(job.seed)
-                job.prompt = job.sequence.prompt.clone()
-                job.began = time.monotonic()
-                job.report(job.began)
-                self._active.append(job)
+            state = self._waiting.popleft()
+            if state.future.set_running_or_notify_cancel():
+                state.row = self._free.pop()
+                state.generator = torch.Generator(self._model.device).manual_seed(state.seed)
+                state.prompt = state.sequence.prompt.clone()
+                state.started_at = time.monotonic()
+                state.report(state.started_at)
+                self._active.append(state)
 
     def _drop_cancelled(self) -> None:
-        for job in [job for job in self._active if job.call.cancelled.is_set()]:
-            self._leave(job, Cancelled())
+        for state in [state for state in self._active if state.call.cancelled.is_set()]:
+            self._finish(state, Cancelled())
 
-    def _leave(self, job: _Job, outcome: PriorTokens | Exception) -> None:
-        self._active.remove(job)
-        self._free.append(job.row)
+    def _finish(self, state: _RequestState, outcome: PriorTokens | Exception) -> None:
+        self._active.remove(state)
+        self._free.append(state.row)
         if isinstance(outcome, Exception):
-            self._language_model.clear(job.row)  # it may hold NaN
-            job.future.set_exception(outcome)
+            self._language_model.clear(state.row)  # it may hold NaN
+            state.future.set_exception(outcome)
         else:
-            job.future.set_result(outcome)
+            state.future.set_result(outcome)
 
-    def _read_slice(self, job: _Job) -> None:
-        """Encodes one more source image, or reads one more slice of the prompt after the last one."""
-        sequence = job.sequence
-        if len(job.image_tokens) < len(sequence.sources):
-            self._encode_source(job)
+    def _read_slice(self, state: _RequestState) -> None:
+        """Encodes the next source image. After the last one, reads the next slice of the prompt."""
+        sequence = state.sequence
+        if len(state.image_tokens) < len(sequence.sources):
+            self._encode_source(state)
             return
-        end = min(job.read + SLICE_TOKENS, len(job.prompt))
+        end = min(state.read + SLICE_TOKENS, len(state.prompt))
         logits = self._language_model.prefill(
-            job.row, job.read, job.prompt[job.read : end], sequence.positions[:, job.read : end]
+            state.row, state.read, state.prompt[state.read : end], sequence.positions[:, state.read : end]
         )
-        job.read = end
-        if job.read == len(job.prompt):
-            token = self._language_model.draw_first(job.row, logits, job.generator, in_target=job.in_target)
-            self._take([job], [token])
+        state.read = end
+        if state.read == len(state.prompt):
+            token = self._language_model.draw_first(
+                state.row, logits, state.generator, in_target=state.in_target
+            )
+            self._append_tokens([state], [token])
 
-    def _encode_source(self, job: _Job) -> None:
-        sequence, done = job.sequence, len(job.image_tokens)
+    def _encode_source(self, state: _RequestState) -> None:
+        sequence, done = state.sequence, len(state.image_tokens)
         assert sequence.pixel_values is not None  # noqa: S101 - there are sources
         sizes = [rows * columns for rows, columns in sequence.sources]
         pixel_values = sequence.pixel_values.split(sizes)[done].to(self._model.device)
         grid = torch.tensor([[1, *sequence.sources[done]]], device=self._model.device)
         (features,) = self._model.get_image_features(pixel_values, grid).pooler_output
-        job.image_tokens.append(self._model.get_image_tokens(features, grid).view(-1).cpu())
-        if len(job.image_tokens) == len(sequence.sources):
-            placeholders = job.prompt == self._model.config.image_token_id
-            job.prompt[placeholders] = torch.cat(job.image_tokens)
+        state.image_tokens.append(self._model.get_image_tokens(features, grid).view(-1).cpu())
+        if len(state.image_tokens) == len(sequence.sources):
+            placeholders = state.prompt == self._model.config.image_token_id
+            state.prompt[placeholders] = torch.cat(state.image_tokens)
 
     def _draw_next(self) -> None:
-        """Draws a token for every request whose prompt is read."""
-        drawing = [job for job in self._active if job.drawn]
-        self._take(drawing, self._language_model.decode([job.line for job in self._active]))
+        """Draws a token for every request whose prompt has been read."""
+        drawing = [state for state in self._active if state.drawn]
+        self._append_tokens(drawing, self._language_model.decode([state.line for state in self._active]))
 
-    def _take(self, jobs: list[_Job], tokens: list[torch.Tensor]) -> None:
-        """Gives each request its token. Those that have all of theirs leave."""
+    def _append_tokens(self, states: list[_RequestState], tokens: list[torch.Tensor]) -> None:
+        """Appends a token to each request, and finishes requests that have all their tokens."""
         now = time.monotonic()
-        for job, token in zip(jobs, tokens, strict=True):
-            job.drawn.append(token)
+        for state, token in zip(states, tokens, strict=True):
+            state.drawn.append(token)
             self.done += 1
-            job.report(now)
-            if len(job.drawn) == job.sequence.drawn:
-                self._leave(job, _result(job))
+            state.report(now)
+            if len(state.drawn) == state.sequence.drawn:
+                self._finish(state, _result(state))
 
 
-def _in_our_words(error: Exception) -> Exception:
+def _as_model_error(error: Exception) -> Exception:
     if isinstance(error, torch.OutOfMemoryError):
-        return OutOfMemoryError(f"the prior stage has too little memory to read this request: {error}")
+        return OutOfMemoryError(f"the prior stage has too little memory for this request: {error}")
     return error
 
 
 def _single_threaded_executor() -> ThreadPoolExecutor:
-    """Returns an executor of one thread, in which torch starts no threads of its own.
+    """Returns an executor with one thread, in which torch starts no further threads.
 
     With more OpenMP threads than cores, GNU's OpenMP puts them to sleep between two operators. A decoding
     step of the benchmark checkpoint took 18 ms instead of 10 on two cores.
@@ -282,21 +284,22 @@ def _single_threaded_executor() -> ThreadPoolExecutor:
     threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
     executor.submit(torch.set_num_threads, 1).result()
-    executor.submit(torch.get_num_threads).result()  # only now does the number hold for that thread
-    torch.set_num_threads(threads)  # setting it there has set it for all threads to come
+    executor.submit(torch.get_num_threads).result()  # only now does the number apply to that thread
+    torch.set_num_threads(threads)  # setting it there has set it for all future threads
     return executor
 
 
-def _result(job: _Job) -> PriorTokens | NotANumber:
-    drawn = torch.stack(job.drawn).cpu()
+def _result(state: _RequestState) -> PriorTokens | NotANumber:
+    drawn = torch.stack(state.drawn).cpu()
     if (drawn == UNSOUND).any():
-        return NotANumber("the prior stage's logits are not numbers")
-    rows, columns = job.sequence.target
-    sources = zip(job.image_tokens, job.sequence.sources, strict=True)
+        return NotANumber("the prior stage's logits are not finite")
+    rows, columns = state.sequence.target
+    sources = zip(state.image_tokens, state.sequence.sources, strict=True)
     return PriorTokens(
         target=drawn[-rows * columns :].view(rows, columns).numpy(),
         sources=tuple(tokens.view(grid).numpy() for tokens, grid in sources),
-        text_tokens=len(job.sequence.prompt) - sum(rows * columns for rows, columns in job.sequence.sources),
-        source_tokens=sum(rows * columns for rows, columns in job.sequence.sources),
+        text_tokens=len(state.sequence.prompt)
+        - sum(rows * columns for rows, columns in state.sequence.sources),
+        source_tokens=sum(rows * columns for rows, columns in state.sequence.sources),
         generated_tokens=len(drawn),
     )

@@ -1,4 +1,4 @@
-"""Sampling tokens from logits as upstream's `generate` does, with a generator for each line."""
+"""Sampling of tokens from logits as in upstream's `generate`, with a generator for each line."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from transformers import GlmImageForConditionalGeneration
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
-"""Logits processors that depend on a line's scores only, so that lines can share a call."""
+"""Logits processors that depend only on a line's scores, so that lines can share a call."""
 
 UNSOUND = -1
-"""Stands for a token where the logits are not finite."""
+"""Placeholder for a token where the logits are not finite."""
 
 
 class Sampler:
-    """Samples as upstream's `generate` does, but never a special token where it would spoil the image.
+    """Samples like upstream's `generate`, but never a special token where it would spoil the image.
 
     The host does not wait for the device.
 
     Attributes:
-        warpers: the checkpoint's, in upstream's order.
+        warpers: warpers of the checkpoint, in upstream's order.
         suppressed: tokens that the checkpoint never draws: shape (vocabulary,), bool.
         end: tokens that would end the sequence: shape (vocabulary,), bool.
         special: tokens that are not in the image codebook: shape (vocabulary,), bool.
 
     Raises:
-        CheckpointError: the checkpoint's `generation_config` asks for a processor that is not supported.
+        CheckpointError: the checkpoint's `generation_config` requires a processor that is not supported.
     """
 
     def __init__(self, model: GlmImageForConditionalGeneration) -> None:
@@ -50,8 +50,8 @@ class Sampler:
         if unknown := [
             type(one).__name__ for one in suppressing if not isinstance(one, SuppressTokensLogitsProcessor)
         ]:
-            raise CheckpointError(f"generation_config asks for {', '.join(unknown)}, which is not supported")
-        # Looked up once: upstream's processor searches the list anew for every token.
+            raise CheckpointError(f"generation_config requires {', '.join(unknown)}, which is not supported")
+        # The mask is computed once. Upstream's processor searches the list again for every token.
         self.suppressed = torch.isneginf(suppressing(None, torch.zeros(1, vocabulary, device=model.device)))[
             0
         ]
@@ -70,22 +70,23 @@ class Sampler:
 
         Args:
             logits: shape (lines, vocabulary), float32.
-            generators: each line's own, or None for a line whose token is not needed.
+            generators: one generator for each line. None for a line whose token is not needed.
             in_target: whether a line's token belongs to the target grid. Special tokens are forbidden there.
-                In the preview grid only end tokens are.
+                In the preview grid only end tokens are forbidden.
 
         Returns:
-            Ids of shape (lines,), `UNSOUND` for lines whose logits are not finite.
+            Ids of shape (lines,). `UNSOUND` for lines whose logits are not finite.
         """
         forbidden = torch.stack([self.special if target else self.end for target in in_target])
-        # After the processors and not before them: a draw that is allowed is the same with the mask and
-        # without. Where they leave nothing that is, the model's own preference decides.
+        # The mask follows the processors, so that it does not change an allowed draw. If the processors leave
+        # no allowed token, the model's own preference decides.
         scores = self.warpers(None, logits.masked_fill(self.suppressed, -torch.inf))
         scores = scores.masked_fill(forbidden, -torch.inf)
         nothing = torch.isneginf(scores).all(dim=-1, keepdim=True)
         scores = torch.where(nothing, logits.masked_fill(forbidden, -torch.inf), scores)
         probabilities = scores.softmax(dim=-1)
-        # The arithmetic of `torch.multinomial` for one sample, without its checks, which wait for the device.
+        # This is the arithmetic of `torch.multinomial` for one sample. Its checks are left out, because they
+        # wait for the device.
         noise = torch.ones_like(probabilities)
         for line, generator in zip(noise.split(1), generators, strict=True):
             if generator is not None:

@@ -1,4 +1,4 @@
-"""What the language model reads and writes for one request, known in full before its first token is drawn."""
+"""Token sequences of requests: everything that is known before the language model draws its first token."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
-    """One request as the language model sees it; tensors on the CPU.
+    """Inputs of the language model for one request. All tensors are on the CPU.
 
     Attributes:
-        prompt: token ids, with placeholders where the tokens of source images belong: shape (prompt,).
-        positions: rotary positions, of time, rows and columns, of the prompt and of every token to be
-            drawn: shape (3, prompt + drawn).
-        drawn: how many tokens are drawn: the preview grid of text-to-image, then the target grid.
-        target: rows and columns of the target grid, the last of what is drawn.
+        prompt: token ids, with placeholders for the tokens of source images: shape (prompt,).
+        positions: rotary positions in time, rows and columns, for the prompt and every token to be drawn:
+            shape (3, prompt + drawn).
+        drawn: number of tokens to be drawn. Text-to-image draws the preview grid, then the target grid.
+        target: rows and columns of the target grid, which is drawn last.
         pixel_values: patches of all source images: shape (patches, channels × patch × patch), or None.
         sources: rows and columns of each source image's grid.
     """
@@ -39,16 +39,16 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens that the key/value cache must hold; the last one drawn is read by nobody."""
+        """Number of tokens that the key/value cache must hold. The last drawn token is never read."""
         return len(self.prompt) + self.drawn - 1
 
 
 class Sequencer:
-    """Makes sequences of requests: CPU work, to be done by one thread at a time.
+    """Converts requests to sequences, on the CPU. Used by one thread at a time.
 
     Args:
-        model: asked for positions only; no weight is used.
-        processor: the checkpoint's.
+        model: model that computes the positions. No weight is used.
+        processor: processor of the checkpoint.
     """
 
     def __init__(self, model: GlmImageForConditionalGeneration, processor: GlmImageProcessor) -> None:
@@ -56,7 +56,7 @@ class Sequencer:
         self._processor = processor
 
     def sequence(self, request: ImageRequest) -> Sequence:
-        """Tokenize the request as upstream does, except that its prompt holds no control tokens."""
+        """Tokenizes the request like upstream, except that its prompt contains no control tokens."""
         content: list[dict[str, Any]] = [
             {"type": "image", "image": Image.fromarray(source)} for source in request.sources
         ]
@@ -70,7 +70,7 @@ class Sequencer:
         )
         grids = inputs["image_grid_thw"][:, 1:].tolist()
         sources, targets = grids[: len(request.sources)], grids[len(request.sources) :]
-        # Upstream keeps the positions of what is to be drawn on the module, the end token's included.
+        # Upstream stores the positions of the tokens to be drawn, and of the end token, on the module.
         core = self._model.model
         positions, _ = core.get_rope_index(
             inputs["input_ids"], inputs["image_grid_thw"], inputs["images_per_sample"]
@@ -80,7 +80,7 @@ class Sequencer:
             prompt=inputs["input_ids"][0],
             positions=torch.cat([positions[:, 0], core._cached_decode_position_ids[0, :, :drawn]], dim=-1),
             drawn=drawn,
-            # Target grids come largest first, and are drawn smallest first.
+            # Target grids are listed largest first and drawn smallest first.
             target=tuple(targets[0]),
             pixel_values=inputs.get("pixel_values"),
             sources=tuple(map(tuple, sources)),

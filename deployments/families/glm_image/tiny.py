@@ -1,8 +1,8 @@
 """A small GLM-Image checkpoint with random weights, made of the real classes.
 
-It has the folder layout of the released checkpoint and is loaded by the same code, so that the whole
-server runs, for real, on a laptop. What it paints is noise. `TINY` takes seconds and megabytes;
-`BENCHMARK` is large enough for timings to mean something.
+It has the folder layout of the released checkpoint and is loaded by the same code. So the real server runs
+on a laptop. Its images are noise. `TINY` takes seconds and megabytes. `BENCHMARK` is large enough for
+meaningful timings.
 
     python -m deployments.families.glm_image.tiny FOLDER [--preset benchmark] [--prior-layers 4 …]
 """
@@ -35,7 +35,7 @@ from transformers.models.glm_image.image_processing_pil_glm_image import GlmImag
 from deployments.engines.tiny import TinyCheckpoint
 
 VISION_SPECIAL_TOKENS = 2
-"""Image start and image end, the first ids past the codebook, as in the released checkpoint."""
+"""Number of special image tokens: image start and end, the first ids after the codebook, as released."""
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -52,20 +52,21 @@ CHAT_TEMPLATE = """\
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What may be chosen about the random checkpoint. Everything else follows or is as released.
+    """Configurable sizes of the random checkpoint. Everything else is derived or as released.
 
     Attributes:
-        codebook: image tokens, those above it are special.
+        codebook: number of image tokens. Ids above it are special.
         prior_width: hidden size of the autoregressive language model, a multiple of 16 × `prior_heads`.
-        prior_layers: its layers.
-        prior_heads: its attention heads; a quarter of them (at least one) hold keys and values.
+        prior_layers: number of layers of that model.
+        prior_heads: number of attention heads of that model. A quarter of them (at least one) hold keys and
+            values.
         vision_width: hidden size of the vision encoder, a multiple of 4.
-        vision_layers: its layers.
-        decoder_heads: attention heads of the DiT, each of 16 channels.
-        decoder_layers: its blocks.
+        vision_layers: number of layers of the vision encoder.
+        decoder_heads: number of attention heads of the DiT, each of 16 channels.
+        decoder_layers: number of blocks of the DiT.
         glyph_width: hidden size of the glyph encoder, a multiple of 2.
-        vae_width: channels of the VAE's outermost block, a multiple of 4.
-        seed: of the weights.
+        vae_width: number of channels of the VAE's outermost block, a multiple of 4.
+        seed: random seed of the weights.
     """
 
     codebook: int = 256
@@ -118,7 +119,7 @@ def _pipeline(sizes: Sizes) -> GlmImagePipeline:
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """The released one."""
+    """Returns the scheduler of the released checkpoint."""
     return FlowMatchEulerDiscreteScheduler(
         base_shift=0.25,
         max_shift=0.75,
@@ -129,23 +130,23 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def _processor(sizes: Sizes) -> GlmImageProcessor:
-    """Ids: image tokens, then single bytes (a BPE without merges), then the control tokens."""
+    """Returns a processor whose ids are image tokens, single bytes (a BPE without merges), control tokens."""
     tokens = [*vision_tokens(sizes.codebook), *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(BPE({token: id_ for id_, token in enumerate(tokens)}, merges=[]))
     return processor(tokenizer, sizes.codebook)
 
 
 def vision_tokens(codebook: int) -> list[str]:
-    """What stands for the ids of images, start and end last."""
+    """Returns the tokens for the ids of images, start and end last."""
     return [f"<|dit_token_{i}|>" for i in range(codebook + VISION_SPECIAL_TOKENS)]
 
 
 def processor(tokenizer: Tokenizer, codebook: int) -> GlmImageProcessor:
-    """A processor as the released one is.
+    """Returns a processor like the released one.
 
     Args:
-        tokenizer: of bytes, whose first ids are those of `vision_tokens`.
-        codebook: image tokens.
+        tokenizer: byte-level tokenizer whose first ids are those of `vision_tokens`.
+        codebook: number of image tokens.
     """
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -161,7 +162,7 @@ def processor(tokenizer: Tokenizer, codebook: int) -> GlmImageProcessor:
             tokenizer_object=tokenizer,
             bos_token=image_start,
             eos_token=image_end,
-            pad_token="<|endoftext|>",  # noqa: S106 - a token of text, not a secret
+            pad_token="<|endoftext|>",  # noqa: S106 - a text token, not a secret
             padding_side="left",
             extra_special_tokens={
                 "image_token": "<|image|>",
@@ -192,7 +193,7 @@ def _prior(sizes: Sizes, processor: GlmImageProcessor) -> GlmImageForConditional
                 "num_key_value_heads": max(1, sizes.prior_heads // 4),
                 "pad_token_id": tokenizer.pad_token_id,
                 "eos_token_id": image_end,
-                # The three sections, of time, rows and columns, add up to half a head.
+                # The three sections, for time, rows and columns, add up to half a head.
                 "rope_parameters": {
                     "rope_type": "default",
                     "rope_theta": 10000.0,
@@ -220,7 +221,7 @@ def _prior(sizes: Sizes, processor: GlmImageProcessor) -> GlmImageForConditional
         temperature=0.9,
         top_p=0.75,
         pad_token_id=tokenizer.pad_token_id,
-        # Random weights would end the image in the middle of its grid.
+        # With random weights, a special token would end the image in the middle of its grid.
         suppress_tokens=list(range(sizes.codebook, sizes.codebook + VISION_SPECIAL_TOKENS)),
     )
     return model
@@ -259,7 +260,7 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        # Four blocks make the VAE's factor 8; with the DiT's patch of 2 that is one prior token in 16 pixels.
+        # Four blocks give the VAE a factor of 8. With the DiT's patch of 2, one token covers 16×16 pixels.
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(width, width, 2 * width, 2 * width),

@@ -1,4 +1,4 @@
-"""Upstream's DiT, computing once what stays the same through a unit or through a step."""
+"""Upstream's DiT with caches for results that stay the same during a unit or a step."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the image tokens' angles: shape (tokens, channels of a head) each."""
 SIZES_KEPT = 8
-"""Image sizes whose rotary tables are kept. The tables of 2048×2048 pixels take 17 MB."""
+"""Number of image sizes whose rotary tables are cached. The tables of 2048×2048 pixels take 17 MB."""
 
 
 class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
     """`GlmImageTransformer2DModel` (diffusers 0.42) for one image at a time: the same results, less work.
 
-    Upstream's pipeline passes the same tensors in every step of a unit. What follows from one of them is
-    computed once and kept while the tensor lives: the projections of prior tokens and glyphs for the unit,
-    the embedding of the time for the two passes of a step. Rotary tables are kept for the last sizes;
-    upstream computes them on the CPU in every pass.
+    Upstream's pipeline passes the same tensors in every step of a unit. A result that depends on one of them
+    is computed once and cached while the tensor lives. The projections of prior tokens and glyphs are cached
+    for the unit, and the time embedding for the two passes of a step. Rotary tables are cached for the last
+    sizes. Upstream computes them on the CPU in every pass.
     """
 
     _fused_block: Callable[..., Any] | None = None
@@ -46,21 +46,21 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
         image_rotary_emb: Rotary | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor]:
-        """Predicts the velocity of the latents. Other arguments of upstream's have no effect on one image.
+        """Predicts the velocity of the latents. Upstream's other arguments have no effect on one image.
 
         Args:
             hidden_states: latents, shape (1, channels, height / 8, width / 8).
             encoder_hidden_states: glyph embeddings, shape (1, text tokens, channels).
             prior_token_id: a token for each 16×16 pixels, shape (1, image tokens) or (image tokens,).
             prior_token_drop: mask of the same shape, true where the token is dropped.
-            timestep: shape (1,).
+            timestep: time of the step, shape (1,).
             target_size: height and width in pixels, shape (1, 2).
-            crop_coords: shape (1, 2).
-            kv_caches: keys and values of source images, read or written as its mode says.
-            image_rotary_emb: rotary tables for uncompiled blocks. By default they follow from the size.
+            crop_coords: crop coordinates, shape (1, 2).
+            kv_caches: keys and values of source images. They are read or written, depending on the mode.
+            image_rotary_emb: rotary tables for uncompiled blocks. By default they are computed from the size.
 
         Returns:
-            The velocity, of the latents' shape, in a tuple.
+            The velocity in a tuple. It has the latents' shape.
         """
         height, width = (side // self.config.patch_size for side in hidden_states.shape[-2:])
         device = hidden_states.device
@@ -82,17 +82,17 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
         return (patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3),)
 
     def compile_blocks(self, options: dict[str, Any]) -> None:
-        """Compiles the blocks, in their fused form and all to the same code.
+        """Compiles the blocks in their fused form. All blocks share the same code.
 
         Lengths are dynamic. All sizes and texts share two graphs, with source images and without.
 
         Args:
-            options: see `deployments.engines.compilation.options`.
+            options: options from `deployments.engines.compilation.options`.
         """
         self._fused_block = torch.compile(fused_block, fullgraph=True, dynamic=True, options=options)
 
     def _once(self, tensor: torch.Tensor, compute: Callable[[], Any]) -> Any:
-        """Returns what was computed for this very tensor, computing it the first time."""
+        """Returns the result for this tensor object. Computes it the first time."""
         if tensor not in self._kept:
             self._kept[tensor] = compute()
         return self._kept[tensor]
@@ -103,7 +103,7 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
 
     @cached_property
     def _rotary_tables(self) -> Callable[[tuple[int, int], torch.device], Rotary]:
-        """Makes the rotary tables of a grid of image tokens."""
+        """Function that returns the rotary tables of a grid of image tokens."""
         patch = self.config.patch_size
 
         def tables(grid: tuple[int, int], device: torch.device) -> Rotary:
@@ -115,7 +115,7 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
 
     @cached_property
     def _layouts(self) -> Callable[[tuple[int, int], int, torch.device], Layout]:
-        """Makes the layout of a grid of image tokens after tokens of text, for the fused form."""
+        """Function that returns the layout of text tokens and a grid of image tokens, for the fused form."""
 
         def layout(grid: tuple[int, int], length: int, device: torch.device) -> Layout:
             # The two halves of a head have the same angles.
@@ -140,7 +140,7 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
         rotary: Rotary,
         caches: list[GlmImageLayerKVCache | None],
     ) -> torch.Tensor:
-        """Runs upstream's blocks; returns the image's hidden states, shape (1, tokens, width)."""
+        """Runs upstream's blocks and returns the image's hidden states, shape (1, tokens, width)."""
         for block, cache in zip(self.transformer_blocks, caches, strict=True):
             image, text = block(image, text, temb, rotary, kv_cache=cache)
         return image
@@ -154,7 +154,7 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
         layout: Layout,
         caches: list[GlmImageLayerKVCache | None],
     ) -> torch.Tensor:
-        """Runs the blocks in their fused form; returns the same as `_run_blocks`."""
+        """Runs the blocks in their fused form and returns the image's hidden states, like `_run_blocks`."""
         modulations = self._once(
             temb, lambda: [block.norm1.linear(temb)[0] for block in self.transformer_blocks]
         )
@@ -167,7 +167,7 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
 
 
 def _sources(cache: GlmImageLayerKVCache | None) -> KeysValues | None:
-    """Returns the keys and values of source images that a block may read, if any."""
+    """Returns the keys and values of source images that a block may read, or None."""
     if cache is None or cache.mode != "read":
         return None
     return KeysValues(cache.k_caches[0][0], cache.v_caches[0][0])

@@ -1,1 +1,1 @@
-"""Z-Image: checkpoint loading, the text encoder, the decoder and a tiny checkpoint."""
+"""The Z-Image family: checkpoint loading, the text encoder, the decoder and a tiny checkpoint."""

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class RealRotaryAttention(ZSingleStreamAttnProcessor):  # type: ignore[misc]
-    """`ZSingleStreamAttnProcessor` (diffusers 0.42) without complex arithmetic: the same up to rounding.
+    """`ZSingleStreamAttnProcessor` (diffusers 0.42) without complex numbers: equal results up to rounding.
 
-    The compiler has no code for complex numbers. It would call upstream's multiplication as it is, with
-    copies to and from float32 around it.
+    The compiler generates no code for complex numbers. It would call upstream's multiplication unchanged,
+    with copies to and from float32 around it.
     """
 
     def __call__(
@@ -27,17 +27,17 @@ class RealRotaryAttention(ZSingleStreamAttnProcessor):  # type: ignore[misc]
         attention_mask: torch.Tensor | None = None,
         freqs_cis: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends over one sequence.
+        """Applies attention over one sequence of text and image.
 
         Args:
             attn: upstream's module, for its weights.
             hidden_states: shape (lines, tokens, width).
-            encoder_hidden_states: None; text and image are one sequence.
-            attention_mask: true where there is a token, shape (lines, tokens), or None for everywhere.
+            encoder_hidden_states: None, because text and image are one sequence.
+            attention_mask: mask of the tokens, shape (lines, tokens), or None if no token is masked.
             freqs_cis: rotations as complex numbers, shape (lines, tokens, channels of a head / 2).
 
         Returns:
-            Shape (lines, tokens, width).
+            The attended states, shape (lines, tokens, width).
         """
         query, key, value = (
             project(hidden_states).unflatten(-1, (attn.heads, -1))

@@ -30,11 +30,11 @@ BUILT_IN = {"tiny": tiny.cached}
 def load_prior(
     model: ModelConfig, report: Callable[[float], None] = lambda _: None
 ) -> tuple[Qwen3Model, Qwen2Tokenizer]:
-    """Load the text encoder, on its device, and its tokenizer.
+    """Loads the text encoder onto its device, and its tokenizer.
 
     Args:
-        model: which.
-        report: told the share that is loaded, 0 to 1.
+        model: configuration of the model.
+        report: called with the share that is loaded, 0 to 1.
 
     Raises:
         CheckpointError: the checkpoint or one of the two components is missing or does not fit.
@@ -51,11 +51,11 @@ def load_prior(
 
 
 def load_decoder(model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> DecoderPipeline:
-    """Loads the pipeline without the text encoder, on its device if the weights are to stay there.
+    """Loads the pipeline without the text encoder, onto its device if the weights will stay there.
 
     Args:
-        model: which.
-        report: told the share that is loaded, 0 to 1.
+        model: configuration of the model.
+        report: called with the share that is loaded, 0 to 1.
 
     Raises:
         CheckpointError: the checkpoint or one of the components is missing or does not fit.

@@ -1,4 +1,4 @@
-"""The decoder of Z-Image: embeddings of texts to pixels, by upstream's own pipelines. No Ray in here."""
+"""The decoder of Z-Image: text embeddings to pixels, by upstream's own pipelines. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from deployments.engines import acceleration, compilation
 from deployments.engines.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.engines.diffusion import PipelineDecoder
+from deployments.families.warm_up import warm_up_unit
 from deployments.families.z_image import checkpoint
-from deployments.types import ImageRequest, TextEmbeddings
+from deployments.types import TextEmbeddings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from deployments.engines.acceleration import Size
     from deployments.families.z_image.pipeline import DecoderPipeline
-    from deployments.types import Embedding
+    from deployments.types import Embedding, ImageRequest
 
 TEXT_MULTIPLE = 32
-"""The DiT pads texts to a multiple of so many tokens: `SEQ_MULTI_OF` (diffusers 0.42)."""
+"""Number of tokens to whose multiples the DiT pads texts: `SEQ_MULTI_OF` (diffusers 0.42)."""
 
 
 class Decoder(PipelineDecoder):
-    """Paints by `ZImagePipeline`, and over a source image by `ZImageImg2ImgPipeline` (diffusers 0.42).
+    """Decodes by `ZImagePipeline`, and edits by `ZImageImg2ImgPipeline` (diffusers 0.42).
 
-    A source image of another shape than the image's is scaled to fill it, and cut at the edges.
+    A source image of another size is scaled to fill the target size, and cropped at its edges.
     """
 
     def __init__(self, pipeline: DecoderPipeline) -> None:
@@ -40,7 +41,7 @@ class Decoder(PipelineDecoder):
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> Decoder:
-        """See `deployments.families.Decoder`."""
+        """Implements `deployments.families.Decoder.load`."""
         read = 1.0
         if model.decoder.compiles:
             compilation.prepare(model.compile_cache)
@@ -57,8 +58,8 @@ class Decoder(PipelineDecoder):
         texts = request.prior
         assert isinstance(texts, TextEmbeddings)  # noqa: S101 - both stages are of one family
         arguments |= {
-            "prompt_embeds": self._lines(texts.prompt),
-            "negative_prompt_embeds": self._lines(texts.negative_prompt),
+            "prompt_embeds": self._embeds(texts.prompt),
+            "negative_prompt_embeds": self._embeds(texts.negative_prompt),
             "cfg_normalization": request.cfg_normalization,
             "width": request.width,
             "height": request.height,
@@ -69,11 +70,11 @@ class Decoder(PipelineDecoder):
         size = (request.width, request.height)
         source = ImageOps.fit(Image.fromarray(request.sources[0]), size, Image.Resampling.LANCZOS)
         images = self._editing(image=source, strength=request.strength, **arguments).images
-        self._pipeline.maybe_free_model_hooks()  # they are this one's
+        self._pipeline.maybe_free_model_hooks()  # the editing pipeline shares its hooks
         return images
 
-    def _lines(self, text: Embedding | None) -> list[torch.Tensor]:
-        """As the pipelines take embeddings: a tensor for each image."""
+    def _embeds(self, text: Embedding | None) -> list[torch.Tensor]:
+        """Returns an embedding as the pipelines take it: a list with a tensor for each image."""
         if text is None:
             return []
         return [torch.tensor(text, dtype=self._pipeline.transformer.dtype, device=self._device)]
@@ -85,30 +86,19 @@ class Decoder(PipelineDecoder):
 
 
 def _units_of_each_kind(first: Size, others: Size, channels: int) -> list[ImageRequest]:
-    """Units for all graphs of the DiT: with guidance and without.
+    """Returns units for all graphs of the DiT: with guidance and without.
 
-    Texts of different lengths are a kind of their own, since the shorter one is masked.
+    Texts of different lengths need a graph of their own, because the shorter one is masked.
 
     Args:
         first: width and height of the first unit.
         others: width and height of the other units.
-        channels: of a text's embedding.
+        channels: number of channels of a text embedding.
     """
-    # The lengths are none of the model's widths, see `acceleration.warm_up_sizes`.
+    # No length equals one of the model's widths; see `acceleration.warm_up_sizes`.
     short, long = (np.zeros((tokens, channels), dtype=np.float32) for tokens in (8, 3 * TEXT_MULTIPLE))
     return [
-        ImageRequest(
-            prompt="",
-            width=width,
-            height=height,
-            seed=0,
-            steps=2,
-            guidance_scale=guidance,
-            prior=TextEmbeddings(prompt=short, negative_prompt=negative),
-        )
-        for guidance, negative, (width, height) in (
-            (1.5, short, first),
-            (0, None, others),
-            (1.5, long, others),
-        )
+        warm_up_unit(first, TextEmbeddings(prompt=short, negative_prompt=short)),
+        warm_up_unit(others, TextEmbeddings(prompt=short), guidance_scale=0),
+        warm_up_unit(others, TextEmbeddings(prompt=short, negative_prompt=long)),
     ]

@@ -1,4 +1,4 @@
-"""Upstream's pipeline, as the decoder stage uses it."""
+"""Upstream's pipeline with the methods that the decoder stage needs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 
 TEXT_TOKENS = 512
-"""Of the longest prompt: `max_sequence_length` of `ZImagePipeline` (diffusers 0.42)."""
+"""Number of tokens of the longest prompt: `max_sequence_length` of `ZImagePipeline` (diffusers 0.42)."""
 
 
 class DecoderPipeline(ZImagePipeline):  # type: ignore[misc]
-    """`ZImagePipeline` (diffusers 0.42) for texts that were encoded elsewhere."""
+    """`ZImagePipeline` (diffusers 0.42) for text embeddings from the prior stage."""
 
     def __init__(  # diffusers reads the names of the components from here
         self,
@@ -33,13 +33,16 @@ class DecoderPipeline(ZImagePipeline):  # type: ignore[misc]
         transformer: ZImageTransformer2DModel,
     ) -> None:
         super().__init__(scheduler, vae, text_encoder, tokenizer, transformer)
-        # The DiT makes its rotary tables when they are first used, and keeps them: they are to be real ones,
-        # and `try_step` is run without contents.
+        # The DiT computes its rotary tables at their first use, and keeps them. They are computed here,
+        # because `try_step` runs on tensors without contents.
         self.transformer.rope_embedder(torch.zeros(1, 3, dtype=torch.int32))
         self.set_progress_bar_config(disable=True)
 
     def try_step(self, side: int) -> object:
-        """See `deployments.engines.acceleration.Pipeline`. Its two passes are one, with two lines."""
+        """Implements `deployments.engines.acceleration.Pipeline.try_step`.
+
+        The step's two passes are one pass with two lines.
+        """
         dit = self.transformer
         latent_side = side // self.vae_scale_factor
         floats: dict[str, Any] = {"dtype": dit.dtype, "device": dit.device}
@@ -49,10 +52,10 @@ class DecoderPipeline(ZImagePipeline):  # type: ignore[misc]
         return output
 
     def compile(self, options: dict[str, Any]) -> None:
-        """See `deployments.engines.acceleration.Pipeline`.
+        """Implements `deployments.engines.acceleration.Pipeline.compile`.
 
-        There are six graphs: of blocks with and without time modulation, each for one line, for two, and for
-        two of different lengths.
+        There are six graphs. Blocks with and without time modulation each have one for one line, one for two
+        lines, and one for two lines of different lengths.
         """
         forward = torch.compile(ZImageTransformerBlock.forward, fullgraph=True, dynamic=True, options=options)
         for part in self.transformer.modules():
@@ -61,8 +64,8 @@ class DecoderPipeline(ZImagePipeline):  # type: ignore[misc]
                 part.forward = partial(_run_block, forward, part)
 
     def cache_steps(self, threshold: float) -> None:
-        """See `deployments.engines.acceleration.Pipeline`."""
-        raise UnsupportedOption("diffusers has no first-block cache for this family; set it to 0")
+        """Implements `deployments.engines.acceleration.Pipeline.cache_steps`."""
+        raise UnsupportedOption("diffusers has no first-block cache for Z-Image; set it to 0")
 
 
 def _run_block(
@@ -74,5 +77,5 @@ def _run_block(
     temb: torch.Tensor | None = None,
     *_: None,
 ) -> torch.Tensor:
-    """Runs a compiled block; the compiler would make a graph for each layout of its arguments."""
+    """Runs a compiled block on contiguous arguments. Each other layout would need a graph of its own."""
     return forward(block, hidden.contiguous(), mask, rotary.contiguous(), temb)

@@ -1,4 +1,4 @@
-"""A small Z-Image checkpoint with random weights, made of the real classes; see `deployments.engines.tiny`.
+"""A small Z-Image checkpoint with random weights, made of the real classes. See `deployments.engines.tiny`.
 
 python -m deployments.families.z_image.tiny FOLDER [--preset benchmark] [--text-layers 4 …]
 """
@@ -16,15 +16,15 @@ from deployments.engines.tiny import TinyCheckpoint, chat_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What may be chosen about the random checkpoint. Everything else follows or is as released.
+    """Configurable sizes of the random checkpoint. Everything else is derived or as released.
 
     Attributes:
         text_width: hidden size of the text encoder, a multiple of 4.
-        text_layers: its layers, at least 2.
-        decoder_heads: attention heads of the DiT, each of 16 channels.
-        decoder_layers: its blocks.
-        vae_width: channels of the VAE's outermost block, a multiple of 4.
-        seed: of the weights.
+        text_layers: number of layers of the text encoder, at least 2.
+        decoder_heads: number of attention heads of the DiT, each of 16 channels.
+        decoder_layers: number of blocks of the DiT.
+        vae_width: number of channels of the VAE's outermost block, a multiple of 4.
+        seed: random seed of the weights.
     """
 
     text_width: int = 32
@@ -93,7 +93,7 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,  # which make the VAE's factor 8
+        down_block_types=("DownEncoderBlock2D",) * 4,  # four blocks give the VAE a factor of 8
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(width, width, 2 * width, 2 * width),
         layers_per_block=1,

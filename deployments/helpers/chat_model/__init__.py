@@ -1,1 +1,1 @@
-"""The chat model of the prompt expander, which knows no Ray: prompts, rewritten."""
+"""The chat model of the prompt expander, which rewrites prompts. It does not use Ray."""

@@ -1,4 +1,4 @@
-"""Prompts rewritten by a chat model of transformers. It does not use Ray."""
+"""A chat model of transformers that rewrites prompts. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deployments.engines.checkpoint import load_flat
-from deployments.engines.memory import surviving
+from deployments.engines.guard import guarded
 from deployments.engines.prompts import plain_text
 from deployments.errors import Cancelled
 from deployments.helpers.chat_model import tiny
@@ -19,47 +19,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from deployments.config import ChatModelConfig
+    from deployments.errors import EngineFault
     from deployments.stages.calls import Call
     from deployments.types import ExpansionRequest
 
 
 class ChatModel:
-    """Answers one request at a time with the most probable tokens: equal requests get equal answers.
+    """Answers one request at a time with the most probable tokens. Equal requests get equal answers.
 
-    It may be used by one thread at a time.
+    One thread at a time may use it.
 
     Args:
-        model: any causal language model.
-        tokenizer: its own, with a chat template.
+        model: causal language model.
+        tokenizer: tokenizer of the model, with a chat template.
 
     Attributes:
-        fault: why it has stopped for good, or None while it works.
-        done: how many tokens it has drawn.
+        fault: fault that has stopped the model for good, or None while it works.
+        done: number of tokens generated so far.
+        unit: what `done` counts.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        # A checkpoint's settings for sampling have no effect on the most probable tokens, but warn.
+        # A checkpoint's sampling settings have no effect on the most probable tokens, but cause warnings.
         settings = model.generation_config
         settings.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None)
         if model.device.type == "cuda":
-            # On Hopper, cuDNN would plan its attention anew for each length of the cache, some 30 ms a token.
+            # On Hopper, cuDNN would plan its attention again for each cache length, about 30 ms a token.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self.fault: Exception | None = None
+        self.fault: EngineFault | None = None
         self.done = 0
         self.unit = "tokens"
 
     @classmethod
     def load(cls, config: ChatModelConfig, report: Callable[[float], None] = lambda _: None) -> ChatModel:
-        """Load the chat model.
+        """Loads the chat model.
 
         Args:
-            config: which, and where it runs.
-            report: told, now and then, the share of the weights that is loaded, 0 to 1.
+            config: configuration of the model.
+            report: takes the share of the weights that is loaded, 0 to 1.
 
         Raises:
-            CheckpointError: the checkpoint is missing or does not fit.
+            CheckpointError: the checkpoint is missing or unusable.
         """
         model, tokenizer = load_flat(
             config,
@@ -76,10 +78,11 @@ class ChatModel:
         """Returns the model's answer to the prompt.
 
         Raises:
-            Cancelled: the call was cancelled; within a token.
+            Cancelled: the call was cancelled. Raised within a token.
             OutOfMemoryError: the device has too little memory.
+            EngineFault: the model has stopped for good.
         """
-        with surviving(self, self._model.device, "the chat model", call):
+        with guarded(self, self._model.device, "the chat model", request_id=call.request_id):
             return self._expand(request, call)
 
     @torch.inference_mode()
@@ -90,7 +93,7 @@ class ChatModel:
                 {"role": "user", "content": plain_text(self._tokenizer, request.prompt)},
             ],
             add_generation_prompt=True,
-            enable_thinking=False,  # of models that could; others' templates do not ask
+            enable_thinking=False,  # for models that can think; other templates ignore it
             return_dict=True,
             return_tensors="pt",
         ).to(self._model.device)

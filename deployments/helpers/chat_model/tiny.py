@@ -1,4 +1,4 @@
-"""A small chat model with random weights, made of the real classes; see `deployments.engines.tiny`.
+"""A small chat model with random weights, made of the real classes. See `deployments.engines.tiny`.
 
 python -m deployments.helpers.chat_model.tiny FOLDER [--preset benchmark] [--layers 4 …]
 """
@@ -18,12 +18,12 @@ HEADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What may be chosen about the random checkpoint. Everything else follows or is as released.
+    """Sizes of the random checkpoint. Everything else is derived from them or fixed.
 
     Attributes:
         width: hidden size, a multiple of 8.
-        layers: at least 1.
-        seed: of the weights.
+        layers: number of layers, at least 1.
+        seed: seed of the weights, at least 0.
     """
 
     width: int = 32
@@ -56,23 +56,22 @@ def _make(sizes: Sizes) -> tuple[Qwen3ForCausalLM, Qwen2Tokenizer]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
         model = Qwen3ForCausalLM(config)
-    letters = set(
-        tokenizer.convert_tokens_to_ids([*string.ascii_lowercase, "Ġ"])
-    )  # a space, in a BPE's words
+    # "Ġ" is how a BPE writes a space.
+    letters = set(tokenizer.convert_tokens_to_ids([*string.ascii_lowercase, "Ġ"]))
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.7,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        # Random weights would write bytes that are no text.
+        # Otherwise random weights would write bytes that are not text.
         suppress_tokens=[id_ for id_ in range(len(tokenizer)) if id_ not in letters],
     )
     return model, tokenizer
 
 
-RECIPE = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
-cached = RECIPE.cached
-write = RECIPE.write
+CHECKPOINT = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
+cached = CHECKPOINT.cached
+write = CHECKPOINT.write
 
 if __name__ == "__main__":
-    RECIPE.main()
+    CHECKPOINT.main()

@@ -1,1 +1,1 @@
-"""The classifier of the safety checker, which knows no Ray: how unsafe an image is."""
+"""The classifier of the safety checker, which scores images. It does not use Ray."""

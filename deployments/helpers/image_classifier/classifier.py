@@ -1,4 +1,4 @@
-"""How unsafe an image is, by a classifier of transformers. No Ray in here."""
+"""A classifier of transformers that scores how unsafe an image is. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from deployments.engines.checkpoint import load_flat
-from deployments.engines.memory import surviving
+from deployments.engines.guard import guarded
 from deployments.errors import CheckpointError, NotANumber
 from deployments.helpers.image_classifier import tiny
 
@@ -16,24 +16,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from deployments.config import ClassifierConfig
+    from deployments.errors import EngineFault
     from deployments.stages.calls import Call
     from deployments.types import Pixels
 
 
 class ImageClassifier:
-    """Scores one image at a time. Used by one thread at a time.
+    """Scores one image at a time. One thread at a time may use it.
 
     Args:
-        model: a Vision Transformer (https://arxiv.org/abs/2010.11929) with a head for classification.
-        processor: makes images what the model was trained on.
-        unsafe_labels: of the model's labels, which count.
+        model: Vision Transformer (https://arxiv.org/abs/2010.11929) with a head for classification.
+        processor: converts images to the model's input.
+        unsafe_labels: labels of the model that count as unsafe.
 
     Attributes:
-        fault: why it has stopped for good, or None while it works.
-        done: how many images it has scored.
+        fault: fault that has stopped the classifier for good, or None while it works.
+        done: number of images scored so far.
+        unit: what `done` counts.
 
     Raises:
-        CheckpointError: the model has no such label.
+        CheckpointError: the model lacks one of the labels.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class ImageClassifier:
         label_ids = model.config.label2id
         if unknown := [label for label in unsafe_labels if label not in label_ids]:
             raise CheckpointError(
-                f"the classifier has no label {', '.join(unknown)}; it has {', '.join(label_ids)}"
+                f"the classifier has no label {', '.join(unknown)}; it has {', '.join(label_ids)}; correct "
+                "unsafe_labels"
             )
         self._unsafe = [label_ids[label] for label in unsafe_labels]
-        self.fault: Exception | None = None
+        self.fault: EngineFault | None = None
         self.done = 0
         self.unit = "images"
 
@@ -58,14 +61,14 @@ class ImageClassifier:
     def load(
         cls, config: ClassifierConfig, report: Callable[[float], None] = lambda _: None
     ) -> ImageClassifier:
-        """Load the classifier.
+        """Loads the classifier.
 
         Args:
-            config: which, and where it runs.
-            report: told, now and then, the share of the weights that is loaded, 0 to 1.
+            config: configuration of the classifier.
+            report: takes the share of the weights that is loaded, 0 to 1.
 
         Raises:
-            CheckpointError: the checkpoint is missing or does not fit.
+            CheckpointError: the checkpoint is missing or unusable.
         """
         model, processor = load_flat(
             config,
@@ -79,13 +82,14 @@ class ImageClassifier:
         return cls(model, processor, config.unsafe_labels)
 
     def score(self, pixels: Pixels, call: Call) -> float:
-        """How probable it is that an image is unsafe, 0 to 1. An image is not worth stopping for.
+        """Returns the probability that an image is unsafe, 0 to 1. Ignores cancelling: it takes little time.
 
         Raises:
             OutOfMemoryError: the device has too little memory.
-            NotANumber: what came out is no probability.
+            NotANumber: the score is NaN.
+            EngineFault: the classifier has stopped for good.
         """
-        with surviving(self, self._model.device, "the classifier", call):
+        with guarded(self, self._model.device, "the classifier", request_id=call.request_id):
             score = self._score(pixels)
         self.done += 1
         return score
@@ -95,6 +99,6 @@ class ImageClassifier:
         images = self._processor(images=pixels, return_tensors="pt")["pixel_values"]
         logits = self._model(images.to(self._model.device, self._model.dtype)).logits
         score = float(logits.float().softmax(-1)[0, self._unsafe].sum())
-        if score != score:  # not a number is not equal to itself
+        if score != score:  # only NaN differs from itself
             raise NotANumber("the classifier's score is not a number")
         return min(score, 1.0)

@@ -1,4 +1,4 @@
-"""A small classifier with random weights, made of the real classes; see `deployments.engines.tiny`.
+"""A small classifier with random weights, made of the real classes. See `deployments.engines.tiny`.
 
 python -m deployments.helpers.image_classifier.tiny FOLDER [--preset benchmark] [--layers 4 …]
 """
@@ -18,13 +18,13 @@ HEADS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What may be chosen about the random checkpoint. Everything else follows or is as released.
+    """Sizes of the random checkpoint. Everything else is derived from them or fixed.
 
     Attributes:
         width: hidden size, a multiple of 2.
-        layers: at least 1.
-        side: of the images it looks at, in pixels, a multiple of 16.
-        seed: of the weights.
+        layers: number of layers, at least 1.
+        side: side of its input images in pixels, a multiple of 16.
+        seed: seed of the weights, at least 0.
     """
 
     width: int = 32
@@ -42,7 +42,7 @@ class Sizes:
 
 TINY = Sizes()
 BENCHMARK = Sizes(width=768, layers=12, side=224)
-"""The size of ViT-Base, which the usual checkpoints have."""
+"""Size of ViT-Base, which common checkpoints have."""
 
 
 def _make(sizes: Sizes) -> tuple[ViTForImageClassification, ViTImageProcessorPil]:
@@ -62,9 +62,9 @@ def _make(sizes: Sizes) -> tuple[ViTForImageClassification, ViTImageProcessorPil
     return model, ViTImageProcessorPil(size={"height": sizes.side, "width": sizes.side})
 
 
-RECIPE = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
-cached = RECIPE.cached
-write = RECIPE.write
+CHECKPOINT = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
+cached = CHECKPOINT.cached
+write = CHECKPOINT.write
 
 if __name__ == "__main__":
-    RECIPE.main()
+    CHECKPOINT.main()

@@ -1,1 +1,1 @@
-"""The folder of the demo checkpoint, and its model card."""
+"""The demo checkpoint and its model card."""

@@ -1,4 +1,4 @@
-"""Each acceleration option against the plain path, and what is said when one cannot be had."""
+"""Acceleration options: compared with the plain path, and rejected where they are not available."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +24,7 @@ LONG = replace(REQUEST, steps=8)
 
 
 def accelerated(config: ModelConfig, **options: Any) -> ModelConfig:
-    """The configuration with these options, and with small images to warm up with."""
+    """Returns the configuration with these options, and with small images for the warm-up."""
     stage = DecoderConfig(device="cpu", dtype="float32", acceleration=Acceleration(**options))
     return config.model_copy(update={"decoder": stage, "defaults": Defaults(width=512, height=512)})
 
@@ -49,7 +49,7 @@ def plain(load: Callable[..., Decoder]) -> Pixels:
 
 
 def difference(one: Pixels, other: Pixels) -> tuple[float, int]:
-    """Mean and largest, in steps of 8 bits."""
+    """Returns the mean and the largest difference, in steps of 8 bits."""
     apart = np.abs(one.astype(int) - other.astype(int))
     return float(apart.mean()), int(apart.max())
 
@@ -88,7 +88,9 @@ UNITS = (
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method`:DeprecationWarning"
+)  # raised by inductor itself
 def test_compiled_parts_change_pixels_by_rounding(load: Callable[..., Decoder]) -> None:
     plain, compiled = load(), load(compile=True)
     for unit in UNITS:
@@ -107,7 +109,7 @@ def test_after_loading_no_unit_waits_for_the_compiler(
     assert len(graphs) == compiled
 
 
-def test_the_progress_of_loading_goes_on_while_it_compiles(
+def test_progress_is_reported_while_the_stage_compiles(
     model_config: Callable[..., ModelConfig], graphs: list[object]
 ) -> None:
     compiled_at: dict[float, int] = {}
@@ -140,11 +142,11 @@ def test_tiles_of_the_vae_take_less_memory(
     whole = acceleration._working_bytes(pipeline, 2048)["vae"]
     acceleration.tile_vae(pipeline)
     assert acceleration._working_bytes(pipeline, 2048)["vae"] < whole / 2
-    # Tiles have 1024 pixels a side here, so that smaller images are decoded whole.
+    # Tiles have sides of 1024 pixels here, so smaller images are decoded whole.
     assert np.array_equal(load(vae_tiling=True).decode(LONG, Call()), plain)
 
 
-def test_a_step_cache_leaves_blocks_out_but_never_for_a_source_image(load: Callable[..., Decoder]) -> None:
+def test_a_step_cache_skips_blocks_but_never_for_a_source_image(load: Callable[..., Decoder]) -> None:
     decoder = load(step_cache=0.9)
     marks: list[object] = []
     last = decoder._pipeline.transformer.transformer_blocks[-1]
@@ -166,14 +168,16 @@ def test_a_step_cache_forgets_a_cancelled_unit(load: Callable[..., Decoder]) -> 
 
 
 @pytest.mark.parametrize("backend", ["sage", "xformers", "flash"])
-def test_an_option_that_this_machine_lacks_is_refused_at_the_start(
+def test_an_option_that_this_machine_lacks_is_rejected_at_the_start(
     load: Callable[..., Decoder], backend: str
 ) -> None:
-    with pytest.raises(UnsupportedOption, match=r"decoder\.acceleration\.attention cannot be had here: .+"):
+    with pytest.raises(
+        UnsupportedOption, match=r"decoder\.acceleration\.attention is not available here; remove it: .+"
+    ):
         load(attention=backend)
 
 
-def test_an_option_that_fails_only_when_used_is_refused_at_the_start_too(
+def test_an_option_that_fails_only_in_use_is_rejected_at_the_start_too(
     load: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(pipeline: Any, device: torch.device) -> None:
@@ -191,8 +195,8 @@ def test_on_a_cpu_there_is_nothing_to_offload(offload: Any) -> None:
 
 
 @pytest.mark.parametrize("other", [{"step_cache": 0.1}, {"quantization": "fp8"}, {"offload": "group"}])
-def test_what_cannot_be_compiled_is_said(other: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="compile cannot be combined with"):
+def test_options_that_cannot_be_compiled_are_named(other: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="compile: true cannot be combined with"):
         Acceleration(compile=True, **other)
 
 
@@ -228,7 +232,7 @@ def test_a_gpu_compiles_unless_something_forbids_it(
         (ON_GPU, {"compile": False}, []),
     ],
 )
-def test_what_changes_pixels_is_listed(
+def test_options_that_change_pixels_are_listed(
     stage: dict[str, Any], options: dict[str, Any], lossy: list[str]
 ) -> None:
     assert DecoderConfig(**stage, acceleration=Acceleration(**options)).lossy == lossy
@@ -239,11 +243,11 @@ def test_what_changes_pixels_is_listed(
     [
         ({}, 10, "cuda"),
         ({"offload": "none"}, 10, "cuda"),
-        ({}, 4, "cpu"),  # they are brought in by turns
-        ({"offload": "none"}, 4, "cpu"),  # and refused with advice
+        ({}, 4, "cpu"),  # they do not fit, so they are moved one component at a time
+        ({"offload": "none"}, 4, "cpu"),  # rejected with advice afterwards
         ({"offload": "model"}, 10, "cpu"),
         ({"offload": "group"}, 10, "cpu"),
-        ({"quantization": "fp8"}, 10, "cpu"),  # made smaller before they go to the device
+        ({"quantization": "fp8"}, 10, "cpu"),  # made smaller before they are moved to the device
     ],
 )
 def test_weights_are_loaded_to_the_device_where_they_stay(
@@ -263,7 +267,7 @@ class Part(torch.nn.Module):
 
 
 class Placed:
-    """Stands in for a pipeline of 6 GB of weights, on a GPU that is not there."""
+    """A fake pipeline with 6 GB of weights, on a fake GPU."""
 
     def __init__(self) -> None:
         self.vae = self._part(1)
@@ -288,11 +292,11 @@ class Placed:
 @pytest.mark.parametrize(
     ("offload", "free", "placed"),
     [
-        ("auto", 10, "whole"),  # 6 of weights, 3 for the VAE's work
-        ("auto", 8, "a component at a time"),  # 5 for the DiT and 1 for its work, beside the VAE
+        ("auto", 10, "whole"),  # 6 GB of weights, 3 GB for the VAE's work
+        ("auto", 8, "a component at a time"),  # 5 GB for the DiT, 1 GB for its work, 1 GB for the VAE
         ("none", 10, "whole"),
         ("model", 10, "a component at a time"),
-        ("group", 4, "a layer at a time"),  # but for the VAE
+        ("group", 4, "a layer at a time"),  # except the VAE
     ],
 )
 def test_weights_go_where_they_fit(
@@ -305,16 +309,16 @@ def test_weights_go_where_they_fit(
     assert (pipeline.vae.layout is torch.channels_last) == (placed == "whole")
 
 
-def test_weights_that_are_on_the_device_already_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_already_on_the_device_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceleration, "free_bytes", lambda _: 4 * 10**9)
     pipeline: Any = Placed()
-    # The stand-in's weights lie on the device "meta", of which 4 GB are left.
+    # The fake's weights are on the device "meta", which has 4 GB left.
     acceleration.place(pipeline, torch.device("meta"), "auto", {"transformer": 10**9, "vae": 3 * 10**9})
     assert pipeline.placed == "whole"
 
 
 @pytest.mark.parametrize(("offload", "free"), [("auto", 6), ("none", 8), ("model", 6), ("group", 3)])
-def test_what_does_not_fit_is_refused_with_advice(
+def test_a_pipeline_that_does_not_fit_is_rejected_with_advice(
     monkeypatch: pytest.MonkeyPatch, offload: str, free: int
 ) -> None:
     monkeypatch.setattr(acceleration, "free_bytes", lambda _: free * 10**9)

@@ -1,4 +1,4 @@
-"""A stage loads its own components and no others, safely, and says which one is wrong."""
+"""A stage safely loads its own components and no others, and errors name the component."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ Configure = Callable[..., ModelConfig]
 
 @pytest.fixture
 def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint, to be damaged."""
+    """Returns a copy of the tiny checkpoint, which the test may damage."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
 
 
@@ -128,7 +128,7 @@ def test_the_demo_is_its_folder(model_config: Configure, stage: str) -> None:
 
 
 def weights(loaded: Any) -> dict[str, torch.Tensor]:
-    """Of a stage's largest model."""
+    """Returns the weights of a stage's largest model."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded.transformer
     return dict(model.state_dict())
 
@@ -153,14 +153,12 @@ def test_the_demo_fits_the_repository() -> None:
         lambda _: ChatModel.load(ChatModelConfig(checkpoint="demo", device="cpu")),
     ],
 )
-def test_the_demo_is_of_glm_image_alone(
-    model_config: Configure, load: Callable[[ModelConfig], object]
-) -> None:
+def test_only_glm_image_has_the_demo(model_config: Configure, load: Callable[[ModelConfig], object]) -> None:
     with pytest.raises(CheckpointError, match=r"'demo' is not a folder .*, nor built in \(tiny\)"):
         load(model_config("demo"))
 
 
-def test_a_folder_that_is_not_there(model_config: Configure, tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(model_config: Configure, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing-here' is not a folder .* give `revision`"):
         load("decoder", model_config(tmp_path / "nothing-here"))
 
@@ -185,14 +183,14 @@ print((copied() - before) / weights)
 
 @pytest.mark.slow
 def test_weights_are_not_copied_into_memory_before_they_go_to_their_device() -> None:
-    """For files whose numbers are of the type that is asked for."""
+    """The files have the type that the configuration wants."""
     folder = tiny.cached(tiny.BENCHMARK)
     command = [sys.executable, "-c", MEASURE, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.5
 
 
-def test_transformers_moves_each_tensor_by_itself(
+def test_transformers_moves_one_tensor_at_a_time(
     model_config: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maps: list[object] = []

@@ -1,4 +1,4 @@
-"""How the compiler is configured: deterministic, cached, with the container's CPUs."""
+"""Settings of the compiler: deterministic, cached, and with the container's number of CPUs."""
 
 import os
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def test_compiled_code_is_kept_in_the_configured_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    cache_dir()  # as the compiler does when it is imported
+    cache_dir()  # the compiler calls this when it is imported
     compilation.prepare("~/compiled")
     assert Path(cache_dir()) == tmp_path / "compiled"
 
@@ -41,7 +41,7 @@ def test_the_environment_takes_precedence(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(compilation, "cpu_limit", lambda: 3)
     compilation.prepare("elsewhere")
     assert os.environ[CACHE] == str(tmp_path)
-    assert torch._inductor.config.compile_threads == 8  # what torch made of the environment at its import
+    assert torch._inductor.config.compile_threads == 8  # torch read the environment when it was imported
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(3, 3), (64, 8)])

@@ -1,7 +1,7 @@
-"""Checkpoints come from the Hub: a stage's own files, resumed when cut, refused by name, seen in the log.
+"""Downloads from the Hub: only a stage's own files, resumed after a cut, named in errors, logged.
 
-The real `huggingface_hub` downloads over real sockets. Only the Hub is ours, a small one on 127.0.0.1 that
-holds the tiny checkpoint. It knows no Xet, so files come over plain HTTP.
+The real `huggingface_hub` downloads over real sockets. Only the Hub is fake: a small one on 127.0.0.1 that
+has the tiny checkpoint. It does not support Xet, so files come over plain HTTP.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ UNWANTED = {
 
 
 class Hub(ThreadingHTTPServer):
-    """One commit of one repository: the tiny checkpoint, and files that no stage should ask for.
+    """A Hub with one commit of one repository: the tiny checkpoint, and files that no stage should request.
 
     Attributes:
-        files: the content of each file.
-        asked: the files whose metadata or content was asked for.
-        resumed: from which byte on a file was asked for, where not from the first.
-        cut_once: the file whose next download breaks off half way.
+        files: content of each file.
+        requested: files whose metadata or content was requested.
+        resumed: first byte of the last request for each file that was resumed.
+        cut_once: file whose next download breaks off half way.
     """
 
     def __init__(self) -> None:
@@ -52,13 +52,13 @@ class Hub(ThreadingHTTPServer):
         checkpoint = [path for path in folder.rglob("*") if path.is_file()]
         self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in checkpoint}
         self.files |= dict.fromkeys(UNWANTED, b"unwanted")
-        self.asked: set[str] = set()
+        self.requested: set[str] = set()
         self.resumed: dict[str, int] = {}
         self.cut_once: str | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What `snapshot_download` asks for a commit: the list of files, each file's metadata and its content."""
+    """Answers the requests of `snapshot_download`: the list of files, their metadata and their content."""
 
     server: Hub
 
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"X-Error-Code": "RevisionNotFound" if REPO in path else "RepoNotFound"})
 
     def answer_file(self, name: str, content: bytes) -> None:
-        self.server.asked.add(name)
+        self.server.requested.add(name)
         headers = {"ETag": f'"{digest(content)}"', "X-Repo-Commit": COMMIT}
         if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = self.server.resumed[name] = int(wanted[1])
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Keep the requests out of the tests' output."""
+        """Keeps the requests out of the tests' output."""
 
 
 def digest(content: bytes) -> str:
@@ -110,15 +110,15 @@ def digest(content: bytes) -> str:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with Hub() as hub:
         url = f"http://127.0.0.1:{hub.server_port}"
-        # What the environment says of these is read once, when `huggingface_hub` is imported.
+        # Their environment variables are read once, when `huggingface_hub` is imported.
         monkeypatch.setattr(constants, "ENDPOINT", url)
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)  # no token of the user's
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)  # do not use the user's token
         monkeypatch.setenv("no_proxy", "*")
-        close_session()  # a session that is open already may use a proxy
+        close_session()  # an open session may use a proxy
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield hub
@@ -146,12 +146,12 @@ def test_a_stage_downloads_its_own_components(
     hub: Hub, load: Callable[[ModelConfig], object], own: set[str]
 ) -> None:
     load(model())
-    assert {name.partition("/")[0] for name in hub.asked} == {"model_index.json", *own}
-    assert not hub.asked & UNWANTED
+    assert {name.partition("/")[0] for name in hub.requested} == {"model_index.json", *own}
+    assert not hub.requested & UNWANTED
 
 
 def test_a_download_that_was_cut_resumes(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Only whole chunks outlive a cut, and the library's are larger than any of these files.
+    # Only whole chunks survive a cut, and by default they are larger than any of these files.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
     hub.cut_once = TRANSFORMER
     load_decoder(model())
@@ -162,18 +162,18 @@ def test_a_download_that_was_cut_resumes(hub: Hub, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize(("checkpoint", "revision"), [(REPO, "b" * 40), ("org/unknown", COMMIT)])
-def test_what_the_hub_does_not_have_is_named(checkpoint: str, revision: str) -> None:
-    # The library's message has both too, but only as parts of an address.
+def test_a_checkpoint_that_the_hub_lacks_is_named(checkpoint: str, revision: str) -> None:
+    # The library's message has both too, but only as parts of a URL.
     with pytest.raises(CheckpointError, match=rf"'{checkpoint}'.* {revision}\b"):
         load_decoder(model(checkpoint, revision))
 
 
-def test_the_log_tells_how_much_came(
+def test_progress_is_logged(
     hub: Hub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Ray Serve, once imported by another test, keeps its loggers' lines to itself.
+    # Once Ray Serve is imported by another test, its loggers do not propagate.
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     caplog.set_level(logging.INFO, "ray.serve")
-    monkeypatch.setattr(_LoggedProgress, "logged_at", float("-inf"))  # no line in the last ten seconds
+    monkeypatch.setattr(_LoggedProgress, "logged_at", float("-inf"))  # as if the last line was long ago
     load_decoder(model())
     assert re.search(r"downloading: \d+ of at least \d+ MB", caplog.text)

@@ -1,4 +1,4 @@
-"""The code that torch's compiler generates for an H100. Replicas round alike only if it leaves no choice."""
+"""Code that torch's compiler generates for an H100. If no kernel has a choice, all replicas round alike."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ Codes = dict[str, list[dict[str, Any]]]
 
 
 def generate(*parts: str, without: str = "") -> Codes:
-    """Each part's codes, made in a process of its own: torch stays patched there."""
+    """Returns the generated code of each part. It runs in its own process, which keeps torch patched."""
     command = [sys.executable, "-m", "tests.benchmarks.kernels", "--json"]
     command += [f"--part={part}" for part in parts]
     command += [f"--without={without}"] if without else []
@@ -37,7 +37,7 @@ def generate(*parts: str, without: str = "") -> Codes:
 
 
 def chosen_by_timing(codes: Codes) -> list[str]:
-    """Kernels with several configurations."""
+    """Returns the kernels with several configurations."""
     return [
         f"{part}, {code['name']}: {launch['name']}"
         for part in codes
@@ -48,7 +48,11 @@ def chosen_by_timing(codes: Codes) -> list[str]:
 
 
 def counts(codes: list[dict[str, Any]]) -> tuple[int, int, int, str]:
-    """Generated kernels, attentions and products of a pass, and the gigabytes that the first move."""
+    """Counts the kernels of a pass.
+
+    Returns:
+        The numbers of generated kernels, attentions and products, and the gigabytes that generated ones move.
+    """
     launched, moved = Counter[str](), 0
     for code in codes:
         for launch in code["launches"]:
@@ -71,12 +75,12 @@ def test_replicas_run_the_same_kernels(codes: Codes) -> None:
     assert kinds >= {"pointwise", "reduction", "attention", "product"}
 
 
-def test_upstreams_might_not(codes: Codes) -> None:
+def test_replicas_of_upstreams_model_might_not(codes: Codes) -> None:
     assert chosen_by_timing({UPSTREAMS: codes[UPSTREAMS]})
 
 
 @pytest.mark.parametrize("option", ["deterministic", "triton.autotune_pointwise"])
-def test_without_an_option_they_might_not(option: str) -> None:
+def test_without_an_option_replicas_might_not(option: str) -> None:
     assert chosen_by_timing(generate("dit-image", without=option))
 
 

@@ -1,4 +1,4 @@
-"""What a computation would take is found out without taking it."""
+"""The memory of a computation is measured without allocating it."""
 
 import torch
 
@@ -11,7 +11,7 @@ def zeros(kilobytes: int) -> torch.Tensor:
     return torch.zeros(kilobytes * KB // 4)
 
 
-def test_the_peak_is_counted_and_what_has_been_freed_is_not() -> None:
+def test_the_peak_excludes_freed_memory() -> None:
     def computation() -> None:
         a = zeros(4)
         b = a + 1  # 8 KB
@@ -32,7 +32,7 @@ def test_weights_are_not_counted_and_stay_as_they_are() -> None:
     assert type(linear.weight) is torch.nn.Parameter
 
 
-def test_it_is_what_the_computation_takes_when_it_is_done() -> None:
+def test_the_estimate_equals_the_real_computation() -> None:
     net = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 3, 3, padding=1)
     )
@@ -46,5 +46,5 @@ def test_it_is_what_the_computation_takes_when_it_is_done() -> None:
     assert working_bytes(computation) == tracker.peak > 0
 
 
-def test_far_more_than_there_is_can_be_looked_at() -> None:
+def test_a_computation_larger_than_the_memory_can_be_measured() -> None:
     assert working_bytes(lambda: torch.empty(10**15)) == 4 * 10**15 > free_bytes(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What stands in quotation marks is what GLM-Image's own pipeline takes for that."""
+"""Quoted texts are found as GLM-Image's own pipeline finds them."""
 
 from diffusers import GlmImagePipeline
 from hypothesis import example, given

@@ -1,4 +1,4 @@
-"""One layer of each stage at exactly the released sizes, on the CPU: what a tiny model cannot show."""
+"""One layer of each stage at the released sizes, on the CPU. A tiny model could hide errors of size."""
 
 import warnings
 
@@ -17,7 +17,7 @@ from tests.gpu import models
 
 CPU = torch.device("cpu")
 SLICE_TOKENS = 32
-"""Fewer than on a GPU, to save seconds."""
+"""Tokens of a slice. Fewer than on a GPU, to save seconds."""
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The tiny checkpoint: deterministic, small, written once however many ask at once."""
+"""The tiny checkpoint: deterministic, small, and written once even by several processes."""
 
 import subprocess
 import sys
@@ -48,7 +48,7 @@ def test_two_processes_may_write_it_at_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "x"]
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_kept(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(FileExistsError, match="not a checkpoint"):
@@ -56,7 +56,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert contents(tmp_path / "x") == {"thesis.txt": b"irreplaceable"}
 
 
-def test_the_command_writes_the_sizes_asked_for(
+def test_the_command_writes_the_requested_sizes(
     tmp_path: Path, model_config: Callable[..., ModelConfig]
 ) -> None:
     folder = tmp_path / "x"
@@ -74,7 +74,7 @@ def test_the_command_writes_the_sizes_asked_for(
 
 
 @pytest.mark.parametrize("options", [["--prior-width", "65"], ["--codebook", "0"]])
-def test_the_command_refuses_impossible_sizes(tmp_path: Path, options: list[str]) -> None:
+def test_the_command_rejects_impossible_sizes(tmp_path: Path, options: list[str]) -> None:
     run = subprocess.run([*COMMAND, tmp_path / "x", *options], check=False, capture_output=True, text=True)
     assert run.returncode == 2
     assert "must be" in run.stderr

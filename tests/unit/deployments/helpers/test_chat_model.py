@@ -1,4 +1,4 @@
-"""The chat model writes what transformers' own code finds most probable, and stops at once."""
+"""The chat model generates the same tokens as transformers' own code, and stops when cancelled."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +41,7 @@ def upstream(prompt: str, max_tokens: int) -> str:
     return str(tokenizer.decode(written[0, read["input_ids"].shape[1] :]))
 
 
-def test_it_writes_what_is_most_probable(model: ChatModel) -> None:
+def test_it_writes_the_most_probable_tokens(model: ChatModel) -> None:
     done = model.done
     written = model.expand(request("a red boat", 24), Call())
     assert written == upstream("a red boat", 24)
@@ -49,7 +49,7 @@ def test_it_writes_what_is_most_probable(model: ChatModel) -> None:
     assert model.done == done + 24
 
 
-def test_it_writes_the_same_whatever_was_drawn_before(model: ChatModel) -> None:
+def test_its_answer_does_not_depend_on_the_random_state(model: ChatModel) -> None:
     written = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def test_a_call_that_is_cancelled_stops_within_a_token(model: ChatModel) -> None
     assert model.expand(request(), Call()) == upstream("a boat", 16)
 
 
-def test_too_little_memory_is_told(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_an_error(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
@@ -87,7 +87,7 @@ def test_too_little_memory_is_told(model: ChatModel, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_on_a_gpu_cudnn_does_not_plan_the_attention_of_each_length(
+def test_on_a_gpu_cudnn_does_not_plan_its_attention_for_each_length(
     model: ChatModel, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     switched: list[bool] = []
@@ -97,12 +97,12 @@ def test_on_a_gpu_cudnn_does_not_plan_the_attention_of_each_length(
     assert switched == ([False] if device == "cuda" else [])
 
 
-def test_a_checkpoint_that_is_nowhere_is_named() -> None:
+def test_a_missing_checkpoint_is_named() -> None:
     with pytest.raises(CheckpointError, match="'/nowhere' is not a folder"):
         load("/nowhere")
 
 
-def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     tiny.write(folder)
     ran = tmp_path / "ran"
@@ -117,7 +117,7 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
-def test_sizes_that_cannot_be_are_refused() -> None:
+def test_impossible_sizes_are_rejected() -> None:
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny.Sizes(width=12)
     with pytest.raises(ValueError, match="at least 1"):

@@ -1,4 +1,4 @@
-"""The safety checker's classifier scores as transformers' own code does, and says what is wrong with it."""
+"""The safety checker's classifier scores as transformers' own code does, and names its errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ def load(folder: str | Path = "tiny", **options: tuple[str, ...]) -> ImageClassi
     return ImageClassifier.load(ClassifierConfig(checkpoint=str(folder), **options))
 
 
-def test_a_score_is_what_transformers_makes_it() -> None:
+def test_a_score_equals_that_of_transformers() -> None:
     model = ViTForImageClassification.from_pretrained(tiny.cached())
     processor = ViTImageProcessorPil.from_pretrained(tiny.cached())
     with torch.inference_mode():
@@ -33,7 +33,7 @@ def test_a_score_is_what_transformers_makes_it() -> None:
     assert load().score(picture(1), Call()) == pytest.approx(float(logits.softmax(-1)[0, 1]), abs=1e-6)
 
 
-def test_labels_that_are_unsafe_add_up_and_ones_that_there_are_not_are_refused() -> None:
+def test_unsafe_labels_add_up_and_unknown_ones_are_rejected() -> None:
     both = load(unsafe_labels=("nsfw", "normal"))
     assert both.score(picture(1), Call()) == pytest.approx(1)
     assert both.score(picture(1), Call()) <= 1
@@ -41,7 +41,7 @@ def test_labels_that_are_unsafe_add_up_and_ones_that_there_are_not_are_refused()
         load(unsafe_labels=("nsfw", "violent"))
 
 
-def test_one_can_be_made_that_flags_a_known_image_and_no_other(tmp_path: Path) -> None:
+def test_a_rigged_classifier_flags_a_known_image_and_no_other(tmp_path: Path) -> None:
     known, *others = (picture(seed) for seed in range(6))
     classifier = load(flagging(tmp_path / "rigged", [known], others))
     assert classifier.score(known, Call()) > 0.9
@@ -49,7 +49,7 @@ def test_one_can_be_made_that_flags_a_known_image_and_no_other(tmp_path: Path) -
     assert classifier.done == 6
 
 
-def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_safetensors_are_rejected(tmp_path: Path) -> None:
     folder = writable_copy(tmp_path / "copy")
     weights = folder / "model.safetensors"
     weights.rename(folder / "pytorch_model.bin")
@@ -57,12 +57,12 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_a_checkpoint_that_is_nowhere_is_named() -> None:
+def test_a_missing_checkpoint_is_named() -> None:
     with pytest.raises(CheckpointError, match="'/nowhere' is not a folder"):
         load("/nowhere")
 
 
-def test_what_is_no_number_is_no_score(tmp_path: Path) -> None:
+def test_a_nan_is_an_error(tmp_path: Path) -> None:
     folder = writable_copy(tmp_path / "copy")
     model = ViTForImageClassification.from_pretrained(folder)
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
@@ -74,7 +74,7 @@ def test_what_is_no_number_is_no_score(tmp_path: Path) -> None:
     assert classifier.done == 0
 
 
-def test_too_little_memory_is_told_and_the_next_image_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_too_little_memory_the_next_image_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = load()
     score = classifier.score(picture(1), Call())
 
@@ -97,7 +97,7 @@ def test_too_little_memory_is_told_and_the_next_image_is_scored(monkeypatch: pyt
         ({"checkpoint": "/folder"}, ("/folder", None)),
     ],
 )
-def test_the_default_checkpoint_is_pinned_and_another_one_is_not_by_its_revision(
+def test_only_the_default_checkpoint_has_a_default_revision(
     fields: dict[str, str], expected: tuple[str, str | None]
 ) -> None:
     config = ClassifierConfig.model_validate(fields)
@@ -107,6 +107,6 @@ def test_the_default_checkpoint_is_pinned_and_another_one_is_not_by_its_revision
 @pytest.mark.parametrize(
     "make", [lambda: tiny.Sizes(width=3), lambda: tiny.Sizes(layers=0), lambda: tiny.Sizes(seed=-1)]
 )
-def test_sizes_that_cannot_be_are_refused(make: Callable[[], tiny.Sizes]) -> None:
+def test_impossible_sizes_are_rejected(make: Callable[[], tiny.Sizes]) -> None:
     with pytest.raises(ValueError, match="must be"):
         make()

@@ -1,4 +1,4 @@
-"""Work in another thread leaves the loop free, tells how far it is, and stops when its caller goes."""
+"""Work in another thread does not block the loop, reports its progress, and stops with its caller."""
 
 import asyncio
 import threading
@@ -20,12 +20,12 @@ def thread() -> Iterator[ThreadPoolExecutor]:
 
 
 async def result_of(start: Callable[[Call], Future[Any]]) -> Any:
-    """The last item."""
+    """Returns the last item of the stream."""
     async with aclosing(stream(start)) as items:
         return [item async for item in items][-1]
 
 
-def test_the_loop_goes_on_while_the_work_runs(thread: ThreadPoolExecutor) -> None:
+def test_the_loop_runs_while_the_work_runs(thread: ThreadPoolExecutor) -> None:
     async def main() -> str:
         release = threading.Event()
 
@@ -35,7 +35,7 @@ def test_the_loop_goes_on_while_the_work_runs(thread: ThreadPoolExecutor) -> Non
 
         running = asyncio.create_task(result_of(lambda _: thread.submit(work)))
         await asyncio.sleep(0)
-        release.set()  # by the loop: if the work blocked it, this line would not be reached
+        release.set()  # by the loop; if the work blocked it, this line would not run
         result: str = await running
         return result
 
@@ -88,7 +88,7 @@ def test_work_whose_call_is_cancelled_in_the_queue_never_runs(thread: ThreadPool
     assert asyncio.run(main()) == ["third"]
 
 
-def test_what_the_work_reports_comes_before_its_result(thread: ThreadPoolExecutor) -> None:
+def test_the_reports_of_the_work_come_before_its_result(thread: ThreadPoolExecutor) -> None:
     reports = [Progress(done=i, total=3, seconds=0) for i in (1, 2, 3)]
 
     def work(call: Call) -> str:
@@ -102,7 +102,7 @@ def test_what_the_work_reports_comes_before_its_result(thread: ThreadPoolExecuto
     assert asyncio.run(main()) == [*reports, "done"]
 
 
-def test_a_caller_that_stops_listening_stops_the_work(thread: ThreadPoolExecutor) -> None:
+def test_a_caller_that_stops_iterating_stops_the_work(thread: ThreadPoolExecutor) -> None:
     stopped = threading.Event()
 
     def work(call: Call) -> None:

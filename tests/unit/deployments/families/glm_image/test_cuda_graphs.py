@@ -1,4 +1,4 @@
-"""Passes are captured and replayed as they should be: on recording stand-ins for torch's CUDA classes."""
+"""Tests of capture and replay of passes, on recording stand-ins for torch's CUDA classes."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ CUDA = torch.device("cuda")
 
 
 class Recorder:
-    """A log of calls, in order, as tuples."""
+    """A log of calls as tuples, in order."""
 
     def __init__(self) -> None:
         self.log: list[tuple[object, ...]] = []
@@ -84,7 +84,7 @@ def recorded(recorder: Recorder) -> Callable[[], torch.Tensor]:
 
 def test_a_pass_is_warmed_up_beside_the_current_stream_and_captured(recorder: Recorder) -> None:
     CUDAGraphs(CUDA).capture(recorded(recorder))
-    # In the default mode, what another thread does on the device would break the capture.
+    # In the default mode, another thread's work on the device would break the capture.
     capture = ("capture", {"pool": "the pool", "capture_error_mode": "thread_local"})
     assert recorder.log == [
         ("side", "waits for", "current"),
@@ -110,7 +110,7 @@ def test_the_host_waits_without_spinning_when_two_passes_of_any_graph_are_ahead(
         replays[i % 2]()
     waits = [entry for entry in recorder.log if entry[0] == "wait"]
     assert waits == [("wait", i, True) for i in range(5 - MAX_AHEAD)]
-    # The oldest one has ended before the next is enqueued.
+    # The oldest pass has ended before the next one is enqueued.
     assert recorder.log.index(("wait", 0, True)) == 2 * MAX_AHEAD
 
 

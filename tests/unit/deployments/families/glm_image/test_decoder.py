@@ -1,4 +1,4 @@
-"""The decoder: upstream's pixels, progress, previews, and a clean end whatever happens."""
+"""Tests of the decoder: upstream's pixels, progress, previews, and clean failures."""
 
 import weakref
 from collections.abc import Callable
@@ -21,14 +21,11 @@ from deployments.families.glm_image.decoder import Decoder
 from deployments.families.glm_image.pipeline import DecoderPipeline
 from deployments.stages.calls import Call
 from deployments.types import Event, ImageRequest, Pixels, Preview, PriorTokens, Progress
+from tests.unit.deployments.families.glm_image.conftest import noise
 
 
 def tokens(rows: int, columns: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 256, (rows, columns))
-
-
-def noise(width: int, height: int) -> Pixels:
-    return np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 REQUEST = ImageRequest(
@@ -59,7 +56,7 @@ def decoder(pipeline: DecoderPipeline) -> Decoder:
 
 
 def upstreams(folder: Path, conditions: dict[str, Any], request: ImageRequest) -> Pixels:
-    """What diffusers' own pipeline makes under the same conditions."""
+    """Returns the pixels of diffusers' own pipeline under the same conditions."""
     pipeline = GlmImagePipeline.from_pretrained(folder, processor=None, vision_language_encoder=None)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
@@ -77,7 +74,7 @@ def upstreams(folder: Path, conditions: dict[str, Any], request: ImageRequest) -
 @pytest.mark.parametrize("request_", [REQUEST, replace(REQUEST, guidance_scale=1.0), EDIT])
 def test_the_pixels_are_upstreams(decoder: Decoder, tiny_folder: Path, request_: ImageRequest) -> None:
     expected = upstreams(tiny_folder, decoder._conditions(request_), request_)
-    for _ in range(2):  # the second time from the caches
+    for _ in range(2):  # the second run uses the caches
         assert np.array_equal(decoder.decode(request_, Call()), expected)
 
 
@@ -121,7 +118,7 @@ def test_a_cancelled_vae_stops_between_two_blocks(
     blocks = pipeline.vae.decoder.up_blocks
     hooks = [
         blocks[1].register_forward_hook(lambda *_: call.cancelled.set()),
-        blocks[3].register_forward_pre_hook(lambda *_: pytest.fail("the VAE went on")),
+        blocks[3].register_forward_pre_hook(lambda *_: pytest.fail("the VAE continued")),
     ]
     with pytest.raises(Cancelled):
         decoder.decode(replace(REQUEST, previews=1 if when == "in a preview" else 0), call)
@@ -171,7 +168,7 @@ def test_previews_are_spread_over_the_run_and_change_no_pixel(
 def test_a_preview_is_the_predicted_image_and_not_the_noise(
     pipeline: DecoderPipeline, decoder: Decoder
 ) -> None:
-    """A model that knows the answer: its velocity leads from anywhere straight to one clean image."""
+    """The stand-in model's velocity always leads straight to one clean image."""
     clean = torch.randn(1, 16, 64, 64, generator=torch.Generator().manual_seed(5))
 
     def knows(hidden_states: torch.Tensor, timestep: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
@@ -205,7 +202,7 @@ def test_equal_texts_are_encoded_once(pipeline: DecoderPipeline, decoder: Decode
     encoded: list[object] = []
     pipeline.text_encoder.register_forward_hook(lambda *_: encoded.append(0))
     decoder.decode(replace(REQUEST, steps=1), Call())
-    assert len(encoded) == 2  # the text in quotes, and the empty negative one
+    assert len(encoded) == 2  # the quoted text, and the empty negative one
     decoder.decode(replace(REQUEST, steps=1, prompt='another sign that says "hello"', seed=2), Call())
     decoder.decode(replace(REQUEST, steps=1, prompt="no text at all"), Call())
     assert len(encoded) == 2
@@ -216,7 +213,7 @@ def test_equal_texts_are_encoded_once(pipeline: DecoderPipeline, decoder: Decode
 def test_what_is_kept_of_texts_is_bounded(pipeline: DecoderPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     size = pipeline._get_glyph_embeds('"0"').nbytes
     monkeypatch.setattr(pipeline_module, "GLYPH_CACHE_BYTES", 3 * size)
-    for i in (1, 2, 0, 3):  # 0 again: the youngest
+    for i in (1, 2, 0, 3):  # 0 again, so that it is the most recently used
         pipeline._get_glyph_embeds(f'"{i}"')
     encoded: list[object] = []
     pipeline.text_encoder.register_forward_hook(lambda *_: encoded.append(0))
@@ -235,7 +232,8 @@ def test_what_stays_the_same_is_computed_once(pipeline: DecoderPipeline, decoder
         getattr(dit, name).register_forward_hook(lambda *_, name=name: count(name))
     decoder.decode(REQUEST, Call())
     passes = 2 * REQUEST.steps
-    # With and without the prior, the text and the empty one, and once for the two passes of a step.
+    # The prior has one result with and one without its tokens. The text has one, and so has the empty text.
+    # The time embedding has one for the two passes of a step.
     once_a_unit = {"prior_projector": 2, "glyph_projector": 2, "time_condition_embed": REQUEST.steps}
     assert calls == once_a_unit | {"proj_out": passes}
     decoder.decode(REQUEST, Call())
@@ -296,7 +294,7 @@ def test_an_error_keeps_nothing_of_its_unit_on_the_device(
     pipeline.transformer.register_forward_hook(fail)
     with pytest.raises((OutOfMemoryError, ValueError)) as raised:
         decoder.decode(REQUEST, Call())
-    assert raised.value.__traceback__  # which is still there, as in a future
+    assert raised.value.__traceback__  # the caller still holds the error, as in a future
     assert [ref() for ref in kept[:2]] == [None, None]
 
 
@@ -326,7 +324,7 @@ def test_values_that_are_no_numbers_are_an_error_and_no_black_image(
     decoder.decode(REQUEST, Call())
 
 
-def test_a_lost_device_is_said_for_ever(
+def test_a_lost_device_fails_all_later_units(
     pipeline: DecoderPipeline, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lost(*_: object) -> None:

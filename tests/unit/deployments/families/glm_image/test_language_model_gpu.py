@@ -1,4 +1,4 @@
-"""The language model for accelerators, on the CPU and without its compiler, beside the one for CPUs."""
+"""Tests of the language model for accelerators, on the CPU without its compiler, against the one for CPUs."""
 
 import warnings
 import weakref
@@ -22,7 +22,7 @@ ROWS = 3
 MAX_SEQUENCE_LENGTH = 400
 PROMPTS = (SLICE_TOKENS + 40, SLICE_TOKENS, 5)
 SEVERAL_HEADS = tiny.Sizes(prior_width=128, prior_heads=8)
-"""Two heads of keys and values, so that their order in the cache matters."""
+"""Sizes with two heads of keys and values, so that their order in the cache matters."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +43,14 @@ def load(model_config: Callable[..., ModelConfig]) -> Callable[[], Any]:
 
 
 def prompt(row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and rotary positions of a row's prompt."""
+    """Returns the ids and rotary positions of a row's prompt."""
     generator = torch.Generator().manual_seed(row)
     tokens = torch.randint(0, 256, (PROMPTS[row],), generator=generator)
     return tokens, torch.randint(0, 300, (3, PROMPTS[row]), generator=generator)
 
 
 def generated(model: LanguageModel, steps: int = 6) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Reads the prompts slice by slice, as the engine does, while rows whose prompt is read draw tokens.
+    """Reads the prompts slice by slice, like the engine, while rows with a read prompt draw tokens.
 
     Returns:
         The logits after each slice, and each row's tokens.
@@ -95,7 +95,7 @@ def test_slices_and_tokens_are_those_of_the_language_model_for_cpus(
         model.generation_config.top_k = top_k
     ours = GPULanguageModel(models[0], rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     for cache in ours._caches:
-        cache.normal_()  # what other requests have left
+        cache.normal_()  # stands for the remains of other requests
     reference = CPULanguageModel(models[1], rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     logits, drawn = generated(ours)
     expected_logits, expected = generated(reference)
@@ -108,7 +108,7 @@ def test_slices_and_tokens_are_those_of_the_language_model_for_cpus(
 def test_what_is_returned_is_not_overwritten(load: Callable[[], Any]) -> None:
     model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     static = torch.zeros(1, 258)
-    model._run_slice = lambda: static.add_(1)  # a graph's result stays where it is
+    model._run_slice = lambda: static.add_(1)  # a graph's result has a fixed address
     first = model.prefill(0, 0, *prompt(2))
     model.prefill(1, 0, *prompt(2))
     assert (first == 1).all()
@@ -188,7 +188,7 @@ def test_separate_projections_are_freed_layer_by_layer(
 
 
 def test_the_blocks_that_are_read_hold_the_row_up_to_its_last_token(load: Callable[[], Any]) -> None:
-    # Without its compiler, the attention looks at the mask alone and not at the blocks to be skipped.
+    # Without its compiler, the attention uses only the mask and ignores the blocks to be skipped.
     model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     seen: list[GPUSlots] = []
     model._layers.layers[1].register_forward_pre_hook(
@@ -219,7 +219,7 @@ def test_the_blocks_that_are_read_hold_the_row_up_to_its_last_token(load: Callab
     assert slots.blocks.flatten().tolist() == [1, 2, 1]
     assert slots.indices.tolist() == [[[list(range(blocks_of_a_row))]]] * ROWS
     assert slots.starts.tolist() == starts
-    assert slots.starts.is_contiguous()  # else the attention's compiled code fails in torch 2.11
+    assert slots.starts.is_contiguous()  # otherwise the attention's compiled code fails in torch 2.11
 
 
 def test_bfloat16_differs_by_its_rounding(load: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""The sampler for fixed shapes draws what the reference sampler draws."""
+"""Tests that the sampler for fixed shapes draws the same tokens as the reference sampler."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ class Case:
     """Settings of a checkpoint and a distribution of logits.
 
     Attributes:
-        logits: makes logits of shape (LINES, vocabulary).
-        change: applied to the generation config.
-        fallbacks: whether lines occur where the warpers leave nothing that is allowed.
+        logits: function that returns logits of shape (LINES, vocabulary).
+        change: changes to the generation config.
+        fallbacks: whether there are lines for which the warpers leave no allowed token.
     """
 
     logits: Callable[[int, torch.Generator], torch.Tensor]
@@ -37,24 +37,24 @@ def spread(vocabulary: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def tied(vocabulary: int, generator: torch.Generator) -> torch.Tensor:
-    """Logits as a bfloat16 head returns them; about six tie at the edge of top-k."""
+    """Returns logits like those of a bfloat16 head. About six tie at the edge of top-k."""
     return (4 + spread(vocabulary, generator)).to(torch.bfloat16).float()
 
 
 def in_steps(vocabulary: int, generator: torch.Generator) -> torch.Tensor:
-    """A few dozen tie at each value, at the edges of top-k and of top-p too."""
+    """Returns logits with a few dozen ties at each value, also at the edges of top-k and top-p."""
     return (2 * spread(vocabulary, generator)).round() / 2
 
 
 def special(vocabulary: int, generator: torch.Generator) -> torch.Tensor:
-    """The two special tokens win nearly always."""
+    """Returns logits for which the two special tokens nearly always win."""
     logits = spread(vocabulary, generator)
     logits[:, -2:] += 30
     return logits
 
 
 def unsound(vocabulary: int, generator: torch.Generator) -> torch.Tensor:
-    """Lines of NaN, lines with one value that is not finite, and sound lines."""
+    """Returns lines of NaN, lines with one value that is not finite, and sound lines."""
     logits = spread(vocabulary, generator)
     logits[0] = torch.nan
     logits[1, 7] = torch.nan
@@ -99,7 +99,7 @@ def sampler(model: Any, monkeypatch: pytest.MonkeyPatch, **change: Any) -> Sampl
 
 @pytest.fixture(autouse=True)
 def stable_sort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has upstream's top-p choose among equal logits as on CUDA, which sorts a whole vocabulary stably."""
+    """Makes upstream's top-p choose among equal logits as on CUDA, which sorts stably."""
     monkeypatch.setattr(torch, "sort", partial(torch.sort, stable=True))
 
 
