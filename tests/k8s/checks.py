@@ -1,6 +1,6 @@
-"""Whether manifests keep to what this project promises of them: each check returns problems, in words.
+"""Checks of the manifests in k8s/. Each check returns the problems it found, as sentences.
 
-The same checks pass on k8s/ as it is and catch the mistakes of `tests.k8s.test_mutations`.
+All checks pass on the overlays in k8s/. `tests.k8s.test_mutations` breaks a manifest and expects a problem.
 """
 
 from __future__ import annotations
@@ -22,25 +22,30 @@ if TYPE_CHECKING:
     from tests.k8s.manifests import Manifests, Pod
 
 SECRET = re.compile(r"key|token|password|passwd|secret|credential", re.IGNORECASE)
-"""What variables are called that hold secrets."""
+"""Pattern of the names of environment variables that hold secrets."""
 SECRETS = {"glm-image-api-keys", "glm-image-database", "glm-image-s3"}
-"""What the ingress alone may read."""
+"""Secrets that only the ingress may read."""
 METRICS = {8080, 44217, 44227}
+"""Ports of the head that export metrics."""
 HEAD_ONLY = {8265, 6379, 10001}
-"""Ports by which a cluster is controlled. From outside the operator alone needs one, the first."""
+"""Ports that control a cluster. Outside the namespace, only the operator needs one of them: 8265."""
 INFERENCE = re.compile(r"/(v1|fal|queue|api|glm-image)\b")
 PSA = "pod-security.kubernetes.io/enforce"
 
 
 def check_security(manifests: Manifests) -> list[str]:
-    """Whether containers run with as little as they need."""
+    """Checks that containers run without root, extra privileges or unlimited memory."""
     problems = []
     for pod in pods(manifests):
         spec, whole = pod.spec, pod.spec.get("securityContext", {})
-        problems += [f"{pod.name}: {one}" for one in ("hostNetwork", "hostPID", "hostIPC") if spec.get(one)]
-        problems += [f"{pod.name}: a hostPath volume" for one in spec.get("volumes", []) if "hostPath" in one]
+        problems += [
+            f"{pod.name}: uses {one}" for one in ("hostNetwork", "hostPID", "hostIPC") if spec.get(one)
+        ]
+        problems += [
+            f"{pod.name}: mounts a hostPath volume" for one in spec.get("volumes", []) if "hostPath" in one
+        ]
         if pod.role != "head" and spec.get("automountServiceAccountToken") is not False:
-            problems.append(f"{pod.name}: it has a service account's token")
+            problems.append(f"{pod.name}: a service account token is mounted")
         for container in pod.containers:
             context = whole | container.get("securityContext", {})
             problems += _context(f"{pod.name}: {container['name']}", context)
@@ -49,44 +54,44 @@ def check_security(manifests: Manifests) -> list[str]:
             if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
                 problems.append(f"{pod.name}: {container['name']} has no seccomp profile")
             if not container["resources"].get("limits", {}).get("memory"):
-                problems.append(f"{pod.name}: {container['name']} has no limit of memory")
+                problems.append(f"{pod.name}: {container['name']} has no memory limit")
     autoscaler = cluster(manifests).get("autoscalerOptions", {})
     problems += _context("the autoscaler", autoscaler.get("securityContext", {}))
     for namespace in of_kind(manifests, "Namespace"):
         if namespace["metadata"].get("labels", {}).get(PSA) not in ("baseline", "restricted"):
-            problems.append(f"{name_of(namespace)}: privileged pods are let in")
+            problems.append(f"{name_of(namespace)}: allows privileged pods")
     return problems
 
 
 def _context(who: str, context: dict[str, Any]) -> Iterator[str]:
     if context.get("allowPrivilegeEscalation") is not False:
-        yield f"{who} may escalate its privileges"
+        yield f"{who} allows privilege escalation"
     if context.get("privileged"):
         yield f"{who} is privileged"
     if "ALL" not in context.get("capabilities", {}).get("drop", []):
-        yield f"{who} keeps capabilities"
+        yield f"{who} does not drop all capabilities"
     if context.get("capabilities", {}).get("add"):
         yield f"{who} adds capabilities"
 
 
 def check_secrets(manifests: Manifests) -> list[str]:
-    """Whether there is no secret in the manifests, and each goes where it is needed alone."""
-    problems = [f"{name_of(one)}: secrets are not committed" for one in of_kind(manifests, "Secret")]
+    """Checks that manifests contain no secrets, and that each pod reads only the secrets it needs."""
+    problems = [f"{name_of(one)}: Secrets must not be committed" for one in of_kind(manifests, "Secret")]
     for pod in pods(manifests):
         for container in pod.containers:
             for name, value in variables(container).items():
                 if value and SECRET.search(name):
-                    problems.append(f"{pod.name}: {name} stands there in the clear")
+                    problems.append(f"{pod.name}: {name} is in plain text")
             read = set(_secrets_of(container))
             if pod.role != "ingress" and read & SECRETS:
-                problems.append(f"{pod.name}: it has {', '.join(sorted(read & SECRETS))}")
+                problems.append(f"{pod.name}: it reads {', '.join(sorted(read & SECRETS))}")
             if pod.role in groups(manifests) and "huggingface" in read:
-                problems.append(f"{pod.name}: it has the Hub's token")
+                problems.append(f"{pod.name}: it reads the Hub's token")
     password = cluster(manifests).get("gcsFaultToleranceOptions", {}).get("redisPassword", {})
     if "value" in password:
-        problems.append("gcsFaultToleranceOptions.redisPassword stands there in the clear")
+        problems.append("gcsFaultToleranceOptions.redisPassword is in plain text")
     if cluster(manifests).get("authOptions", {}).get("mode") != "token":
-        problems.append("Ray asks for no token: authOptions.mode")
+        problems.append("Ray requires no token; set authOptions.mode to token")
     return problems + list(_keys(manifests))
 
 
@@ -100,7 +105,7 @@ def _secrets_of(container: dict[str, Any]) -> Iterator[str]:
 
 
 def _keys(manifests: Manifests) -> Iterator[str]:
-    """Whether the ingress can know the keys, the database and the object store of the configuration."""
+    """Checks that the ingress reads the Secrets of its API keys, database and object store."""
     config = serving.read(manifests)
     if config is None:
         return
@@ -113,11 +118,11 @@ def _keys(manifests: Manifests) -> Iterator[str]:
     }
     for name, is_needed in needed.items():
         if is_needed and name not in read:
-            yield f"{ingress.name}: it lacks the Secret {name}"
+            yield f"{ingress.name}: it does not read the Secret {name}"
 
 
 def check_network(manifests: Manifests) -> list[str]:
-    """Whether pods reach one another and what they need, and nobody else reaches them."""
+    """Checks that network policies deny all traffic by default and allow only the traffic that pods need."""
     problems: list[str] = []
     policies = of_kind(manifests, "NetworkPolicy")
     if not any(
@@ -127,13 +132,13 @@ def check_network(manifests: Manifests) -> list[str]:
         and not one["spec"].get("egress")
         for one in policies
     ):
-        problems.append("no NetworkPolicy denies what is not allowed")
-    everybody = list(pods(manifests))
+        problems.append("no NetworkPolicy denies traffic by default")
+    all_pods = list(pods(manifests))
     for policy in policies:
         name, spec = name_of(policy), policy["spec"]
-        selected = [pod for pod in everybody if pod.is_selected(spec["podSelector"])]
+        selected = [pod for pod in all_pods if pod.is_selected(spec["podSelector"])]
         if not selected and "redis-cleanup" not in json.dumps(spec["podSelector"]):
-            problems.append(f"{name}: it selects no pod")
+            problems.append(f"{name}: its selector matches no pod")
         for rule in spec.get("ingress", []):
             problems += [f"{name}: {one}" for one in _rule(rule, "from")]
             ports = {port["port"] for port in rule.get("ports", [])}
@@ -147,26 +152,26 @@ def check_network(manifests: Manifests) -> list[str]:
 def _rule(rule: dict[str, Any], side: str) -> Iterator[str]:
     peers = rule.get(side, [])
     if not peers:
-        yield "it is open to all"
+        yield "one of its rules allows all peers"
     for peer in peers:
         if peer == {} or peer.get("namespaceSelector") == {} or peer.get("podSelector") == {}:
-            yield "it is open to all"
+            yield "one of its rules allows all peers"
         block = peer.get("ipBlock")
         if block and (side == "from" or not rule.get("ports")):
-            yield f"it is open to all of {block['cidr']}"
+            yield f"one of its rules allows all of {block['cidr']}"
         if "namespaceSelector" in peer and not rule.get("ports"):
-            yield "another namespace reaches all ports"
+            yield "one of its rules opens all ports to another namespace"
 
 
 def _from_outside(rule: dict[str, Any], ports: set[int]) -> Iterator[str]:
     is_operator = "kuberay-operator" in json.dumps(rule["from"])
     for port in sorted(ports & HEAD_ONLY):
         if not (is_operator and port == 8265):
-            yield f"another namespace reaches the port {port}, which controls the cluster"
+            yield f"another namespace reaches port {port}, which controls the cluster"
 
 
 def _reaches(manifests: Manifests, policies: Manifests) -> Iterator[str]:
-    """What must be able to reach what."""
+    """Checks that pods can connect to each other and to DNS, the database and the API server."""
     ray = [pod for pod in pods(manifests) if pod.name.startswith("RayService")]
     for server in ray:
         for client in ray:
@@ -188,7 +193,7 @@ def _reaches(manifests: Manifests, policies: Manifests) -> Iterator[str]:
         port = config.port
         for pod in workers(manifests):
             if not any(port in _ports(rule) and _is_other(rule) for rule in _rules(policies, pod, "ingress")):
-                yield f"{pod.name}: the gateway cannot reach the port {port}"
+                yield f"{pod.name}: the gateway cannot reach port {port}"
 
 
 def _ports(rule: dict[str, Any]) -> set[int]:
@@ -206,7 +211,7 @@ def _rules(policies: Manifests, pod: Pod, direction: str) -> Iterator[dict[str, 
 
 
 def _may(policies: Manifests, client: Pod, server: Pod) -> bool:
-    """Whether both sides let all connections through."""
+    """Returns whether policies on both sides allow connections on every port."""
     return any(
         server.is_selected(peer["podSelector"])
         for rule in _rules(policies, client, "egress")
@@ -223,35 +228,37 @@ def _may(policies: Manifests, client: Pod, server: Pod) -> bool:
 
 
 def check_disruption(manifests: Manifests) -> list[str]:
-    """Whether evictions leave an ingress, and the head where there is no other way back."""
+    """Checks that evictions keep one ingress, and keep the head if the cluster cannot survive its loss."""
     problems = []
-    everybody = list(pods(manifests))
+    all_pods = list(pods(manifests))
     protected: dict[str, Any] = {}
     for budget in of_kind(manifests, "PodDisruptionBudget"):
         spec = budget["spec"]
-        selected = [pod for pod in everybody if pod.is_selected(spec["selector"])]
+        selected = [pod for pod in all_pods if pod.is_selected(spec["selector"])]
         if not selected:
-            problems.append(f"{name_of(budget)}: it selects no pod")
-        # Of what is neither a Deployment nor its like Kubernetes does not know how many there are to be.
+            problems.append(f"{name_of(budget)}: its selector matches no pod")
+        # Kubernetes does not know the desired number of pods of a RayService.
         if not isinstance(spec.get("minAvailable"), int) or "maxUnavailable" in spec:
-            problems.append(f"{name_of(budget)}: for Ray's pods minAvailable counts alone, as a number")
+            problems.append(
+                f"{name_of(budget)}: Ray's pods need minAvailable as a number, without maxUnavailable"
+            )
         protected |= {pod.role: spec.get("minAvailable") for pod in selected}
     ingress = next(group for group in groups(manifests).values() if "ingress" in group.get("resources", {}))
     least = ingress.get("minReplicas") or 0
     if least > 1 and "ingress" not in protected:
-        problems.append("all ingresses may be evicted at a time")
+        problems.append("all ingresses may be evicted at once")
     if isinstance(protected.get("ingress"), int) and protected["ingress"] >= least:
-        problems.append("no ingress may be evicted, and its node not be drained")
+        problems.append("no ingress may be evicted, so that its node cannot be drained")
     survives = "gcsFaultToleranceOptions" in cluster(manifests)
     if survives and "head" in protected:
-        problems.append("the head's node cannot be drained, though the cluster would survive it")
+        problems.append("the head's node cannot be drained, although the cluster would survive it")
     if least > 1 and not survives and "head" not in protected:
-        problems.append("the head may be evicted, and the cluster with it")
+        problems.append("the head may be evicted, which ends the cluster")
     return problems
 
 
 def check_probes(manifests: Manifests) -> list[str]:
-    """Whether KubeRay's own probes stand, or such that loading a model or a busy moment does not fail."""
+    """Checks that probes replacing KubeRay's own tolerate a busy container and generate no images."""
     problems = []
     for pod in pods(manifests):
         for container in pod.spec["containers"]:
@@ -260,7 +267,7 @@ def check_probes(manifests: Manifests) -> list[str]:
                 if probe is None or not pod.name.startswith("RayService"):
                     continue
                 if INFERENCE.search(json.dumps(probe)):
-                    problems.append(f"{pod.name}: {kind} makes images")
+                    problems.append(f"{pod.name}: {kind} generates images")
                 patience = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
                 if probe.get("timeoutSeconds", 1) < 2 or (kind == "livenessProbe" and patience < 60):
                     problems.append(f"{pod.name}: {kind} is stricter than KubeRay's")
@@ -268,7 +275,7 @@ def check_probes(manifests: Manifests) -> list[str]:
 
 
 def check_ports(manifests: Manifests) -> list[str]:
-    """Whether ports have the names and numbers by which others look for them."""
+    """Checks that ports have the names and numbers that the gateway and Prometheus use."""
     config = serving.read(manifests)
     if config is None:
         return []
@@ -280,18 +287,18 @@ def check_ports(manifests: Manifests) -> list[str]:
         ports = {one.get("name"): one["containerPort"] for one in container.get("ports", [])}
         if ports.get("serve") != port:
             problems.append(
-                f"{pod.name}: the port `serve` is {ports.get('serve')}, the configuration's {port}"
+                f"{pod.name}: the port `serve` is {ports.get('serve')}, but http_options.port is {port}"
             )
         wanted = METRICS if pod.role == "head" else {8080}
         if missing := wanted - set(ports.values()):
-            problems.append(f"{pod.name}: it has no ports {sorted(missing)} for metrics")
+            problems.append(f"{pod.name}: it lacks the metrics ports {sorted(missing)}")
     if ray_service(manifests)["spec"].get("excludeHeadPodFromServeSvc") is not True:
-        problems.append("requests go by the head: excludeHeadPodFromServeSvc")
+        problems.append("the head receives requests; set excludeHeadPodFromServeSvc to true")
     return problems
 
 
 def check_monitoring(manifests: Manifests) -> list[str]:
-    """Whether every pod's metrics are fetched, and rules and dashboard are those of k8s/monitoring."""
+    """Checks that Prometheus scrapes every pod, and that rules and dashboard equal k8s/monitoring."""
     monitors = of_kind(manifests, "PodMonitor")
     if not monitors:
         return []
@@ -301,60 +308,60 @@ def check_monitoring(manifests: Manifests) -> list[str]:
         spec = monitor["spec"]
         selected = [pod for pod in ray if pod.is_selected(spec["selector"])]
         if not selected:
-            problems.append(f"{name_of(monitor)}: it selects no pod")
+            problems.append(f"{name_of(monitor)}: its selector matches no pod")
         for pod in selected:
             names = {one.get("name") for one in pod.spec["containers"][0].get("ports", [])}
             missing = {endpoint["port"] for endpoint in spec["podMetricsEndpoints"]} - names
             problems += [f"{name_of(monitor)}: {pod.name} has no port {port}" for port in sorted(missing)]
     for pod in ray:
         if not any(pod.is_selected(monitor["spec"]["selector"]) for monitor in monitors):
-            problems.append(f"{pod.name}: nobody fetches its metrics")
+            problems.append(f"{pod.name}: no PodMonitor selects it")
         rules = _rules(of_kind(manifests, "NetworkPolicy"), pod, "ingress")
         if not any(8080 in _ports(rule) and _is_other(rule) for rule in rules):
             problems.append(f"{pod.name}: Prometheus cannot reach its metrics")
     if [one["spec"] for one in of_kind(manifests, "PrometheusRule")] != [alerts()]:
-        problems.append("the PrometheusRule is not what alerts.yaml says: run `make alerts`")
+        problems.append("the PrometheusRule differs from alerts.yaml; run `make alerts`")
     boards = [
         one for one in of_kind(manifests, "ConfigMap") if "grafana_dashboard" in one["metadata"]["labels"]
     ]
     dashboard = (K8S / "monitoring/dashboard.json").read_text()
     if [list(one["data"].values()) for one in boards] != [[dashboard]]:
-        problems.append("the dashboard is not that of dashboard.json")
+        problems.append("the dashboard differs from dashboard.json")
     return problems
 
 
 @cache
 def alerts() -> dict[str, Any]:
-    """What alerts.yaml has."""
+    """Returns the contents of alerts.yaml."""
     found: dict[str, Any] = yaml.safe_load((K8S / "monitoring/alerts.yaml").read_text())
     return found
 
 
 def check_queue(manifests: Manifests) -> list[str]:
-    """Whether the queue that the RayService is to wait in is there."""
+    """Checks that the Kueue queue of the RayService exists and admits added pods."""
     label = ray_service(manifests)["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
     queues = {one["metadata"]["name"] for one in of_kind(manifests, "LocalQueue")}
     if {label} - {None} != queues:
-        return [f"the queue is {label}, and there are {sorted(queues)}"]
+        return [f"the RayService names the queue {label}, but the LocalQueues are {sorted(queues)}"]
     elastic = ray_service(manifests)["metadata"].get("annotations", {}).get("kueue.x-k8s.io/elastic-job")
     if label and elastic != "true":
-        return ["Kueue lets no pod be added to a cluster that is not elastic"]
+        return ["Kueue rejects added pods; set the annotation kueue.x-k8s.io/elastic-job to true"]
     return []
 
 
 def check_names(manifests: Manifests) -> list[str]:
-    """Whether everything is in one namespace, once, and nothing is there that is not meant to be applied."""
+    """Checks that every resource is in the namespace glm-image, occurs once and is meant to be applied."""
     problems = []
     seen = set()
     for manifest in manifests:
         name = name_of(manifest)
         if name in seen:
-            problems.append(f"{name} is there twice")
+            problems.append(f"{name}: it occurs twice")
         seen.add(name)
         if manifest["kind"] != "Namespace" and manifest["metadata"].get("namespace") != "glm-image":
             problems.append(f"{name}: it is in another namespace")
         if name == "ConfigMap serve-configs":
-            problems.append(f"{name}: an overlay drops it when it has copied from it")
+            problems.append(f"{name}: an overlay must drop it after copying from it")
     return problems
 
 
@@ -374,5 +381,5 @@ CHECKS: tuple[Callable[[Manifests], list[str]], ...] = (
 
 
 def problems_of(manifests: Manifests) -> list[str]:
-    """What is wrong with an overlay; where fields are not as they must be, that alone."""
+    """Returns the problems of an overlay. If a schema is violated, returns those violations only."""
     return check_schemas(manifests) or [problem for check in CHECKS for problem in check(manifests)]

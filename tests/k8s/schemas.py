@@ -1,9 +1,9 @@
-"""Whether manifests are what their kinds allow, field by field.
+"""Schema checks of manifests: unknown fields, missing fields and wrong types.
 
-RayService is checked against KubeRay's own definition, and Kubernetes' kinds against the schemas of two of
-its versions; a field that they do not have is a problem in either. For Gateway API and Prometheus's operator
-a package has the types of fields and lets unknown ones pass: those that are used here are listed below. What
-Kubernetes checks by rules in the API server (CEL) is not.
+RayService is checked against KubeRay's own definition. Kubernetes' kinds are checked against the schemas of
+two Kubernetes versions. Both reject unknown fields. For Gateway API and Prometheus's operator, a package
+checks the types but accepts unknown fields. `KNOWN` lists the fields that this project uses. Rules that the
+API server evaluates (CEL) are not checked.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ KNOWN: dict[str, dict[str, set[str]]] = {
 
 
 def check_schemas(manifests: Manifests) -> list[str]:
-    """Fields that there are not, of the wrong type, or missing."""
+    """Checks every manifest against the schema of its kind."""
     problems: list[str] = []
     others: Manifests = []
     for manifest in manifests:
@@ -71,13 +71,13 @@ def check_schemas(manifests: Manifests) -> list[str]:
 
 @cache
 def ray_service_schema() -> dict[str, Any]:
-    """KubeRay's, with nothing allowed beside what it lists."""
+    """Returns KubeRay's schema of a RayService, closed to fields that it does not list."""
     text = (FOLDER / "schemas/ray.io_rayservices.yaml").read_text()
     definition = yaml.load(text, yaml.CSafeLoader)  # safe_load's faster twin
     (version,) = (one for one in definition["spec"]["versions"] if one["name"] == "v1")
     schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
     _close(schema)
-    # The definition leaves the top of a resource to Kubernetes.
+    # The definition leaves metadata to Kubernetes.
     schema["properties"]["metadata"] = {
         "type": "object",
         "properties": {name: {} for name in METADATA},
@@ -105,7 +105,7 @@ def _errors(manifest: Manifest, schema: dict[str, Any]) -> Iterator[str]:
 
 @cache
 def _builtin(text: str) -> list[str]:
-    """Of one manifest, as JSON; the package reads its schemas anew each time."""
+    """Checks one manifest, given as JSON. Cached, because the package reads its schemas on every call."""
     manifest = json.loads(text)
     problems = []
     for version in KUBERNETES:
@@ -120,7 +120,7 @@ def _builtin(text: str) -> list[str]:
 
 
 def _unknown(manifest: Manifest) -> Iterator[str]:
-    """Fields that are not among those listed above."""
+    """Yields fields that `KNOWN` does not list."""
     known = KNOWN[manifest["kind"]]
 
     def look(part: Any, where: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Whether a RayService's configuration and its cluster fit: versions, places, numbers, timeouts."""
+"""Checks that a RayService's configuration fits its cluster: versions, placement, bounds and timeouts."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from tests.k8s.manifests import Manifests
 
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-"""See `Node._drain_node_before_shutdown` in Ray's _private/node.py."""
+"""Seconds that Ray drains a node on SIGTERM; see `Node._drain_node_before_shutdown` in Ray's node.py."""
 TO_MOVE_S = 60
-"""What a drained node's replicas have at least until another node must have taken over."""
+"""Minimum seconds for a drained node's replicas to be replaced on another node."""
 
 
 def locked(package: str) -> str:
-    """The version that the lock has of a package."""
+    """Returns a package's version in the lock file."""
     (version,) = re.findall(rf"^{package}==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     return str(version)
 
@@ -52,32 +52,32 @@ def own_version() -> str:
 
 
 def image_tag() -> str:
-    """What an image is tagged with: its contents change with either of the two."""
+    """Returns the image's tag: this project's version and Ray's."""
     return f"{own_version()}-ray{locked('ray')}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A deployment of the application as Ray Serve would make it.
+    """A deployment that Ray Serve creates for the application.
 
     Attributes:
-        name: its own.
-        needs: what one replica takes, as Ray counts it.
-        most: replicas that there may be.
-        at_once: replicas that there are whether or not there is work.
-        ending_s: what one may take to end.
+        name: name of the deployment.
+        needs: Ray resources of one replica.
+        max_replicas: upper bound of replicas.
+        min_replicas: replicas that run without any work.
+        shutdown_s: seconds that a replica may take to shut down.
     """
 
     name: str
     needs: dict[str, float]
-    most: int
-    at_once: int
-    ending_s: float
+    max_replicas: int
+    min_replicas: int
+    shutdown_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What a `serveConfigV2` says."""
+    """The parsed contents of a `serveConfigV2`."""
 
     port: int
     host: str
@@ -87,24 +87,24 @@ class Serving:
 
 @cache
 def serving(text: str) -> Serving:
-    """Read a `serveConfigV2`.
+    """Parses a `serveConfigV2`.
 
     Raises:
-        ValueError: Ray Serve or the application would refuse it.
+        ValueError: Ray Serve or the application rejects it.
     """
-    parts = yaml.load(text, yaml.CSafeLoader)  # safe_load's faster twin
+    parts = yaml.load(text, yaml.CSafeLoader)  # faster than safe_load
     file = ServeDeploySchema.model_validate(parts)
     (application,) = file.applications
-    # Ray lets keys pass that it does not know.
+    # Ray ignores unknown keys.
     for model, part in (
         (ServeDeploySchema, parts),
         (ServeApplicationSchema, parts["applications"][0]),
         (HTTPOptionsSchema, parts["http_options"]),
     ):
         if unknown := part.keys() - model.model_fields.keys():
-            raise ValueError(f"Ray Serve has no {', '.join(sorted(unknown))}")
+            raise ValueError(f"Ray Serve does not know {', '.join(sorted(unknown))}")
     if application.import_path != "serve_app.app:build_app":
-        raise ValueError(f"import_path is {application.import_path}")
+        raise ValueError(f"import_path is {application.import_path}, not serve_app.app:build_app")
     config = AppConfig.model_validate(application.args)
     made = built(build_app(config), name=application.name)
     return Serving(
@@ -122,14 +122,14 @@ def _deployment(made: Any) -> Deployment:
     return Deployment(
         name=made.name,
         needs={name: n for name, n in (needs | options.get("resources", {})).items() if n},
-        most=scaling.max_replicas if scaling else config.num_replicas,
-        at_once=scaling.min_replicas if scaling else config.num_replicas,
-        ending_s=config.graceful_shutdown_timeout_s,
+        max_replicas=scaling.max_replicas if scaling else config.num_replicas,
+        min_replicas=scaling.min_replicas if scaling else config.num_replicas,
+        shutdown_s=config.graceful_shutdown_timeout_s,
     )
 
 
 def read(manifests: Manifests) -> Serving | None:
-    """What the RayService says, or None where `check_configuration` has something to say."""
+    """Returns the RayService's configuration, or None if `check_configuration` reports it as invalid."""
     try:
         return serving(ray_service(manifests)["spec"]["serveConfigV2"])
     except (TypeError, ValueError, KeyError, yaml.YAMLError):
@@ -137,7 +137,7 @@ def read(manifests: Manifests) -> Serving | None:
 
 
 def check_configuration(manifests: Manifests) -> list[str]:
-    """Whether Ray Serve and the application take it, and whoever comes needs a key."""
+    """Checks that Ray Serve and the application accept the configuration, and that clients need a key."""
     try:
         config = serving(ray_service(manifests)["spec"]["serveConfigV2"])
     except ValidationError as error:
@@ -146,36 +146,44 @@ def check_configuration(manifests: Manifests) -> list[str]:
         return [f"serveConfigV2: {error}"]
     problems = []
     if config.host != "0.0.0.0":  # noqa: S104 - compared, not bound
-        problems.append(f"serveConfigV2: nobody reaches a pod's {config.host}")
+        problems.append(f"serveConfigV2: http_options.host {config.host} cannot be reached from other pods")
     if config.app.auth.open or not config.app.auth.api_keys:
-        problems.append("serveConfigV2: whoever reaches the port may use the server")
+        problems.append("serveConfigV2: clients need no API key; set auth.api_keys")
     if config.app.cluster.autoscaling != bool(cluster(manifests).get("enableInTreeAutoscaling")):
-        problems.append("serveConfigV2: cluster.autoscaling is not what the cluster does")
+        problems.append("serveConfigV2: cluster.autoscaling differs from enableInTreeAutoscaling")
     return problems
 
 
+def check_source(manifests: Manifests) -> list[str]:
+    """Checks that the configuration is an unchanged file of configs/."""
+    files = (ROOT / "configs").glob("cluster*.yaml")
+    if ray_service(manifests)["spec"]["serveConfigV2"] not in {file.read_text() for file in files}:
+        return ["serveConfigV2: it differs from every configs/cluster*.yaml"]
+    return []
+
+
 def check_versions(manifests: Manifests) -> list[str]:
-    """Whether images, the cluster and the lock have the same Ray, and images this version of the server."""
+    """Checks that images and cluster have the lock's version of Ray, and images this server's version."""
     problems = []
     ray_version = cluster(manifests).get("rayVersion")
     if ray_version != locked("ray"):
-        problems.append(f"rayVersion is {ray_version}, the lock has {locked('ray')}")
+        problems.append(f"rayVersion is {ray_version}, but the lock has {locked('ray')}")
     used = {c["image"] for pod in pods(manifests) for c in pod.containers if c["name"].startswith("ray-")}
     if len(used) != 1:
-        problems.append(f"Ray's containers have several images: {sorted(used)}")
+        problems.append(f"Ray's containers use different images: {sorted(used)}")
     for pod in pods(manifests):
         for container in pod.containers:
             image, _, tag = container["image"].partition(":")
             if image == "glm-image-server":
                 if tag not in (image_tag(), f"{image_tag()}-cpu"):
-                    problems.append(f"{pod.name}: the tag {tag} is not the lock's, {image_tag()}")
+                    problems.append(f"{pod.name}: the image tag is {tag}, not {image_tag()}")
             elif not re.search(r"\d", tag):
-                problems.append(f"{pod.name}: {container['image']} is not of a certain version")
+                problems.append(f"{pod.name}: {container['image']} has no version in its tag")
     return problems
 
 
 def _offered(group: dict[str, Any]) -> dict[str, float]:
-    """What one pod of a group has, as KubeRay tells Ray."""
+    """Returns the Ray resources of one pod of a group."""
     (container, *_) = group["template"]["spec"]["containers"]
     limits = container["resources"].get("limits", {})
     own = {name: quantity(value) for name, value in group.get("resources", {}).items()}
@@ -184,7 +192,7 @@ def _offered(group: dict[str, Any]) -> dict[str, float]:
 
 
 def _groups_for(deployment: Deployment, manifests: Manifests) -> list[str]:
-    """The groups of which a pod can hold a replica."""
+    """Returns the groups whose pods can hold a replica."""
     return [
         name
         for name, group in groups(manifests).items()
@@ -193,7 +201,7 @@ def _groups_for(deployment: Deployment, manifests: Manifests) -> list[str]:
 
 
 def check_places(manifests: Manifests) -> list[str]:
-    """Whether every replica fits a pod of one group alone, and there are pods for as many as there may be."""
+    """Checks that replicas fit the pods of exactly one group, and that the group allows enough pods."""
     config = read(manifests)
     if config is None:
         return []
@@ -203,39 +211,38 @@ def check_places(manifests: Manifests) -> list[str]:
     for deployment in config.deployments:
         fitting = _groups_for(deployment, manifests)
         if not fitting:
-            problems.append(f"{deployment.name} fits no pod of any group: it needs {deployment.needs}")
+            problems.append(f"{deployment.name} fits no pod of any group; it needs {deployment.needs}")
         elif len(fitting) > 1:
-            problems.append(f"{deployment.name} may land in {' or '.join(fitting)}")
+            problems.append(f"{deployment.name} may be placed in {' or '.join(fitting)}")
         else:
             placed[fitting[0]].append(deployment)
     for name, deployments in placed.items():
         if not deployments:
-            problems.append(f"the group {name} has no deployment")
+            problems.append(f"no deployment uses the group {name}")
         for deployment in deployments:
             offered = _offered(all_groups[name])
             a_pod = min(int(offered[what] // n) for what, n in deployment.needs.items())
             room = a_pod * all_groups[name]["maxReplicas"]
-            if deployment.most > room:
+            if deployment.max_replicas > room:
+                most = f"maxReplicas of the group {name} limits them to {room}"
+                problems.append(f"{deployment.name} may have {deployment.max_replicas} replicas, but {most}")
+            if deployment.min_replicas > a_pod * all_groups[name]["minReplicas"]:
+                least = f"minReplicas of the group {name} guarantees fewer pods"
                 problems.append(
-                    f"{deployment.name} has up to {deployment.most} replicas, and the group {name} room for "
-                    f"{room}: max_replicas is above maxReplicas"
-                )
-            if deployment.at_once > a_pod * all_groups[name]["minReplicas"]:
-                problems.append(
-                    f"{deployment.name} always has {deployment.at_once} replicas, the group {name} fewer pods"
+                    f"{deployment.name} always has {deployment.min_replicas} replicas, but {least}"
                 )
     return problems
 
 
 def check_numbers(manifests: Manifests) -> list[str]:
-    """Whether the groups grow and shrink as meant: without work there are ingresses alone."""
+    """Checks the autoscaler's bounds: without work, only the ingress group has pods."""
     problems = []
     head = cluster(manifests)["headGroupSpec"]
     cpus = head.get("resources", {}).get("CPU", head.get("rayStartParams", {}).get("num-cpus"))
     if cpus != "0":
-        problems.append("head: it has CPUs for work; set num-cpus to 0")
+        problems.append("head: Ray may place replicas on it; set num-cpus to 0")
     if not cluster(manifests).get("enableInTreeAutoscaling"):
-        problems.append("the cluster does not scale: enableInTreeAutoscaling")
+        problems.append("the cluster does not scale; set enableInTreeAutoscaling to true")
     if cluster(manifests).get("autoscalerOptions", {}).get("version") != "v2":
         problems.append("autoscalerOptions.version is not v2")
     for name, group in groups(manifests).items():
@@ -244,26 +251,22 @@ def check_numbers(manifests: Manifests) -> list[str]:
             problems.append(f"{name}: minReplicas is above maxReplicas")
         elif "ingress" not in group.get("resources", {}):
             if least != 0:
-                problems.append(f"{name}: it costs GPUs without work; minReplicas is {least}, not 0")
+                problems.append(f"{name}: minReplicas is {least}, not 0, which keeps GPUs without work")
         elif least == most:
-            problems.append(f"{name}: no pod can take over from one that is drained; maxReplicas is {most}")
+            problems.append(f"{name}: no pod can replace a drained one; raise maxReplicas above {most}")
     return problems
 
 
 def check_timeouts(manifests: Manifests) -> list[str]:
-    """Whether everybody waits longer than who is next inside, from the edge to the end of a pod."""
+    """Checks that each timeout exceeds the one of the layer inside, from the deadline to the pod's grace."""
     config = read(manifests)
     if config is None:
         return []
-    inner = min(config.deployments, key=lambda one: one.ending_s)
-    outer = max(config.deployments, key=lambda one: one.ending_s)
-    problems = _in_order(
-        [
-            ("limits.deadline_s", config.app.limits.deadline_s),
-            (f"graceful_shutdown_timeout_s of {inner.name}", inner.ending_s),
-        ]
-    )
-    ending = (f"graceful_shutdown_timeout_s of {outer.name}", outer.ending_s)
+    inner = min(config.deployments, key=lambda one: one.shutdown_s)
+    outer = max(config.deployments, key=lambda one: one.shutdown_s)
+    deadline = ("limits.deadline_s", config.app.limits.deadline_s)
+    problems = _in_order([deadline, (f"graceful_shutdown_timeout_s of {inner.name}", inner.shutdown_s)])
+    ending = (f"graceful_shutdown_timeout_s of {outer.name}", outer.shutdown_s)
     deletion = ray_service(manifests)["spec"].get("rayClusterDeletionDelaySeconds", 60)
     problems += _in_order([ending, ("rayClusterDeletionDelaySeconds", deletion)])
     outside = list(edges(manifests))
@@ -275,15 +278,13 @@ def check_timeouts(manifests: Manifests) -> list[str]:
         drain = (f"{DRAIN} of {pod.name}", draining)
         for edge in outside or [ending]:
             problems += _in_order([edge, drain, ("terminationGracePeriodSeconds", grace)])
-        if draining - outer.ending_s < TO_MOVE_S:
-            problems.append(
-                f"{pod.name}: draining leaves no {TO_MOVE_S} seconds until another node must take over"
-            )
+        if draining - outer.shutdown_s < TO_MOVE_S:
+            problems.append(f"{pod.name}: draining leaves less than {TO_MOVE_S} s for a replacement to start")
     return problems
 
 
 def edges(manifests: Manifests) -> Iterator[tuple[str, float]]:
-    """For how long what is in front of the server waits for it."""
+    """Yields the timeouts of the gateways in front of the server, by name."""
     for route in of_kind(manifests, "HTTPRoute"):
         for rule in route["spec"]["rules"]:
             for name in ("request", "backendRequest"):
@@ -297,14 +298,14 @@ def edges(manifests: Manifests) -> Iterator[tuple[str, float]]:
 
 def _in_order(chain: list[tuple[str, float]]) -> list[str]:
     return [
-        f"timeouts out of order: {inner} {inner_s:g} is not below {outer} {outer_s:g}"
+        f"{inner} ({inner_s:g} s) must be below {outer} ({outer_s:g} s)"
         for (inner, inner_s), (outer, outer_s) in pairwise(chain)
         if inner_s >= outer_s
     ]
 
 
 def check_edge(manifests: Manifests) -> list[str]:
-    """Whether large bodies come through, to the right port, and Ray's own headers do not."""
+    """Checks that gateways pass large bodies, use the right port and remove Ray's control headers."""
     config = read(manifests)
     if config is None:
         return []
@@ -318,10 +319,15 @@ def check_edge(manifests: Manifests) -> list[str]:
                 for one in rule.get("filters", [])
                 for name in one.get("requestHeaderModifier", {}).get("remove", [])
             }
-            problems += [f"{name_of(route)}: lets {name} through" for name in sorted(headers - removed)]
+            problems += [
+                f"{name_of(route)}: it does not remove the header {name}"
+                for name in sorted(headers - removed)
+            ]
             for one in rule["backendRefs"]:
                 if (one["name"], one["port"]) != backend:
-                    problems.append(f"{name_of(route)}: leads to {one['name']}:{one['port']}, not {backend}")
+                    problems.append(
+                        f"{name_of(route)}: its backend is {one['name']}:{one['port']}, not {backend}"
+                    )
     for ingress in of_kind(manifests, "Ingress"):
         annotations = ingress["metadata"].get("annotations", {})
         size = annotations.get("nginx.ingress.kubernetes.io/proxy-body-size", "1m")
@@ -329,13 +335,15 @@ def check_edge(manifests: Manifests) -> list[str]:
             problems.append(f"{name_of(ingress)}: proxy-body-size {size} is below limits.max_body_bytes")
         snippet = annotations.get("nginx.ingress.kubernetes.io/configuration-snippet", "")
         problems += [
-            f"{name_of(ingress)}: lets {name} through" for name in sorted(headers) if name not in snippet
+            f"{name_of(ingress)}: it does not remove the header {name}"
+            for name in sorted(headers)
+            if name not in snippet
         ]
         for rule in ingress["spec"]["rules"]:
             for path in rule["http"]["paths"]:
                 service = path["backend"]["service"]
                 if (service["name"], service["port"]["number"]) != backend:
-                    problems.append(f"{name_of(ingress)}: leads to {service}, not {backend}")
+                    problems.append(f"{name_of(ingress)}: its backend is {service}, not {backend}")
     return problems
 
 
@@ -347,7 +355,7 @@ def _nginx_bytes(size: str) -> float:
 
 
 def check_models(manifests: Manifests) -> list[str]:
-    """Whether stages find their checkpoints, which they cannot change, and ask nobody else for them."""
+    """Checks that stages mount their checkpoints read-only and do not contact the Hub."""
     config = read(manifests)
     problems = []
     checkpoints = {model.checkpoint for model in config.app.models} if config else set()
@@ -355,7 +363,7 @@ def check_models(manifests: Manifests) -> list[str]:
     for pod in workers(manifests):
         (container, *_) = pod.spec["containers"]
         if variables(container).get("HF_HUB_OFFLINE") != "1":
-            problems.append(f"{pod.name}: it may ask the Hub; set HF_HUB_OFFLINE")
+            problems.append(f"{pod.name}: it may contact the Hub; set HF_HUB_OFFLINE to 1")
         claims = {
             volume["name"]: volume["persistentVolumeClaim"]
             for volume in pod.spec.get("volumes", [])
@@ -363,14 +371,14 @@ def check_models(manifests: Manifests) -> list[str]:
         }
         mounts = [mount for mount in container.get("volumeMounts", []) if mount["name"] in claims]
         problems += [
-            f"{pod.name}: {mount['mountPath']} is mounted to be written to"
+            f"{pod.name}: {mount['mountPath']} is not mounted read-only"
             for mount in mounts
             if any(folder.startswith(f"{mount['mountPath']}/") for folder in folders)
             and not (mount.get("readOnly") and claims[mount["name"]].get("readOnly"))
         ]
         if pod.role in ("prior", "decoder"):
             problems += [
-                f"{pod.name}: there is no volume with {folder}"
+                f"{pod.name}: no volume contains {folder}"
                 for folder in sorted(folders)
                 if not any(folder.startswith(f"{mount['mountPath']}/") for mount in mounts)
             ]
@@ -379,6 +387,7 @@ def check_models(manifests: Manifests) -> list[str]:
 
 CHECKS = (
     check_configuration,
+    check_source,
     check_versions,
     check_places,
     check_numbers,

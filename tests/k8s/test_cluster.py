@@ -1,6 +1,6 @@
-"""configs/cluster.yaml for real, on one machine: a node of Ray for each pod, made-up GPUs, PostgreSQL, S3.
+"""Tests of configs/cluster.yaml on one machine: one Ray node per pod, fake GPUs, PostgreSQL and S3.
 
-Nodes stand where KubeRay would have them already: what brings them is not Ray's, and not here.
+The tests start and stop nodes themselves, because KubeRay's autoscaler is not part of Ray.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ PROMPT = "a boat"
 
 @dataclass
 class Site:
-    """The cluster and what it serves.
+    """A cluster and its configuration.
 
     Attributes:
-        nodes: by what they are for.
-        folder: for the configuration's file.
-        port: of the proxy.
-        dashboard: where configurations are posted, as KubeRay does it.
+        cluster: cluster of Ray nodes.
+        nodes: nodes by worker group.
+        folder: folder of the configuration's file.
+        port: port of the proxy.
+        dashboard: URL to which configurations are posted, as KubeRay does.
     """
 
     cluster: Cluster
@@ -83,7 +84,7 @@ class Site:
         return f"http://127.0.0.1:{self.port}"
 
     def deploy(self) -> None:
-        """Have the cluster serve the configuration as it is now; does not wait until it does."""
+        """Deploys the current configuration, without waiting until it is served."""
         file = self.folder / "cluster.yaml"
         file.write_text(yaml.safe_dump(self.config))
         serve = Path(sys.executable).with_name("serve")
@@ -91,7 +92,7 @@ class Site:
         subprocess.run(command, check=True, capture_output=True)
 
     def http(self) -> httpx.Client:
-        # Connections that threads leave for one another may be closed just when one is taken.
+        # A kept connection of another thread may be closed at the moment it is reused.
         limits = httpx.Limits(max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {KEY}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=240, limits=limits)
@@ -100,7 +101,7 @@ class Site:
         return Running(self.url, [], psutil.Process()).replicas(name)
 
     def decoders(self, http: httpx.Client) -> int:
-        """How many are ready."""
+        """Returns the number of ready decoders."""
         answer = http.get("/health")
         assert answer.status_code == 200, answer.text
         return int(answer.json()["models"]["glm-image"]["decoder"].get("replicas", 0))
@@ -111,7 +112,7 @@ class Site:
         self.nodes[kind].append(node)
 
     def kill(self, kind: str) -> None:
-        """Lose a node at once."""
+        """Kills a node."""
         self.cluster.remove_node(self.nodes[kind].pop(), allow_graceful=False)
 
 
@@ -127,7 +128,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, postgresql: Callable[[], str]
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
     ):
-        # What the Secrets hold in the pods' environment.
+        # The environment that the Secrets provide in pods.
         for name, value in {
             "RAY_TMPDIR": folder,
             "GLM_IMAGE_KEY": KEY,
@@ -185,7 +186,7 @@ def pixels(data: bytes) -> Pixels:
 
 
 def ask(site: Site, seed: int) -> Pixels:
-    """By OpenAI's client, which tries again what may be tried again."""
+    """Requests an image with OpenAI's client, which retries after retryable errors."""
     with openai.OpenAI(base_url=f"{site.url}/v1", api_key=KEY, timeout=240) as sdk:
         answer = sdk.images.generate(
             prompt=PROMPT,
@@ -203,12 +204,12 @@ def submit(http: httpx.Client, seed: int) -> str:
     return str(answer.json()["id"])
 
 
-def test_stages_scale_from_none_and_back_and_deaths_on_the_way_lose_nothing(site: Site) -> None:
+def test_stages_scale_from_zero_and_back_and_killed_nodes_lose_no_request(site: Site) -> None:
     paint = Upstream(tiny.cached(SMALL_SIZES))
     jobs_of, asked = range(100, 116), range(200, 212)
     expected = {seed: paint(PROMPT, 512, 512, seed=seed, steps=STEPS) for seed in (*jobs_of, *asked)}
     with site.http() as http, ThreadPoolExecutor(8) as pool:
-        assert not site.replicas("glm-image-prior") + site.replicas("glm-image-decoder"), "nothing yet"
+        assert not site.replicas("glm-image-prior") + site.replicas("glm-image-decoder"), "no stage runs yet"
         ids = {submit(http, seed): seed for seed in jobs_of}
         answers = {seed: pool.submit(ask, site, seed) for seed in asked}
         until(lambda: site.decoders(http) == 2, 180)
@@ -225,13 +226,13 @@ def test_stages_scale_from_none_and_back_and_deaths_on_the_way_lose_nothing(site
         until(lambda: not site.replicas("glm-image-prior") + site.replicas("glm-image-decoder"), 120)
         until(lambda: len(site.replicas("glm-image:Ingress")) == 2)
         assert max(line["status"] for line in requests(site)) < 500, (
-            "only who hung on the dead one had to ask again"
+            "only clients of the killed ingress had to retry"
         )
         assert_both_read_the_same(site, http, jobs[0]["result"]["data"][0]["url"])
 
 
 def made(http: httpx.Client, job_id: str) -> Any:
-    """A job, when it has succeeded."""
+    """Waits until a job has succeeded, and returns it."""
     jobs: list[Any] = []
 
     def ended() -> bool:
@@ -245,7 +246,7 @@ def made(http: httpx.Client, job_id: str) -> Any:
 
 
 def assert_both_read_the_same(site: Site, http: httpx.Client, url: str) -> None:
-    """Whichever ingress is asked has the file, and the job's row."""
+    """Asserts that both ingresses serve the same file."""
     first, *others = [http.get(url, headers={"X-Request-ID": f"read-{i}"}) for i in range(20)]
     assert first.status_code == 200
     assert {other.content for other in others} == {first.content}
@@ -258,7 +259,7 @@ def assert_both_read_the_same(site: Site, http: httpx.Client, url: str) -> None:
 
 
 def requests(site: Site) -> list[dict[str, Any]]:
-    """The lines of all ingresses about their requests."""
+    """Returns the request lines in the logs of all ingresses."""
     (ingress, *_) = site.replicas("glm-image:Ingress")
     session = Path(ingress.environ()["RAY_TMPDIR"]) / "ray/session_latest/logs/serve"
     files = session.glob("replica_*Ingress*.log")
@@ -268,15 +269,15 @@ def requests(site: Site) -> list[dict[str, Any]]:
 
 @contextmanager
 def load(site: Site, threads: int = 4) -> Iterator[list[tuple[int, Pixels | str]]]:
-    """Within the block the same few images are asked for, over and over, and never again what fails.
+    """Requests the same few images over and over within the block, without retries.
 
     Yields:
-        The seed and the pixels of each that came, or what came instead.
+        A list of answers: the seed, and the pixels or the error.
     """
     came: list[tuple[int, Pixels | str]] = []
     stop = threading.Event()
 
-    def go_on(seed: int) -> None:
+    def request_repeatedly(seed: int) -> None:
         with site.http() as http:
             while not stop.is_set():
                 answer = http.post("/v1/images/generations", json=body(seed, response_format="b64_json"))
@@ -287,7 +288,7 @@ def load(site: Site, threads: int = 4) -> Iterator[list[tuple[int, Pixels | str]
                     came.append((seed, f"{answer.status_code} {answer.text}"))
 
     with ThreadPoolExecutor(threads) as pool:
-        running: list[Future[None]] = [pool.submit(go_on, seed) for seed in range(threads)]
+        running: list[Future[None]] = [pool.submit(request_repeatedly, seed) for seed in range(threads)]
         try:
             yield came
         finally:
@@ -297,11 +298,11 @@ def load(site: Site, threads: int = 4) -> Iterator[list[tuple[int, Pixels | str]
 
 
 def pids(site: Site) -> set[int]:
-    """Of the decoders."""
+    """Returns the process ids of the decoders."""
     return {process.pid for process in site.replicas("glm-image-decoder")}
 
 
-def test_upgrades_under_load_lose_nothing(site: Site) -> None:
+def test_upgrades_under_load_lose_no_request(site: Site) -> None:
     old, new = tiny.cached(SMALL_SIZES), tiny.cached(OTHER_SIZES)
     expected = {
         (folder, seed): paint(PROMPT, 512, 512, seed=seed, steps=STEPS)
@@ -338,7 +339,7 @@ def test_upgrades_under_load_lose_nothing(site: Site) -> None:
         until(is_new, 300)
         jobs = [made(http, job_id) for job_id in ids]
         assert len(jobs) == 4
-    assert [image for _, image in came if isinstance(image, str)] == [], "none was lost"
+    assert [image for _, image in came if isinstance(image, str)] == [], "requests failed"
     seen = {
         next((folder for folder in (old, new) if np.array_equal(image, expected[folder, seed])), None)
         for seed, image in came

@@ -1,4 +1,4 @@
-"""The operator's guide: what it names is there, and it has something to say about every alert."""
+"""Tests of the operator's guide: the files, keys and metrics it names exist, and it covers every alert."""
 
 import json
 import re
@@ -34,19 +34,19 @@ QUOTED = re.findall(r"`([^`\n]+)`", GUIDE)
 
 
 def section(title: str) -> str:
-    """What stands below a heading of the third level."""
+    """Returns the text below a heading of the third level."""
     (text,) = re.findall(rf"^### {title}\n(.*?)(?=^#|\Z)", GUIDE, re.MULTILINE | re.DOTALL)
     return str(text)
 
 
-def test_every_alert_has_a_section_and_no_other_is_there() -> None:
+def test_every_alert_has_a_section_and_there_are_no_others() -> None:
     rules = [rule["alert"] for group in alerts()["groups"] for rule in group["rules"]]
     assert re.findall(r"^### (.+)$", GUIDE, re.MULTILINE) == rules
     for rule in rules:
         assert len(section(rule)) > 200, rule
 
 
-def test_every_file_that_it_names_is_there() -> None:
+def test_every_named_file_exists() -> None:
     paths = {
         word
         for text in [*QUOTED, *COMMANDS]
@@ -62,14 +62,14 @@ def test_every_overlay_and_component_is_named() -> None:
         assert f"`{folder.relative_to(ROOT)}/`" in GUIDE, folder
 
 
-def test_what_it_applies_can_be_built() -> None:
+def test_applied_folders_are_kustomizations() -> None:
     applied = {path for block in COMMANDS for path in re.findall(r"(?:-k|kustomize) (\S+)", block)}
     assert applied == {"k8s/models", "k8s/overlays/site", "k8s/overlays/dev"}
     for path in applied:
         assert (ROOT / path / "kustomization.yaml").exists()
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_a_target() -> None:
     for file, anchor in re.findall(r"\]\(((?!http)[^)#]*)(?:#([^)]*))?\)", GUIDE):
         target = (K8S / file) if file else K8S / "README.md"
         assert target.exists(), file
@@ -78,7 +78,7 @@ def test_links_lead_somewhere() -> None:
         assert not anchor or anchor in slugs, anchor
 
 
-def test_keys_of_the_configuration_are_some() -> None:
+def test_named_configuration_keys_exist() -> None:
     models: dict[str, type[BaseModel]] = {"prior": PriorConfig, "decoder": DecoderConfig}
     named = {word for word in QUOTED if re.fullmatch(r"[a-z_]+\.[a-z_.]+[a-z]", word)}
     named = {
@@ -95,13 +95,13 @@ def test_keys_of_the_configuration_are_some() -> None:
 
 
 def described_by(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The model of a field, if it has one."""
+    """Returns the Pydantic model of a field, or None."""
     annotation = model.model_fields[name].annotation
     kinds = [annotation, *get_args(annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def test_the_metrics_that_it_names_are_counted() -> None:
+def test_named_metrics_exist() -> None:
     named = set(re.findall(r"ray_image_server_\w+", GUIDE))
     assert len(named) > 8
     assert named <= {metric.exported_as for metric in metrics.ALL}
@@ -114,7 +114,7 @@ def test_the_image_has_the_tag_of_the_lock() -> None:
 
 
 @needs_kustomize
-def test_the_secrets_that_it_makes_are_those_that_are_read() -> None:
+def test_created_secrets_are_the_ones_that_manifests_read() -> None:
     made = set(re.findall(r"create secret generic (\S+)", GUIDE))
     text = yaml.safe_dump_all([*site(), *build(K8S / "models")])
     read = set(re.findall(r"secret(?:Ref|KeyRef):\n(?:\s+key: \S+\n)?\s+name: (\S+)", text))
@@ -124,7 +124,7 @@ def test_the_secrets_that_it_makes_are_those_that_are_read() -> None:
 
 
 @needs_kustomize
-def test_names_in_its_commands_are_those_of_the_manifests() -> None:
+def test_names_in_commands_exist_in_the_manifests() -> None:
     components = {pod.labels["app.kubernetes.io/component"] for pod in pods(site())}
     named = set(re.findall(r"app\.kubernetes\.io/component=(\w+)", GUIDE))
     assert named
@@ -135,7 +135,7 @@ def test_names_in_its_commands_are_those_of_the_manifests() -> None:
 
 
 @needs_kustomize
-def test_seconds_are_those_of_the_manifests() -> None:
+def test_timeouts_equal_those_of_the_manifests() -> None:
     manifests = site()
     text = ray_service(manifests)["spec"]["serveConfigV2"] + yaml.safe_dump_all(manifests)
     rows = re.findall(r"^\| [^|]+ \| (\d+) \| ([^|]+) \|$", GUIDE, re.MULTILINE)
@@ -151,7 +151,7 @@ def test_seconds_are_those_of_the_manifests() -> None:
 
 @needs_kustomize
 @pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))
-def test_what_it_adds_to_an_overlay_can_be_built(block: str, tmp_path: Path) -> None:
+def test_an_overlay_with_its_additions_can_be_built(block: str, tmp_path: Path) -> None:
     file = kustomization(tmp_path, "site")
     file.write_text(file.read_text() + block)
     assert cluster(build(tmp_path)) != cluster(site())

@@ -1,4 +1,4 @@
-"""k8s/ as kustomize builds it: every overlay and every way to put components together passes all checks."""
+"""Tests of the manifests that kustomize builds: overlays and combined components pass all checks."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def loaded(name: str) -> Manifests:
     return manifests
 
 
-def test_there_are_the_overlays() -> None:
+def test_the_overlays_exist() -> None:
     assert {"dev", "prod", "site"} <= set(OVERLAYS)
 
 
@@ -58,19 +58,19 @@ def test_an_overlay_passes_every_check(name: str) -> None:
     ],
     ids=lambda components: "+".join(Path(component).name for component in components),
 )
-def test_components_go_together(tmp_path: Path, components: list[str]) -> None:
+def test_components_can_be_combined(tmp_path: Path, components: list[str]) -> None:
     without = {(one["kind"], one["metadata"]["name"]) for one in loaded("prod")}
     manifests = compose(tmp_path, "prod", *components)
     assert problems_of(manifests) == []
     assert {(one["kind"], one["metadata"]["name"]) for one in manifests} - without
 
 
-def test_components_go_with_the_tiny_model_too(tmp_path: Path) -> None:
+def test_components_can_be_combined_with_the_tiny_model(tmp_path: Path) -> None:
     components = ("components/gateway-api", "components/ingress-nginx", "monitoring")
     assert problems_of(compose(tmp_path, "dev", *components)) == []
 
 
-def test_compiled_code_is_kept_where_the_stages_put_it(tmp_path: Path) -> None:
+def test_the_compile_cache_is_on_a_writable_volume(tmp_path: Path) -> None:
     manifests = compose(tmp_path, "prod", "components/compile-cache")
     (model,) = serving(ray_service(manifests)["spec"]["serveConfigV2"]).app.models
     claims = {claim["metadata"]["name"] for claim in of_kind(manifests, "PersistentVolumeClaim")}
@@ -83,18 +83,18 @@ def test_compiled_code_is_kept_where_the_stages_put_it(tmp_path: Path) -> None:
         assert not mount.get("readOnly")
 
 
-def test_every_kustomize_there_is_builds_the_same() -> None:
+def test_all_kustomize_versions_build_the_same() -> None:
     for command in kustomizes()[1:]:
         assert build(K8S / "overlays/site", command) == loaded("site"), command
 
 
-def test_an_overlay_has_its_configuration_from_the_one_file() -> None:
+def test_an_overlay_has_its_configuration_from_configs() -> None:
     for name, file in (("dev", "cluster-tiny.yaml"), ("prod", "cluster.yaml"), ("site", "cluster.yaml")):
         text = ray_service(loaded(name))["spec"]["serveConfigV2"]
         assert text == (ROOT / "configs" / file).read_text(), name
 
 
-def test_a_stage_has_as_many_pods_as_it_may_have_replicas() -> None:
+def test_max_replicas_of_pods_and_stages_are_equal() -> None:
     for name in OVERLAYS:
         manifests = loaded(name)
         (model,) = serving(ray_service(manifests)["spec"]["serveConfigV2"]).app.models
@@ -102,7 +102,7 @@ def test_a_stage_has_as_many_pods_as_it_may_have_replicas() -> None:
         assert groups(manifests)["decoder"]["maxReplicas"] == model.decoder.max_replicas
 
 
-def test_the_checkpoint_comes_where_the_stages_look_for_it() -> None:
+def test_the_job_downloads_the_checkpoint_to_the_configured_folder() -> None:
     manifests = build(K8S / "models")
     assert check_schemas(manifests) == []
     (claim,), (job,) = of_kind(manifests, "PersistentVolumeClaim"), of_kind(manifests, "Job")
@@ -119,7 +119,7 @@ def test_the_checkpoint_comes_where_the_stages_look_for_it() -> None:
     assert check_security([*prod, job]) == []
 
 
-def test_the_cluster_costs_no_gpus_without_work() -> None:
+def test_the_idle_cluster_has_no_gpus() -> None:
     for name in OVERLAYS:
         always = [group for group in groups(loaded(name)).values() if group["minReplicas"]]
         assert [group["groupName"] for group in always] == ["ingress"]
@@ -127,19 +127,19 @@ def test_the_cluster_costs_no_gpus_without_work() -> None:
         assert "nvidia.com/gpu" not in json.dumps(cluster(loaded(name))["headGroupSpec"])
 
 
-def test_versions_are_said_alike_everywhere() -> None:
+def test_versions_are_the_same_everywhere() -> None:
     assert locked("ray") == cluster(loaded("prod"))["rayVersion"]
     assert f'org.opencontainers.image.version="{own_version()}"' in (ROOT / "Dockerfile").read_text()
 
 
-def test_a_redis_that_is_gone_is_not_waited_for_by_others() -> None:
+def test_the_redis_address_leads_to_redis() -> None:
     service, redis = (named(loaded("site"), kind, "glm-image-redis") for kind in ("Service", "StatefulSet"))
     assert service["spec"]["selector"] == redis["spec"]["template"]["metadata"]["labels"]
     options = cluster(loaded("site"))["gcsFaultToleranceOptions"]
     assert options["redisAddress"] == f"glm-image-redis:{service['spec']['ports'][0]['port']}"
 
 
-def test_the_packages_are_those_of_the_lock() -> None:
+def test_installed_packages_have_the_versions_of_the_lock() -> None:
     lock = json.loads((Path(__file__).parent / "package-lock.json").read_text())
     for path, package in lock["packages"].items():
         if path and (there := Path(__file__).parent / path / "package.json").exists():

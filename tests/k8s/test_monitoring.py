@@ -1,4 +1,4 @@
-"""The alerts and the dashboard: promtool reads them, they name what there is, and they fire as meant."""
+"""Tests of alerts and dashboard: promtool accepts them, their metrics exist, and alerts fire correctly."""
 
 import json
 import re
@@ -30,7 +30,7 @@ RAYS = {
     "ray_node_disk_free",
     "ray_node_disk_usage",
 }
-"""What of Ray's own metrics is used; that there are such is tested by `tests.serve.test_metrics`."""
+"""Ray's own metrics that are used. `tests.serve.test_metrics` tests that they exist."""
 WINDOWS = {"$__rate_interval": "5m"}
 RULES: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
 
@@ -40,7 +40,7 @@ def promtool(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def queries(part: Any) -> Iterator[str]:
-    """Every query of a dashboard, without Grafana's variables."""
+    """Yields every query of a dashboard, with Grafana's variables replaced."""
     if isinstance(part, list):
         for one in part:
             yield from queries(one)
@@ -62,7 +62,7 @@ def named(query: str) -> set[str]:
     return set(re.findall(r"\bray_[a-z_]+", query))
 
 
-def test_every_query_of_the_dashboard_is_one(tmp_path: Path) -> None:
+def test_every_query_of_the_dashboard_is_valid(tmp_path: Path) -> None:
     rules = [{"record": f"panel:{i}", "expr": query} for i, query in enumerate(dashboard_queries())]
     assert len(rules) > 20
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
@@ -73,19 +73,19 @@ def test_every_query_of_the_dashboard_is_one(tmp_path: Path) -> None:
     assert promtool("check", "rules", "--lint=none", "rules.yaml", cwd=tmp_path).returncode == 1
 
 
-def test_queries_and_alerts_name_metrics_that_there_are() -> None:
+def test_queries_and_alerts_use_existing_metrics() -> None:
     for query in [*dashboard_queries(), *(rule["expr"] for rule in RULES)]:
         assert named(query), query
         assert named(query) <= OURS | RAYS, query
 
 
-def test_the_dashboard_shows_what_there_is() -> None:
+def test_the_dashboard_shows_every_metric() -> None:
     shown = set().union(*map(named, dashboard_queries()))
     hidden = {name for name in OURS - shown if not name.endswith(("_count", "_bucket"))}
     assert not hidden
 
 
-def test_the_alerts_are_rules_and_say_what_to_do() -> None:
+def test_alerts_are_valid_and_name_an_action() -> None:
     checked = promtool("check", "rules", ALERTS.name, cwd=FOLDER)
     assert checked.returncode == 0, checked.stderr
     for rule in RULES:
@@ -99,7 +99,7 @@ def counting(name: str, *labels: str, every_minute: str) -> dict[str, str]:
 
 
 FIRST = "_x15 1x60"
-"""A counter whose first event comes after a quarter of an hour: its series begins then, at 1."""
+"""Values of a counter whose first event occurs after 15 minutes: the series begins then, at 1."""
 CASES: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
     "JobsWaitLong": (
         [counting("ray_image_server_oldest_job_seconds", every_minute="0+60x60")],
@@ -166,11 +166,11 @@ CASES: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
         ],
     ),
 }
-"""For each alert series over which it fires within 35 minutes, and some over which it stays silent."""
+"""Two lists of series for each alert: it fires on the first one and stays silent on the second one."""
 
 
 def fires(alert: str, series: list[dict[str, str]], folder: Path) -> bool:
-    """Whether it does at the minute 24, after which what was rare is old."""
+    """Returns whether the alert fires at minute 24. Later, a single event is no longer recent."""
     case = {
         "interval": "1m",
         "input_series": series,
@@ -189,7 +189,7 @@ def test_every_alert_has_its_cases() -> None:
 
 
 @pytest.mark.parametrize("alert", CASES)
-def test_an_alert_fires_and_stays_silent_as_meant(alert: str, tmp_path: Path) -> None:
+def test_an_alert_fires_and_stays_silent(alert: str, tmp_path: Path) -> None:
     firing, silent = CASES[alert]
     assert fires(alert, firing, tmp_path)
     assert not fires(alert, silent, tmp_path)

@@ -1,4 +1,4 @@
-// Validates resources of Gateway API and of Prometheus's operator: a JSON array comes in, an array of problems goes out.
+// Validates resources of Gateway API and of Prometheus's operator. Reads a JSON array, and writes an array of problems.
 import { HTTPRoute } from "@kubernetes-models/gateway-api/gateway.networking.k8s.io/v1/HTTPRoute";
 import { PodMonitor } from "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/PodMonitor";
 import { PrometheusRule } from "@kubernetes-models/prometheus-operator/monitoring.coreos.com/v1/PrometheusRule";
