@@ -1,7 +1,7 @@
-"""The playground: a page at `/` to try the server on, and the files that it is made of.
+"""The playground: a page at `/` for trying the server, and its static files.
 
-They are plain HTML, CSS and JavaScript modules, served as they are. The page uses this server's own routes as
-any client does, and holds nothing secret: whoever needs a key is asked for it there.
+The files are plain HTML, CSS and JavaScript modules, served unchanged. The page uses this server's public
+routes like any client. It contains no secrets, and asks the user for an API key where the server needs one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 HEADERS = {
-    # Scripts, styles and requests are this server's own; pictures are too, or were chosen by the user.
+    # Scripts, styles and requests are limited to this server. Images come from it or from the user's files.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # asked for again each time, and sent again when it has changed
+    "Cache-Control": "no-cache",  # browsers revalidate the files on every visit
 }
 
 
@@ -46,7 +46,7 @@ class _Files(StaticFiles):
 
 
 def routes() -> list[BaseRoute]:
-    """The page's and its files', compressed for clients that take it."""
+    """Returns the routes of the page and its files, with gzip for clients that accept it."""
     page = GZipMiddleware(_Files(directory=FOLDER, html=True))
     files = GZipMiddleware(_Files(directory=FOLDER / "static"))
     return [Route("/", page, name="playground"), Mount("/playground", files)]

@@ -1,6 +1,8 @@
-"""The page in a real browser, Debian's Chromium, against a server as a user starts it."""
+"""Fixtures for tests of the page in Chromium, against a server started as a user starts it."""
 
+import base64
 import hashlib
+import io
 import os
 import shutil
 import time
@@ -11,17 +13,21 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Playwright, sync_playwright
+from PIL import Image
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Playwright, expect, sync_playwright
 
 from deployments.families.glm_image import tiny
 from tests.serve.conftest import SMALL_SIZES, START_TIMEOUT_S, config_file, served, stages, tiny_model, until
 
 WAIT_MS = 60_000
+SLOW: dict[str, str | int] = {"num_inference_steps": 100, "size": "1024x1024"}
+"""Fields of a request that takes long enough for actions while it runs."""
+expect.set_options(timeout=WAIT_MS)
 
 
 @pytest.fixture(scope="package")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of an open server. Its model `glm-image` is loaded, its model `z-image` is not."""
+    """URL of a server without keys. Its model `glm-image` is loaded, and its model `z-image` is not."""
     folder = tmp_path_factory.mktemp("playground")
     stay = {"min_replicas": 1}
     models = [
@@ -38,7 +44,7 @@ KEY = "key-of-the-browser"
 
 @pytest.fixture(scope="package")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a server that wants a key, and whose model cannot be loaded."""
+    """URL of a server that requires a key, with a model that cannot be loaded."""
     folder = tmp_path_factory.mktemp("keyed")
     keys = [{"id": "browser", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]
     models = [tiny_model("broken", checkpoint=str(folder / "nowhere"))]
@@ -57,18 +63,19 @@ def browser() -> Iterator[Browser]:
 
 
 def chromium(playwright: Playwright) -> Browser:
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox is not for root
+    """Starts Chromium."""
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # root cannot use the sandbox
     return playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
 
 
 @dataclass
 class Visit:
-    """Somebody who has the page open.
+    """A user who has the page open.
 
     Attributes:
-        page: what they see.
-        url: of the server.
-        expected: what the console may say in this test: a part of the line.
+        page: page in the browser.
+        url: URL of the server.
+        expected: parts of console messages that this test allows.
     """
 
     page: Page
@@ -76,11 +83,12 @@ class Visit:
     expected: list[str] = field(default_factory=list)
 
     def open(self) -> None:
+        """Opens or reloads the page."""
         self.page.goto(self.url)
         self.page.locator("#generate:enabled").wait_for()
 
     def fill(self, prompt: str, **fields: str | int) -> None:
-        """Fill in the form, the small square unless another size is given."""
+        """Fills in the form. The default size is the small square."""
         self.page.fill("#prompt", prompt)
         for name, value in {"size": "512x512", **fields}.items():
             control = self.page.locator(f"#{name}")
@@ -90,7 +98,7 @@ class Visit:
                 control.fill(str(value))
 
     def generate(self, prompt: str, **fields: str | int) -> Locator:
-        """Ask for an image by a prompt that no other request has; returns its card."""
+        """Submits a request with a prompt that is unique on the page; returns its card."""
         self.fill(prompt, **fields)
         self.page.click("#generate")
         card = self.card(prompt)
@@ -101,13 +109,13 @@ class Visit:
         return self.page.locator("article").filter(has_text=prompt)
 
     def until(self, card: Locator, condition: Callable[[str], bool]) -> None:
-        """Wait until the words on a card, of which the first say what is done, meet a condition."""
+        """Waits until the status text of a card, which begins with the phase, meets a condition."""
         deadline = time.monotonic() + WAIT_MS / 1000
         while not condition(words := card.locator(".words").inner_text()):
             assert time.monotonic() < deadline, words
 
     def file(self, card: Locator) -> bytes:
-        """Of the first image, once it has been made."""
+        """Waits for the first image, and returns its file."""
         card.locator(".open").first.wait_for()
         path = card.locator("img").first.get_attribute("src")
         return httpx.get(f"{self.url}/{path}").raise_for_status().content
@@ -115,7 +123,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser: Browser, url: str) -> Iterator[Visit]:
-    """With a browser that remembers nothing. It asks no other host, and its console stays empty."""
+    """Visit in a new browser context. It must contact no other host and log nothing to the console."""
     with visiting(browser, url) as visit:
         visit.open()
         yield visit
@@ -123,21 +131,65 @@ def visit(browser: Browser, url: str) -> Iterator[Visit]:
 
 @contextmanager
 def visiting(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
+    """Visits the page, and checks its requests and console messages at the end."""
     context = browser.new_context(**options)
     context.set_default_timeout(WAIT_MS)
     visit = Visit(context.new_page(), url)
-    said: list[str] = []
-    asked: set[str] = set()
+    messages: list[str] = []
+    requested: set[str] = set()
 
     def listen(message: ConsoleMessage) -> None:
-        # A preview may be gone when it is asked for, since the image is there.
+        # The server deletes previews when the image is ready, possibly before the page has loaded them.
         if not ("404" in message.text and "/files/" in message.location["url"]):
-            said.append(f"{message.type}: {message.text}")
+            messages.append(f"{message.type}: {message.text}")
 
     visit.page.on("console", listen)
-    visit.page.on("pageerror", lambda error: said.append(str(error)))
-    visit.page.on("request", lambda request: asked.add(request.url))
+    visit.page.on("pageerror", lambda error: messages.append(str(error)))
+    visit.page.on("request", lambda request: requested.add(request.url))
     yield visit
     context.close()
-    assert [line for line in said if not any(part in line for part in visit.expected)] == []
-    assert [one for one in asked if not one.startswith((f"{url}/", "blob:"))] == []
+    assert [line for line in messages if not any(part in line for part in visit.expected)] == []
+    assert [one for one in requested if not one.startswith((f"{url}/", "blob:"))] == []
+
+
+def answered(url: str, prompt: str, seed: int, *sources: bytes, steps: int = 4, side: int = 512) -> bytes:
+    """Returns the file that the API generates: a square, or an edit of the sources' size."""
+    fields: dict[str, Any] = {
+        "model": "glm-image",
+        "prompt": prompt,
+        "seed": seed,
+        "num_inference_steps": steps,
+        "response_format": "b64_json",
+    }
+    if sources:
+        files = [("image[]", source) for source in sources]
+        answer = httpx.post(f"{url}/v1/images/edits", data=fields, files=files, timeout=120)
+    else:
+        answer = httpx.post(
+            f"{url}/v1/images/generations", json=fields | {"size": f"{side}x{side}"}, timeout=120
+        )
+    return base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"])
+
+
+def picture(shade: int) -> bytes:
+    """Returns a PNG file of one color."""
+    file = io.BytesIO()
+    Image.new("RGB", (512, 512), (shade, 0, 90)).save(file, "PNG")
+    return file.getvalue()
+
+
+DROP = """(text, [target, kind, name]) => {
+  const data = new DataTransfer();
+  const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  data.items.add(new File([bytes], name, { type: kind }));
+  const event = target === "paste"
+    ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true })
+    : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+  document.querySelector("#prompt").dispatchEvent(event);
+}"""
+
+
+def bring(visit: Visit, how: str, file: bytes, kind: str = "image/png", name: str = "boat.png") -> None:
+    """Drops or pastes a file onto the page."""
+    text = base64.b64encode(file).decode()
+    visit.page.evaluate(f"([text, more]) => ({DROP})(text, more)", [text, [how, kind, name]])

@@ -1,4 +1,4 @@
-"""A line to a server that can be cut, or fall silent, as a network's can."""
+"""A TCP proxy that can close its connections or stop forwarding, like a failing network."""
 
 import asyncio
 import threading
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Line:
-    """Passes on what comes to its port.
+    """A proxy to a port on this machine.
 
     Attributes:
-        port: its own.
+        port: port of the proxy.
     """
 
     port = 0
@@ -27,7 +27,8 @@ class Line:
         self._flows.set()
 
     @contextmanager
-    def laid(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
+        """Runs the proxy within the block."""
         thread = threading.Thread(target=self._loop.run_forever)
         thread.start()
         server = self._run(asyncio.start_server(self._connect, "127.0.0.1", 0))
@@ -44,7 +45,7 @@ class Line:
             self._loop.close()
 
     def cut(self) -> None:
-        """End all connections, and take none."""
+        """Closes all connections, and rejects new ones."""
         self._is_cut = True
 
         async def end() -> None:
@@ -54,16 +55,16 @@ class Line:
         self._run(end())
 
     def silence(self) -> None:
-        """Pass nothing on any more, and tell nobody."""
+        """Stops forwarding, and keeps the connections open."""
         self._loop.call_soon_threadsafe(self._flows.clear)
 
     def mend(self) -> None:
-        """Be as good as new; what was silenced comes through."""
+        """Accepts connections and forwards again, including delayed data."""
         self._is_cut = False
         self._loop.call_soon_threadsafe(self._flows.set)
 
     async def _all_ended(self) -> None:
-        while self._ends:  # noqa: ASYNC110 - nobody tells
+        while self._ends:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.01)
 
     def _run(self, what: Coroutine[Any, Any, T]) -> T:

@@ -1,4 +1,4 @@
-"""Takes pictures of the page, on a screen and on a phone, light and dark, to look at; one is in the README.
+"""Takes screenshots of the page at desktop and phone size, light and dark. One is in the README.
 
 `python -m tests.playground.screenshots FOLDER`
 """
@@ -16,7 +16,7 @@ from tests.serve.conftest import served
 
 
 def take(visit: Visit, name: Path, *, full_page: bool) -> None:
-    """The pictures of one visit."""
+    """Takes the screenshots of one visit."""
 
     def shot(what: str) -> None:
         visit.page.screenshot(path=f"{name}-{what}.png", full_page=full_page and what in ("prior", "decoder"))

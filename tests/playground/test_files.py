@@ -1,4 +1,4 @@
-"""What the page is made of: small, checked, and nobody else's."""
+"""Tests of the page's files: types, format, size and preloads."""
 
 import gzip
 import re
@@ -13,30 +13,30 @@ FOLDER = Path(__file__).parent
 PAGE = (playground.FOLDER / "index.html").read_text()
 FILES = sorted((playground.FOLDER / "static").iterdir())
 MAX_BYTES = 40_000
-"""Two seconds on a line of 160 kbit/s."""
+"""Limit of the compressed page: two seconds at 160 kbit/s."""
 
 
 @needs_node
-def test_the_types_are_right() -> None:
+def test_types_are_correct() -> None:
     subprocess.run([FOLDER / "node_modules/.bin/tsc", "-p", FOLDER], check=True, timeout=120)
 
 
 @needs_node
-def test_it_is_formatted() -> None:
+def test_files_are_formatted() -> None:
     prettier, config = FOLDER / "node_modules/.bin/prettier", FOLDER / "package.json"
     subprocess.run([prettier, "--config", config, "--check", playground.FOLDER], check=True, timeout=120)
 
 
-def test_it_is_small() -> None:
+def test_the_page_is_small() -> None:
     sent = [gzip.compress(file.read_bytes()) for file in FILES] + [gzip.compress(PAGE.encode())]
     assert sum(map(len, sent)) < MAX_BYTES
 
 
-def test_its_modules_are_asked_for_all_at_once() -> None:
+def test_all_modules_are_preloaded() -> None:
     named = set(re.findall(r'(?:href|src)="playground/([^"]*)"', PAGE))
     assert named == {file.name for file in FILES}
 
 
-def test_it_says_how_many_steps_a_quality_has() -> None:
-    told = re.findall(r'<option value="([a-z]+)" data-steps="([0-9]+)">', PAGE)
-    assert {name: int(steps) for name, steps in told} == dict(QUALITIES.values())
+def test_qualities_have_the_steps_of_the_api() -> None:
+    listed = re.findall(r'<option value="([a-z]+)" data-steps="([0-9]+)">', PAGE)
+    assert {name: int(steps) for name, steps in listed} == dict(QUALITIES.values())

@@ -1,4 +1,4 @@
-"""How the page is for those who see it, who hear it, and who have a small screen."""
+"""Tests of accessibility and of the layout on small screens."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ SIZES = {"desktop": {"width": 1280, "height": 860}, "phone": {"width": 360, "hei
 
 
 def problems(page: Page) -> list[str]:
-    """What axe finds: https://github.com/dequelabs/axe-core/blob/develop/doc/rule-descriptions.md."""
+    """Returns the violations that axe reports: https://github.com/dequelabs/axe-core/blob/develop/doc/rule-descriptions.md."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(AXE.read_text())
     found: dict[str, Any] = page.evaluate("axe.run({ resultTypes: ['violations'] })")
@@ -25,7 +25,7 @@ def problems(page: Page) -> list[str]:
 @needs_node
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_nobody_is_kept_out(browser: Browser, url: str, scheme: str, size: str) -> None:
+def test_the_page_is_accessible(browser: Browser, url: str, scheme: str, size: str) -> None:
     with visiting(browser, url, color_scheme=scheme, viewport=SIZES[size]) as visit:
         visit.open()
         assert problems(visit.page) == []
@@ -33,7 +33,7 @@ def test_nobody_is_kept_out(browser: Browser, url: str, scheme: str, size: str) 
 
 
 def look(visit: Visit, prompt: str) -> None:
-    """See every part of the page."""
+    """Opens every part of the page, and checks each."""
     page = visit.page
     page.click("#state")
     assert problems(page) == []

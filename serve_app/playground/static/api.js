@@ -1,4 +1,4 @@
-/** The way to the server, and what it answers. */
+/** Requests to the server, and the types of its answers. */
 
 import { askForKey, key } from "./key.js";
 
@@ -34,16 +34,16 @@ import { askForKey, key } from "./key.js";
  * @property {{stage: "waiting" | "prior" | "decoder"}[]} units
  */
 
-const LONGEST_MS = 30_000;
+const TIMEOUT_MS = 30_000;
 
-/** There was no answer. */
+/** Error of a request that got no answer. */
 export class Unreachable extends Error {
   constructor() {
-    super("The server cannot be reached. Is it running, and is the network there?");
+    super("The server cannot be reached. Check that it is running and that you are online.");
   }
 }
 
-/** What the server says of a request that it refuses, or that failed. */
+/** Error that the server returned for a request. */
 export class ServerError extends Error {
   /**
    * @param {string} message
@@ -60,18 +60,18 @@ export class ServerError extends Error {
 }
 
 /**
- * Ask the server; for the key too, if it wants one.
+ * Sends a request, and asks the user for an API key if the server requires one.
  * @param {string} path
- * @param {RequestInit & {headers?: Record<string, string>, quietly?: boolean}} [options] `quietly`: without asking
- *   for a key; without a `signal` it may take half a minute
- * @returns {Promise<Response>} a 2xx
- * @throws {ServerError} it answers otherwise
- * @throws {Unreachable} it does not
+ * @param {RequestInit & {headers?: Record<string, string>, quietly?: boolean}} [options] `quietly`: do not ask
+ *   the user for a key. Without a `signal`, the request times out after 30 seconds.
+ * @returns {Promise<Response>} a response with a 2xx status
+ * @throws {ServerError} if the server answers with another status
+ * @throws {Unreachable} if there is no answer
  */
 export async function ask(path, { quietly = false, ...options } = {}) {
   for (;;) {
     const headers = { ...options.headers, ...(key() && { Authorization: `Bearer ${key()}` }) };
-    const signal = options.signal ?? AbortSignal.timeout(LONGEST_MS);
+    const signal = options.signal ?? AbortSignal.timeout(TIMEOUT_MS);
     const response = await fetch(path, { ...options, headers, signal }).catch(() => {
       throw new Unreachable();
     });
@@ -90,7 +90,7 @@ async function errorOf(response) {
     const { message, code, param } = (await response.json()).error;
     return new ServerError(message, response.status, code, param);
   } catch {
-    // A proxy's own page, say.
-    return new ServerError(`The answer was ${response.status} ${response.statusText}.`, response.status, "");
+    // The body is no JSON: a proxy's error page, for example.
+    return new ServerError(`The request failed: ${response.status} ${response.statusText}.`, response.status, "");
   }
 }

@@ -1,8 +1,8 @@
-/** One request: how far it is, or its images, or why there are none. */
+/** The card of one request: its progress, then its images or its error. */
 
 import { ServerError, ask } from "./api.js";
-import { cancel, filePath, follow, hasEnded, look, purge, submit } from "./jobs.js";
-import { FIRST_PAUSE_MS, announce, copyOf, duration, find, inWords, longer, pause } from "./page.js";
+import { cancel, fetchJob, filePath, follow, hasEnded, purge, submit } from "./jobs.js";
+import { FIRST_PAUSE_MS, announce, copyOf, duration, find, longer, messageOf, pause } from "./page.js";
 import { update } from "./store.js";
 
 /** @typedef {import("./jobs.js").Job} Job */
@@ -10,22 +10,22 @@ import { update } from "./store.js";
 /** @typedef {import("./store.js").Made} Made */
 
 const SECOND_MS = 1000;
-/** What the same request would be answered another time, with another key, or when there is room. */
-const PASSING = [401, 408, 429];
+/** Status codes after which the same request can succeed later, or with another key. */
+const RETRYABLE = [401, 408, 429];
 
 export class Card {
-  /** @type {Job | null} what was last heard of it */
+  /** @type {Job | null} last known state of the job */
   #job = null;
-  /** What keeps it from being sent, heard of or deleted. */
+  /** Message about a failure to send, follow or delete the request. */
   #trouble = "";
-  /** What was last announced. */
+  /** Phase that was announced last. */
   #phase = "";
   #isGone = false;
   #isUnknown = false;
 
   /**
    * @param {Entry} entry
-   * @param {import("./gallery.js").Gallery} gallery that it is in
+   * @param {import("./gallery.js").Gallery} gallery gallery that shows the card
    */
   constructor(entry, gallery) {
     this.entry = entry;
@@ -56,8 +56,8 @@ export class Card {
   }
 
   /**
-   * Send the request to the server, however long that is not there.
-   * @returns {Promise<ServerError | null>} why it does not take the request, if it does not
+   * Sends the request to the server, and retries until the server answers.
+   * @returns {Promise<ServerError | null>} error if the server rejects the request
    */
   async send() {
     if (this.#hasEnded) return null;
@@ -66,8 +66,8 @@ export class Card {
       try {
         this.#job = await submit(this.entry, { quietly: tries > 0 });
       } catch (error) {
-        if (error instanceof ServerError && error.status < 500 && !PASSING.includes(error.status)) return error;
-        this.#trouble = `Not sent yet. ${inWords(error)} It is sent again by itself.`;
+        if (error instanceof ServerError && error.status < 500 && !RETRYABLE.includes(error.status)) return error;
+        this.#trouble = `Not sent yet. ${messageOf(error)} The page retries automatically.`;
         this.#show();
         await pause(wait);
         wait = longer(wait);
@@ -81,35 +81,35 @@ export class Card {
     return null;
   }
 
-  /** Show how far it is until it has ended. */
+  /** Shows the progress until the job has ended. */
   async follow() {
     if (this.#hasEnded) return;
     try {
-      for await (const told of follow(this.entry.job ?? "")) {
+      for await (const event of follow(this.entry.job ?? "")) {
         if (this.#hasEnded) return;
-        this.#trouble = told instanceof Error ? told.message : "";
-        if (!(told instanceof Error)) await this.#hear(told);
+        this.#trouble = event instanceof Error ? event.message : "";
+        if (!(event instanceof Error)) await this.#handle(event);
         this.#show();
       }
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
       this.#isUnknown = true;
-      this.#trouble = "The server does not know this request, or no more, or it belongs to another API key.";
+      this.#trouble = "Request not found. It may have expired, or belong to another API key.";
       this.#show();
     }
   }
 
-  /** Show how far it is now. */
-  async look() {
+  /** Polls the job once, and shows its progress. */
+  async poll() {
     if (this.#hasEnded) return;
-    const job = await look(this.entry.job ?? "").catch(() => null); // to follow it tells what is the matter
+    const job = await fetchJob(this.entry.job ?? "").catch(() => null); // following it later shows the error
     if (!job) return;
-    await this.#hear(job);
+    await this.#handle(job);
     this.#show();
   }
 
   /**
-   * End without images.
+   * Ends the request with an error.
    * @param {string} problem
    */
   async fail(problem) {
@@ -117,11 +117,11 @@ export class Card {
   }
 
   /** @param {Job} job */
-  async #hear(job) {
+  async #handle(job) {
     this.#job = job;
     if (this.#hasEnded) return;
     if (!hasEnded(job)) {
-      const [phase] = this.#doing().split(":");
+      const [phase] = this.#phaseAndProgress().split(":");
       if (phase !== this.#phase) announce(`${phase}: ${this.entry.request.prompt}`);
       this.#phase = phase;
       return;
@@ -137,32 +137,32 @@ export class Card {
     }
   }
 
-  /** @param {Partial<Entry>} how */
-  async #end(how) {
-    Object.assign(this.entry, how);
+  /** @param {Partial<Entry>} result */
+  async #end(result) {
+    Object.assign(this.entry, result);
     this.#trouble = "";
     this.#show();
-    announce(how.problem ?? `Ready: ${this.entry.request.prompt}`);
+    announce(result.problem ?? `Ready: ${this.entry.request.prompt}`);
     await update(this.entry);
   }
 
   async #cancel() {
     if (!this.entry.job) return this.#leave();
     try {
-      await this.#hear(await cancel(this.entry.job));
+      await this.#handle(await cancel(this.entry.job));
       this.#show();
     } catch (error) {
-      this.#complain(error);
+      this.#showError(error);
     }
   }
 
   async #delete() {
     const images = this.entry.images?.length === 1 ? "this image" : "these images";
-    if (this.entry.images && !confirm(`Delete ${images}, here and on the server?`)) return;
+    if (this.entry.images && !confirm(`Delete ${images} from this page and from the server?`)) return;
     try {
       if (this.entry.job) await purge(this.entry.job);
     } catch (error) {
-      if (!(error instanceof ServerError && error.status === 404)) return this.#complain(error);
+      if (!(error instanceof ServerError && error.status === 404)) return this.#showError(error);
     }
     await this.#leave();
   }
@@ -172,14 +172,14 @@ export class Card {
     await this.gallery.remove(this);
   }
 
-  /** @param {unknown} error that keeps from what was asked for */
-  #complain(error) {
-    this.#trouble = inWords(error);
+  /** @param {unknown} error error of an action of the user */
+  #showError(error) {
+    this.#trouble = messageOf(error);
     this.#show();
     announce(this.#trouble);
   }
 
-  /** Keep the time that it takes up to date. */
+  /** Updates the elapsed time every second. */
   async #tick() {
     while (!this.#hasEnded) {
       this.#show();
@@ -213,28 +213,28 @@ export class Card {
       return facts.map((fact) => String(fact).replaceAll(" ", "\u00a0")).join(" · ");
     }
     if (this.#isUnknown) return "";
-    return `${this.#doing()} · ${duration(Math.max(0, Date.now() - created) / SECOND_MS)}`;
+    return `${this.#phaseAndProgress()} · ${duration(Math.max(0, Date.now() - created) / SECOND_MS)}`;
   }
 
-  /** @returns {string} what is being done for it: a word or two, and perhaps a colon and how far it is */
-  #doing() {
+  /** @returns {string} phase of the job, and its progress after a colon */
+  #phaseAndProgress() {
     const job = this.#job;
-    if (!job) return this.entry.job ? "Asking" : "Sending";
-    if (job.cancelling) return "Stopping";
+    if (!job) return this.entry.job ? "Connecting" : "Sending";
+    if (job.cancelling) return "Cancelling";
     const ahead = job.queue_position ?? 0;
     const loading = this.gallery.server.loading(job.model);
     if (loading) return `Loading the model, which was not in memory: ${loading}`;
-    if (job.status === "queued" && ahead) return `Queued: ${ahead === 1 ? "one is" : `${ahead} are`} before it`;
+    if (job.status === "queued" && ahead) return `Queued: ${ahead} ${ahead === 1 ? "request" : "requests"} ahead`;
     if (job.status === "queued") return "Next in the queue";
     const image = job.images?.find(({ stage, done, total }) => stage !== "decoder" || done !== total);
     if (!image) return "Finishing";
-    if (image.stage === "waiting") return "Waiting for a free place";
+    if (image.stage === "waiting") return "Waiting for a free slot";
     const part = `${image.done} of ${image.total}`;
     if (image.stage === "decoder") return `Painting: step ${part}`;
     return image.done === image.total ? "Waiting for the decoder" : `Prior: ${part} tokens`;
   }
 
-  /** @param {number} index of its image */
+  /** @param {number} index index of the image */
   #tile(index) {
     const tile = copyOf("tile");
     for (const stage of ["prior", "decoder"]) find(`.${stage}`, tile).ariaLabel = `Image ${index + 1}, ${stage} stage`;
@@ -246,7 +246,7 @@ export class Card {
 
   /**
    * @param {HTMLElement} tile
-   * @param {number} index of its image
+   * @param {number} index index of the image
    */
   #showProgress(tile, index) {
     const { stage, done = 0, total } = this.#job?.images?.[index] ?? { stage: "waiting" };
@@ -275,12 +275,12 @@ export class Card {
     const [open, note] = [find(".open", tile), find(".note", tile)];
     image.addEventListener("error", async () => {
       image.hidden = open.hidden = true;
-      note.textContent = "It could not be fetched. Reload the page to try again.";
+      note.textContent = "The image could not be loaded. Reload the page to retry.";
       const isGone = await ask(made.path, { method: "HEAD" }).then(
         () => false,
         (error) => error instanceof ServerError && error.status === 404,
       );
-      if (isGone) note.textContent = "The server does not have it any more. “Again” makes the same.";
+      if (isGone) note.textContent = "The server has deleted this image. Use “Again” to generate it once more.";
     });
     image.loading = "lazy";
     image.src = made.path;

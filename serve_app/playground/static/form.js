@@ -1,7 +1,7 @@
-/** The form: what the chosen model takes, and from what is filled in to a request. */
+/** The form: shows the parameters of the chosen model, and builds requests from its fields. */
 
 import { ServerError } from "./api.js";
-import { find, inWords } from "./page.js";
+import { find, messageOf } from "./page.js";
 import { Sources } from "./sources.js";
 
 /** @typedef {import("./api.js").Model} Model */
@@ -40,12 +40,12 @@ export class Form {
   constructor(generate) {
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.#say("");
+      this.#showProblem("");
       this.#save();
       generate(this.#request(), [...this.#sources.files]).catch((error) => this.refuse(error));
     });
     this.#form.addEventListener("input", () => {
-      this.#say("");
+      this.#showProblem("");
       this.#adapt();
       this.#save();
     });
@@ -60,7 +60,7 @@ export class Form {
     });
     this.#sources.addEventListener("change", () => this.#adapt());
     this.#sources.addEventListener("refused", (event) => {
-      this.#say(/** @type {CustomEvent<string>} */ (event).detail);
+      this.#showProblem(/** @type {CustomEvent<string>} */ (event).detail);
     });
     for (const example of document.querySelectorAll(".example")) {
       example.addEventListener("click", () => {
@@ -71,7 +71,7 @@ export class Form {
   }
 
   /**
-   * Offer these models.
+   * Offers models for selection.
    * @param {Model[]} models
    */
   offer(models) {
@@ -81,17 +81,17 @@ export class Form {
     this.#fit();
     this.#fill(JSON.parse(sessionStorage.getItem(STORED_AS) ?? "{}"));
     find("#generate").removeAttribute("disabled");
-    this.#say("");
+    this.#showProblem("");
   }
 
   /**
-   * Put a request into the form, in place of what is there.
+   * Fills the form with a request, and clears the other fields.
    * @param {Entry["request"]} request
    * @param {File[]} sources
    */
   put(request, sources) {
     this.#form.reset();
-    this.#say("");
+    this.#showProblem("");
     this.#fill(request);
     this.#sources.replace(sources);
     this.#save();
@@ -105,11 +105,11 @@ export class Form {
   }
 
   /**
-   * Say why something could not be done with what was filled in.
+   * Shows an error, and marks the field that caused it.
    * @param {unknown} error
    */
   refuse(error) {
-    this.#say(inWords(error));
+    this.#showProblem(messageOf(error));
     const param = error instanceof ServerError ? error.param : undefined;
     const field = param && this.#form.elements.namedItem(param);
     if (!(field instanceof HTMLElement)) return;
@@ -118,12 +118,12 @@ export class Form {
   }
 
   /** @param {string} problem */
-  #say(problem) {
-    if (find("#problem").textContent !== problem) find("#problem").textContent = problem; // heard once
+  #showProblem(problem) {
+    if (find("#problem").textContent !== problem) find("#problem").textContent = problem; // so that screen readers read it once
     for (const field of this.#form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
   }
 
-  /** @returns {Entry["request"]} what is filled in, and nothing else */
+  /** @returns {Entry["request"]} fields that are filled in */
   #request() {
     /** @type {Entry["request"]} */
     const request = {};
@@ -152,7 +152,7 @@ export class Form {
     this.#adapt();
   }
 
-  /** @param {string} size that is none of those offered */
+  /** @param {string} size size that the list does not offer */
   #setSides(size) {
     this.#size.value = CUSTOM;
     [this.#width.value, this.#height.value] = size.split("x");
@@ -166,7 +166,7 @@ export class Form {
     return this.#models.find(({ id }) => id === this.#model.value);
   }
 
-  /** Show what the chosen model takes. */
+  /** Shows the fields that the chosen model accepts. */
   #fit() {
     const model = this.#chosen;
     if (!model) return;
@@ -183,7 +183,7 @@ export class Form {
     for (const quality of find("#quality").querySelectorAll("option")) {
       quality.disabled = Number(quality.dataset.steps ?? 0) > limits.num_inference_steps;
     }
-    find("#seed").setAttribute("max", String(Number.MAX_SAFE_INTEGER - limits.n)); // each image has the next one
+    find("#seed").setAttribute("max", String(Number.MAX_SAFE_INTEGER - limits.n)); // each further image uses the next seed
     find("#guidance_scale").setAttribute("max", String(limits.guidance_scale));
     find("#strength").setAttribute("placeholder", String(defaults.strength ?? ""));
     for (const side of [this.#width, this.#height]) {
@@ -202,7 +202,7 @@ export class Form {
     this.#adapt();
   }
 
-  /** Show what goes with what else is filled in. */
+  /** Shows and hides fields that depend on other fields. */
   #adapt() {
     const model = this.#chosen;
     if (!model) return;
@@ -225,7 +225,7 @@ export class Form {
       side.disabled = !isCustom;
       find(`#${side.id}-field`).hidden = !isCustom;
     }
-    this.#size.options[0].text = isEditing ? "Like the first image" : `Default, ${defaults.size.replace("x", "×")}`;
+    this.#size.options[0].text = isEditing ? "Same as first image" : `Default, ${defaults.size.replace("x", "×")}`;
     const quality = /** @type {HTMLSelectElement} */ (find("#quality"));
     const steps = quality.selectedOptions[0].dataset.steps ?? String(defaults.num_inference_steps);
     find("#num_inference_steps").setAttribute("placeholder", steps);
@@ -243,7 +243,7 @@ function has(select, value) {
 }
 
 /**
- * The smallest square and, as large as the model's default, some shapes.
+ * Returns the smallest square, and several shapes with as many pixels as the model's default.
  * @param {Model} model
  */
 function sizesOf({ sizes: { min, max, multiple_of }, defaults, limits }) {

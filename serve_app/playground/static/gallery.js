@@ -1,4 +1,4 @@
-/** The requests of this browser, as cards, the newest first. */
+/** The gallery: a card for each request of this browser, newest first. */
 
 import { Card } from "./card.js";
 import { find, pause } from "./page.js";
@@ -7,12 +7,12 @@ import { entries, forget, keep } from "./store.js";
 /** @typedef {import("./api.js").ServerError} ServerError */
 /** @typedef {import("./store.js").Entry} Entry */
 
-/** Browsers have six connections to a server, for all windows together, and each job that is followed takes one. */
-const FOLLOWED_AT_ONCE = 2;
-const LOOK_MS = 2000;
+/** Limit of followed jobs. Each takes one of the six connections that a browser opens to a server. */
+const MAX_FOLLOWED = 2;
+const POLL_INTERVAL_MS = 2000;
 
 export class Gallery {
-  /** @type {Set<Card>} which are followed when those before them have ended */
+  /** @type {Set<Card>} cards that are followed once earlier ones have ended */
   #waiting = new Set();
   #followed = 0;
 
@@ -25,10 +25,10 @@ export class Gallery {
     this.form = form;
     this.viewer = viewer;
     this.server = server;
-    this.#lookAtOthers();
+    this.#pollWaiting();
   }
 
-  /** Show what this browser has kept, and go on with what has not ended. */
+  /** Shows the stored requests, and resumes those that have not ended. */
   async open() {
     for (const entry of await entries()) {
       const card = this.#add(entry);
@@ -75,7 +75,7 @@ export class Gallery {
 
   /**
    * @param {Card} card
-   * @param {(refusal: ServerError) => void} refused is called if the server does not take the request
+   * @param {(refusal: ServerError) => void} refused called if the server rejects the request
    */
   async #run(card, refused) {
     const refusal = await card.send();
@@ -84,10 +84,10 @@ export class Gallery {
     this.#follow();
   }
 
-  /** Follow the oldest one that waits for it. */
+  /** Follows the oldest waiting card, unless the limit is reached. */
   async #follow() {
     const [card] = this.#waiting;
-    if (!card || this.#followed === FOLLOWED_AT_ONCE) return;
+    if (!card || this.#followed === MAX_FOLLOWED) return;
     this.#waiting.delete(card);
     this.#followed += 1;
     try {
@@ -98,11 +98,11 @@ export class Gallery {
     }
   }
 
-  /** Look now and then, while somebody sees the page, at those that are not followed. */
-  async #lookAtOthers() {
+  /** Polls the cards that are not followed, while the page is visible. */
+  async #pollWaiting() {
     for (;;) {
-      for (const card of document.hidden ? [] : this.#waiting) await card.look();
-      await pause(LOOK_MS);
+      for (const card of document.hidden ? [] : this.#waiting) await card.poll();
+      await pause(POLL_INTERVAL_MS);
     }
   }
 

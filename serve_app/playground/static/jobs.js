@@ -1,4 +1,4 @@
-/** Requests as jobs of the server, which go on whatever becomes of this page and its connection. */
+/** Jobs of the server. They continue if the page is closed or loses its connection. */
 
 import { ServerError, ask } from "./api.js";
 import { FIRST_PAUSE_MS, longer, pause } from "./page.js";
@@ -25,8 +25,8 @@ import { FIRST_PAUSE_MS, longer, pause } from "./page.js";
 
 const PATH = "v1/images/jobs";
 const PREVIEWS = 3;
-const LONGEST_UPLOAD_MS = 600_000;
-/** The server says something every 15 seconds; a line that is silent for longer is dead, and nobody has told. */
+const UPLOAD_TIMEOUT_MS = 600_000;
+/** Silence after which a connection counts as lost. The server sends something every 15 seconds. */
 const SILENCE_MS = 40_000;
 
 /** @param {Job} job */
@@ -35,7 +35,7 @@ export function hasEnded(job) {
 }
 
 /**
- * Where a file is on this server. Its URL may lead to an object store, or to an address that only others reach.
+ * Returns the path of a file on this server. Its URL may point to an object store, or be unreachable from here.
  * @param {string} url
  */
 export function filePath(url) {
@@ -43,9 +43,9 @@ export function filePath(url) {
 }
 
 /**
- * Submit a request; one that was submitted already is not made again.
+ * Submits a request. Submitting it again returns the same job.
  * @param {Entry} entry
- * @param {{quietly: boolean}} how whether no key is asked for
+ * @param {{quietly: boolean}} options `quietly`: do not ask the user for a key
  * @returns {Promise<Job>}
  */
 export async function submit({ id, request, sources }, { quietly }) {
@@ -62,12 +62,12 @@ export async function submit({ id, request, sources }, { quietly }) {
     body = JSON.stringify(fields);
     headers["Content-Type"] = "application/json";
   }
-  const signal = AbortSignal.timeout(LONGEST_UPLOAD_MS);
+  const signal = AbortSignal.timeout(UPLOAD_TIMEOUT_MS);
   return (await ask(PATH, { method: "POST", headers, body, signal, quietly })).json();
 }
 
 /** @param {string} id @returns {Promise<Job>} */
-export async function look(id) {
+export async function fetchJob(id) {
   return (await ask(`${PATH}/${id}`, { quietly: true })).json();
 }
 
@@ -77,7 +77,7 @@ export async function cancel(id) {
 }
 
 /**
- * Have the server delete an ended job and its images.
+ * Deletes an ended job and its images from the server.
  * @param {string} id
  */
 export async function purge(id) {
@@ -85,18 +85,18 @@ export async function purge(id) {
 }
 
 /**
- * A job whenever it has changed, until it has ended; in between, why it is not heard of. While nobody sees the page
- * it is let go, since a browser has six connections to a server for all its tabs.
+ * Yields a job after every change until it has ended, and errors in between. Disconnects while the page is hidden,
+ * because all tabs of a browser share six connections to a server.
  * @param {string} id
  * @returns {AsyncGenerator<Job | Error, void>}
- * @throws {ServerError} 404, there is no such job, or for another key only
+ * @throws {ServerError} 404 if the job does not exist or belongs to another key
  */
 export async function* follow(id) {
   for (let wait = FIRST_PAUSE_MS; ; wait = longer(wait)) {
     await visible();
-    const line = new AbortController();
-    const { signal } = line;
-    const hangUp = () => line.abort();
+    const connection = new AbortController();
+    const { signal } = connection;
+    const hangUp = () => connection.abort();
     let alarm = setTimeout(hangUp, SILENCE_MS);
     document.addEventListener("visibilitychange", hangUp, { signal });
     try {
@@ -119,30 +119,30 @@ export async function* follow(id) {
       hangUp();
     }
     if (document.hidden) continue;
-    yield new Error("The connection is lost. The server goes on with it; connecting again…");
+    yield new Error("The connection is lost. The server continues the request. Reconnecting…");
     await pause(wait);
   }
 }
 
-/** @returns {Promise<void>} when somebody sees the page */
+/** @returns {Promise<void>} resolves when the page is visible */
 function visible() {
   return new Promise((resolve) => {
-    const look = () => {
+    const check = () => {
       if (document.hidden) return;
-      document.removeEventListener("visibilitychange", look);
+      document.removeEventListener("visibilitychange", check);
       resolve();
     };
-    document.addEventListener("visibilitychange", look);
-    look();
+    document.addEventListener("visibilitychange", check);
+    check();
   });
 }
 
 /**
- * Server-sent events, which the browser's own EventSource cannot ask for with a key:
+ * Reads server-sent events. The browser's EventSource cannot send a key with its request:
  * https://html.spec.whatwg.org/multipage/server-sent-events.html
  * @param {ReadableStream<Uint8Array<ArrayBuffer>> | null} body
- * @param {() => void} heard called whenever anything comes
- * @returns {AsyncGenerator<Record<string, string>, void>} the fields of each
+ * @param {() => void} heard called whenever data arrives
+ * @returns {AsyncGenerator<Record<string, string>, void>} fields of each event
  */
 async function* events(body, heard) {
   if (!body) return;

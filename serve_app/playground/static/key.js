@@ -1,4 +1,4 @@
-/** The API key: asked for when the server wants one, and kept in this tab alone. */
+/** The API key: requested when the server needs one, and stored in this tab only. */
 
 import { find } from "./page.js";
 
@@ -7,15 +7,15 @@ const STORED_AS = "api-key";
 /** @type {Promise<boolean> | null} */
 let asking = null;
 
-/** @returns {string} empty if there is none */
+/** @returns {string} the key, or an empty string */
 export function key() {
   return sessionStorage.getItem(STORED_AS) ?? "";
 }
 
 /**
- * Ask for the key, once for all who want it at a time.
- * @param {string} reason why it is needed
- * @returns {Promise<boolean>} whether there is another one now
+ * Asks the user for a key. Concurrent calls share one dialog.
+ * @param {string} reason reason that the dialog shows
+ * @returns {Promise<boolean>} whether the user entered a key
  */
 export function askForKey(reason) {
   asking ??= ask(reason).finally(() => {

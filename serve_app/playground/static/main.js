@@ -1,4 +1,4 @@
-/** The playground: puts its parts together. */
+/** The playground: creates the parts of the page. */
 
 import { ServerError, ask } from "./api.js";
 import { Form } from "./form.js";
@@ -8,14 +8,14 @@ import { find, pause } from "./page.js";
 import { Server } from "./server.js";
 import { Viewer } from "./viewer.js";
 
-const AGAIN_MS = 2000;
+const RETRY_MS = 2000;
 
 const server = new Server();
 const form = new Form((request, sources) => gallery.make(request, sources));
 const gallery = new Gallery(form, new Viewer(form), server);
 
 find("#key-button").addEventListener("click", async () => {
-  if (await askForKey("The key goes with every request of this page.")) location.reload();
+  if (await askForKey("This page sends the key with every request.")) location.reload();
 });
 
 await gallery.open();
@@ -26,7 +26,7 @@ for (;;) {
     break;
   } catch (error) {
     form.refuse(error);
-    if (error instanceof ServerError && error.status === 401) break; // until a key is given
-    await pause(AGAIN_MS);
+    if (error instanceof ServerError && error.status === 401) break; // the page reloads when a key is entered
+    await pause(RETRY_MS);
   }
 }

@@ -1,19 +1,20 @@
-/** Small things that the parts of the page share. */
+/** Helpers that the parts of the page share. */
 
 /**
+ * Returns the first element that matches a selector, and throws if there is none.
  * @template {HTMLElement} [T=HTMLElement]
- * @param {string} selector of exactly what is in the page or below `root`
+ * @param {string} selector
  * @param {ParentNode} root
  * @returns {T}
  */
 export function find(selector, root = document) {
   const found = root.querySelector(selector);
-  if (!found) throw new Error(`There is no ${selector}.`);
+  if (!found) throw new Error(`No element matches ${selector}.`);
   return /** @type {T} */ (found);
 }
 
 /**
- * A copy of what a template holds.
+ * Returns a copy of a template's element.
  * @param {string} id
  * @returns {HTMLElement}
  */
@@ -23,7 +24,7 @@ export function copyOf(id) {
 }
 
 /**
- * Tell those who hear the page.
+ * Announces a message to screen readers.
  * @param {string} words
  */
 export function announce(words) {
@@ -32,7 +33,7 @@ export function announce(words) {
 
 /**
  * @param {number} seconds
- * @returns {string} for people
+ * @returns {string} duration in minutes and seconds
  */
 export function duration(seconds) {
   const minutes = Math.floor(seconds / 60);
@@ -47,12 +48,12 @@ export function pause(milliseconds) {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
-/** The first pause before something is tried again. */
+/** Pause before the first retry. */
 export const FIRST_PAUSE_MS = 500;
 
 /**
- * @param {number} milliseconds that the last pause took
- * @returns {number} those of the next one, ten seconds at most
+ * @param {number} milliseconds last pause
+ * @returns {number} next pause, at most ten seconds
  */
 export function longer(milliseconds) {
   return Math.min(milliseconds * 2, 10_000);
@@ -62,6 +63,6 @@ export function longer(milliseconds) {
  * @param {unknown} error
  * @returns {string}
  */
-export function inWords(error) {
+export function messageOf(error) {
   return error instanceof Error ? error.message : String(error);
 }

@@ -1,33 +1,33 @@
-/** What the server is doing, looked at every two seconds while somebody sees the page: that wakes no model. */
+/** The server's state, polled every two seconds while the page is visible. Polling loads no model. */
 
 import { ServerError, ask } from "./api.js";
 import { key } from "./key.js";
-import { find, inWords, pause } from "./page.js";
+import { find, messageOf, pause } from "./page.js";
 
 /** @typedef {import("./api.js").Health} Health */
 /** @typedef {import("./api.js").Stage} Stage */
 /** @typedef {import("./api.js").Status} Status */
 
-const LOOK_MS = 2000;
-const LONGEST_LOOK_MS = 10_000;
-const LONGEST_UNLOAD_MS = 60_000;
+const POLL_INTERVAL_MS = 2000;
+const POLL_TIMEOUT_MS = 10_000;
+const UNLOAD_TIMEOUT_MS = 60_000;
 
 export class Server {
   /** @type {Health | null} */
   #health = null;
-  /** @type {string | null} the key, or its lack, with which the server does not tell what it is doing */
+  /** @type {string | null} key that the server rejected; empty if it rejected a request without one */
   #refused = null;
 
   constructor() {
     find("#unload").addEventListener("click", () => this.#unload(false));
     find("#unload-anyway").addEventListener("click", () => this.#unload(true));
-    document.addEventListener("visibilitychange", () => this.#look());
-    this.#lookOften();
+    document.addEventListener("visibilitychange", () => this.#poll());
+    this.#pollForever();
   }
 
   /**
    * @param {string} model
-   * @returns {string} how far its stages are with loading for somebody who waits; empty if they have loaded
+   * @returns {string} loading progress of the model's stages; empty if all are loaded
    */
   loading(model) {
     const stages = Object.entries(this.#health?.models[model] ?? {});
@@ -37,54 +37,54 @@ export class Server {
       .join(", ");
   }
 
-  async #lookOften() {
+  async #pollForever() {
     for (;;) {
-      await this.#look();
-      await pause(LOOK_MS);
+      await this.#poll();
+      await pause(POLL_INTERVAL_MS);
     }
   }
 
-  async #look() {
+  async #poll() {
     if (document.hidden) return;
     try {
-      this.#health = /** @type {Health} */ (await look("health"));
+      this.#health = /** @type {Health} */ (await fetchState("health"));
     } catch (error) {
       this.#health = null;
-      show("away", "Not reached", inWords(error));
+      show("away", "Unreachable", messageOf(error));
       return;
     }
     this.#showStages(this.#health);
     if (this.#refused === key()) return this.#showLocked();
     try {
-      const status = /** @type {Status} */ (await look("v1/internal/status"));
-      show(...this.#doing(status));
+      const status = /** @type {Status} */ (await fetchState("v1/internal/status"));
+      show(...this.#describe(status));
     } catch (error) {
       if (error instanceof ServerError && error.status === 401) {
         this.#refused = key();
         this.#showLocked();
-      } else show("away", "Not reached", inWords(error));
+      } else show("away", "Unreachable", messageOf(error));
     }
   }
 
   #showLocked() {
-    show("locked", "Needs a key", "What it is doing is told to those who have an API key.");
+    show("locked", "Needs a key", "Enter an API key to see the server's activity.");
   }
 
   /**
    * @param {Status} status
-   * @returns {[string, string, string]} a word for the style, one for people, and more of them
+   * @returns {[string, string, string]} state for the style sheet, short text and long text
    */
-  #doing({ status, jobs_queued, units }) {
+  #describe({ status, jobs_queued, units }) {
     const running = units.filter(({ stage }) => stage !== "waiting").length;
     const queued = units.length - running + jobs_queued;
     const waiting = queued ? `, ${queued} waiting` : "";
     const stages = Object.values(this.#health?.models ?? {}).flatMap((model) => Object.values(model));
     if (status === "generating") {
-      return ["generating", `Generating${waiting}`, `Images: ${running} being made${waiting}.`];
+      return ["generating", `Generating${waiting}`, `Images in progress: ${running}${waiting}.`];
     }
-    if (status === "loading") return ["loading", `Loading${waiting}`, `A model is being loaded${waiting}.`];
-    if (stages.some(isLoaded)) return ["ready", "Ready", "Ready, and nothing to do."];
-    return ["unloaded", "Asleep", "No model is loaded, so that the first image takes longer."];
+    if (status === "loading") return ["loading", `Loading${waiting}`, `A model is loading${waiting}.`];
+    if (stages.some(isLoaded)) return ["ready", "Ready", "The server is ready and idle."];
+    return ["unloaded", "Asleep", "No model is loaded. The first image takes longer."];
   }
 
   /** @param {Health} health */
@@ -97,7 +97,7 @@ export class Server {
     find("#stages").replaceChildren(...rows);
   }
 
-  /** @param {boolean} force whether running images are stopped */
+  /** @param {boolean} force whether running images are cancelled */
   async #unload(force) {
     const [problem, anyway] = [find("#unload-problem"), find("#unload-anyway")];
     /** @type {HTMLButtonElement} */
@@ -107,17 +107,17 @@ export class Server {
     try {
       await ask(`v1/internal/unload${force ? "?force=true" : ""}`, {
         method: "POST",
-        signal: AbortSignal.timeout(LONGEST_UNLOAD_MS),
+        signal: AbortSignal.timeout(UNLOAD_TIMEOUT_MS),
       });
       anyway.hidden = true;
     } catch (error) {
       const isBusy = error instanceof ServerError && error.code === "generating";
-      problem.textContent = isBusy ? "Images are being made or wait for it; they would fail." : inWords(error);
+      problem.textContent = isBusy ? "Unloading now would make running and waiting images fail." : messageOf(error);
       anyway.hidden = !isBusy;
     }
     button.disabled = false;
     if (force) button.focus();
-    await this.#look();
+    await this.#poll();
   }
 }
 
@@ -125,8 +125,8 @@ export class Server {
  * @param {string} path
  * @returns {Promise<unknown>}
  */
-async function look(path) {
-  return (await ask(path, { quietly: true, signal: AbortSignal.timeout(LONGEST_LOOK_MS) })).json();
+async function fetchState(path) {
+  return (await ask(path, { quietly: true, signal: AbortSignal.timeout(POLL_TIMEOUT_MS) })).json();
 }
 
 /** @param {Stage} stage */

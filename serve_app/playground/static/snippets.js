@@ -1,15 +1,15 @@
-/** A request as a program: for curl, and for OpenAI's clients in Python and JavaScript. */
+/** Code for a request: with curl, and with OpenAI's clients for Python and JavaScript. */
 
 /** @typedef {Record<string, string | number | boolean>} Fields */
 
-/** What OpenAI's Python client has names for; the rest goes through `extra_body`. */
+/** Named parameters of OpenAI's Python client. Other fields are passed in `extra_body`. */
 const OPENAI = ["prompt", "model", "n", "size", "quality", "output_format", "moderation"];
 
 /**
  * @param {"curl" | "python" | "javascript"} language
  * @param {Fields} request
- * @param {number} sources how many images are edited, of files that are called `source-1.png` and so on
- * @param {boolean} withKey whether the server wants a key, which is then in the variable `API_KEY`
+ * @param {number} sources number of source images, from files named `source-1.png` and so on
+ * @param {boolean} withKey whether the code sends a key from the variable `API_KEY`
  * @returns {string}
  */
 export function snippet(language, request, sources, withKey) {
@@ -35,7 +35,7 @@ function curl(base, request, files, withKey) {
   return [`curl ${base}/images/${files.length ? "edits" : "generations"}`, ...key, ...body].join(" \\\n  ");
 }
 
-/** @param {string} text for a shell */
+/** @param {string} text text to quote for a shell */
 function quoted(text) {
   return `'${text.replaceAll("'", "'\\''")}'`;
 }

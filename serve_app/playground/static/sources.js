@@ -1,10 +1,10 @@
-/** The source images: chosen, dropped or pasted, shown, and taken away again. */
+/** The source images, which the user chooses, drops or pastes, and can remove. */
 
 import { copyOf, find } from "./page.js";
 
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
-/** Tells of every change by an event `change`, and of what cannot be taken by `refused`. */
+/** List of source images. Emits `change` after every change, and `refused` with the reason for a rejected file. */
 export class Sources extends EventTarget {
   /** @type {File[]} */
   files = [];
@@ -21,7 +21,7 @@ export class Sources extends EventTarget {
     });
     document.addEventListener("paste", (event) => {
       const data = event.clipboardData;
-      if (!data?.files.length || data.types.includes("text/plain")) return; // of text an office adds a picture
+      if (!data?.files.length || data.types.includes("text/plain")) return; // office programs add an image to copied text
       event.preventDefault();
       this.add(data.files);
     });
@@ -42,14 +42,14 @@ export class Sources extends EventTarget {
   }
 
   /**
-   * Take images in addition, as far as the model takes them.
+   * Adds images up to the model's limit.
    * @param {Iterable<File> | null} files
    */
   add(files) {
     for (const file of files ?? []) {
-      if (!this.#most) this.#refuse("This model edits no images; choose another one.");
-      else if (!KINDS.includes(file.type)) this.#refuse(`${file.name} is no PNG, JPEG or WebP image.`);
-      else if (this.files.length === this.#most) this.#refuse(`This model takes ${inNumber(this.#most)} at most.`);
+      if (!this.#most) this.#refuse("This model does not edit images. Choose another model.");
+      else if (!KINDS.includes(file.type)) this.#refuse(`${file.name} is not a PNG, JPEG or WebP image.`);
+      else if (this.files.length === this.#most) this.#refuse(`This model accepts at most ${inNumber(this.#most)}.`);
       else this.files.push(file);
     }
     this.#show();
@@ -62,13 +62,13 @@ export class Sources extends EventTarget {
   }
 
   /**
-   * Take as many as a model does from now on.
+   * Sets the limit of images, and removes those above it.
    * @param {number} most
    */
   limit(most) {
     this.#most = most;
     this.#fieldset.hidden = !most;
-    find("#max-sources").textContent = `${inNumber(most)} at most`;
+    find("#max-sources").textContent = `at most ${inNumber(most)}`;
     if (this.files.length > most) this.files.length = most;
     this.#show();
   }

@@ -1,21 +1,21 @@
-/** What this browser keeps of each request, across reloads: in IndexedDB, since source images are files. */
+/** The requests of this browser, stored in IndexedDB because source images are files. */
 
 /**
- * @typedef {object} Made an image that was made
- * @property {string} path of its file
+ * @typedef {object} Made a generated image
+ * @property {string} path path of the file
  * @property {number} seed
- * @property {string} prompt that was painted
+ * @property {string} prompt prompt after expansion
  *
  * @typedef {object} Entry a request
- * @property {string} id by which the server knows that it is the same request if it is sent again
+ * @property {string} id idempotency key, so that a retry does not create a second job
  * @property {number} created milliseconds since 1970
- * @property {Record<string, string | number | boolean>} request what was asked for, without the source images
+ * @property {Record<string, string | number | boolean>} request fields of the request, without source images
  * @property {File[]} sources
- * @property {string} [job] the server's id, once it has taken the request
- * @property {Made[]} [images] once it has succeeded
- * @property {string} [size] of these
- * @property {number} [seconds] that it took
- * @property {string} [problem] why there are no images
+ * @property {string} [job] id of the job, once the server has accepted the request
+ * @property {Made[]} [images] images of a request that succeeded
+ * @property {string} [size] size of the images
+ * @property {number} [seconds] duration of the job
+ * @property {string} [problem] error message of a request that failed
  */
 
 const STORE = "entries";
@@ -23,7 +23,7 @@ const STORE = "entries";
 /** @type {Promise<IDBDatabase | null> | undefined} */
 let opened;
 
-/** @returns {Promise<IDBDatabase | null>} null where the browser keeps nothing, or is not allowed to */
+/** @returns {Promise<IDBDatabase | null>} null if the browser does not allow storage */
 function database() {
   opened ??= new Promise((resolve) => {
     const opening = indexedDB.open("playground", 1);
@@ -50,19 +50,19 @@ async function run(mode, what) {
   });
 }
 
-/** @returns {Promise<Entry[]>} the oldest first */
+/** @returns {Promise<Entry[]>} stored requests, oldest first */
 export async function entries() {
   const all = /** @type {Entry[] | undefined} */ (await run("readonly", (store) => store.getAll()));
   return (all ?? []).sort((one, other) => one.created - other.created);
 }
 
-/** @param {Entry} entry a new one */
+/** @param {Entry} entry new request */
 export async function keep(entry) {
   await run("readwrite", (store) => store.add(entry));
 }
 
 /**
- * Note how it is now; of one that was forgotten meanwhile, in another tab say, nothing is kept.
+ * Stores the state of a request, unless it was deleted meanwhile, for example in another tab.
  * @param {Entry} entry
  */
 export async function update(entry) {

@@ -1,4 +1,4 @@
-/** One image, large: how it was made, and what can be done with it. */
+/** The viewer: shows one image in full size, with its parameters and actions. */
 
 import { ask } from "./api.js";
 import { key } from "./key.js";
@@ -8,12 +8,12 @@ import { snippet } from "./snippets.js";
 /** @typedef {import("./store.js").Entry} Entry */
 /** @typedef {import("./store.js").Made} Made */
 
-const LONGEST_DOWNLOAD_MS = 600_000;
+const DOWNLOAD_TIMEOUT_MS = 600_000;
 
 export class Viewer {
   /** @type {HTMLDialogElement} */
   #dialog = find("#viewer");
-  /** @type {Entry["request"]} that makes this image alone */
+  /** @type {Entry["request"]} request that generates this image only */
   #request = {};
   /** @type {Entry | null} */
   #entry = null;
@@ -21,13 +21,13 @@ export class Viewer {
   #download = find("#download");
 
   /**
-   * @param {import("./form.js").Form} form where images and requests can be used again
+   * @param {import("./form.js").Form} form form that receives reused images and requests
    */
   constructor(form) {
     const close = find(".close", this.#dialog);
     close.addEventListener("click", () => this.#dialog.close());
     this.#dialog.addEventListener("click", (event) => {
-      if (event.target === this.#dialog) this.#dialog.close(); // beside it
+      if (event.target === this.#dialog) this.#dialog.close(); // a click on the backdrop
     });
     this.#dialog.addEventListener("change", () => this.#showCode());
     find("#viewer-again").addEventListener("click", () => {
@@ -38,14 +38,14 @@ export class Viewer {
       const { href, download } = this.#download;
       this.#dialog.close();
       try {
-        const file = await (await ask(href, { signal: AbortSignal.timeout(LONGEST_DOWNLOAD_MS) })).blob();
+        const file = await (await ask(href, { signal: AbortSignal.timeout(DOWNLOAD_TIMEOUT_MS) })).blob();
         form.addSource(new File([file], download, { type: file.type }));
       } catch (error) {
         form.refuse(error);
       }
     });
     const copy = find("#copy");
-    copy.hidden = !navigator.clipboard; // which there is by https and on this machine only
+    copy.hidden = !navigator.clipboard; // browsers offer it with https and on localhost only
     copy.addEventListener("click", async () => {
       await navigator.clipboard.writeText(find("#code").textContent ?? "");
       copy.textContent = "Copied";
@@ -54,7 +54,7 @@ export class Viewer {
 
   /**
    * @param {Entry} entry
-   * @param {Made} made one of its images
+   * @param {Made} made image to show
    */
   show(entry, made) {
     this.#entry = entry;
