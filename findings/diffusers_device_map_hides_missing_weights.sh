@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# With a device map, diffusers does not name the weights that a checkpoint lacks. It fails while it moves the model.
+# With a device map, diffusers does not report the weights that a checkpoint lacks. It fails while moving the model.
 #
-# Without a device map, from_pretrained reports missing weights in its loading info and goes on. With one it raises
-# a NotImplementedError about meta tensors before the report is returned. A program that wants to say which weight
-# is missing must load without a device map and move the model afterwards.
+# Without a device map, from_pretrained reports missing weights in its loading info and continues. With one, it raises
+# a NotImplementedError about meta tensors before it returns the report. To report the missing weights, a program must
+# load without a device map and move the model afterwards.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A GLM-Image model made from transformers' default configuration cannot run a forward pass.
+# A GLM-Image model built from transformers' default configuration cannot run a forward pass.
 #
 # GlmImageConfig() has the released model's sizes, but its rope_parameters name neither mrope_section nor
 # partial_rotary_factor. The model then splits the 64 frequencies of a head into 8, 12 and 12, and fails. Released
-# checkpoints carry both, so that only models built from the defaults are affected: benchmarks and tests.
+# checkpoints contain both, so only models built from the defaults are affected: benchmarks and tests.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

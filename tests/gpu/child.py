@@ -1,7 +1,7 @@
 """The process of one step of the window; `tests.gpu.window` starts it.
 
-It imports the step's module. Then it waits for a line on its standard input: the seconds that it has. Imports
-of the next step so take place beside the work of the one before.
+It imports the step's module. Then it reads the step's time limit, in seconds, from its standard input. The
+next step therefore imports its modules while the previous one runs.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def main() -> int:
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     stream = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is for the log
+    os.dup2(2, 1)  # output of libraries goes to the log
     module, function = options.target.split(":")
     failure = None
     try:
         run_step = getattr(importlib.import_module(module), function)
-    except Exception:  # noqa: BLE001 - reported when it is this step's turn
+    except Exception:  # noqa: BLE001 - reported when the step begins
         failure = traceback.format_exc()
     limit = float(os.read(0, 64) or sys.exit("the window ended before this step"))
     threading.Thread(target=_end_with_the_window, daemon=True).start()
@@ -62,9 +62,9 @@ def main() -> int:
 
 
 def _end_with_the_window() -> None:
-    """Ends this process when the window's process has died: then its end of the pipe is closed.
+    """Ends this process when the window's process has died, which closes the pipe.
 
-    Processes that the step has started are interrupted, so that they can end what they have started.
+    Interrupts the processes that the step has started, so that they can stop their own children.
     """
     os.read(0, 1)
     os.killpg(0, signal.SIGINT)  # the window has given this process a group of its own
@@ -74,7 +74,7 @@ def _end_with_the_window() -> None:
 if __name__ == "__main__":
     try:
         status = main()
-    except BaseException:  # noqa: BLE001 - the end comes by `os._exit`
+    except BaseException:  # noqa: BLE001 - `os._exit` ends the process below
         traceback.print_exc()
         status = 1
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The two engines over random weights, built and called as the stages do."""
+"""The two engines with random weights, built and called as the stages do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PROMPT = "A red boat at dawn"
 ROWS = 8
 MAX_SEQUENCE_LENGTH = 24_576
-"""Rows and their tokens in the default configuration."""
+"""Batch size and sequence length of the default configuration."""
 
 
 @contextmanager
@@ -59,8 +59,8 @@ class Prior:
     """A prior engine.
 
     Attributes:
-        engine: the prior stage's.
-        language_model: that the engine runs.
+        engine: engine of the prior stage.
+        language_model: language model of the engine.
     """
 
     engine: PriorEngine
@@ -68,12 +68,12 @@ class Prior:
 
 
 def load_prior(run: Run, device: torch.device, *, as_on_gpu: bool = False) -> Prior:
-    """Builds the prior engine, and writes what that takes.
+    """Builds the prior engine, and writes its times and memory.
 
     Args:
-        run: the step.
-        device: where it computes.
-        as_on_gpu: whether it is the GPU's engine on every device. On a CPU that one is slow.
+        run: step of the window.
+        device: device of the engine.
+        as_on_gpu: whether to use the GPU's engine on every device. It is slow on a CPU.
     """
     with run.figure("prior, weights") as values:
         (model, processor), values["seconds"] = measure.seconds(
@@ -111,7 +111,7 @@ def source_images(count: int, side: int) -> tuple[Pixels, ...]:
 
 
 def generate(prior: Prior, requests: Sequence[ImageRequest]) -> tuple[list[PriorTokens], float]:
-    """Runs requests side by side; returns their answers, and the seconds until the last one."""
+    """Runs requests concurrently. Returns their answers, and the seconds until the last one."""
     began = time.perf_counter()
     futures = [prior.engine.submit(request, Call()) for request in requests]
     while not all(future.done() for future in futures):
@@ -121,14 +121,14 @@ def generate(prior: Prior, requests: Sequence[ImageRequest]) -> tuple[list[Prior
 
 @dataclass(kw_only=True)
 class LoadedDecoder:
-    """A decoder.
+    """A loaded decoder.
 
     Attributes:
-        engine: the decoder stage's.
-        pipeline: that the engine runs.
-        config: of the stage.
+        engine: engine of the decoder stage.
+        pipeline: pipeline of the engine.
+        config: configuration of the stage.
         weights_gb: gigabytes of all weights.
-        predicted: the stage's own words about the memory that it takes.
+        predicted: the stage's log messages about its memory.
     """
 
     engine: Decoder
@@ -142,10 +142,10 @@ def load_decoder(run: Run, device: torch.device, *, side: int, **chosen: Any) ->
     """Builds a decoder on the device.
 
     Args:
-        run: the step.
-        device: where it computes.
-        side: of the largest image that it makes.
-        chosen: fields of `deployments.config.Acceleration`. Those of a stage on a GPU are the default.
+        run: step of the window.
+        device: device of the decoder.
+        side: side of the largest image, in pixels.
+        chosen: fields of `deployments.config.Acceleration`. The defaults are those of a stage on a GPU.
     """
     config = DecoderConfig(
         device=run.device,
@@ -180,7 +180,7 @@ def unit(
     source_side: int = 0,
     prior: PriorTokens | None = None,
 ) -> ImageRequest:
-    """Returns a request for the pixels of a square image, with random prior tokens unless some are given."""
+    """Returns a decoder request for a square image. The prior tokens are random by default."""
     random = np.random.default_rng(0)
     codebook = 256 if run.tiny else models.CODEBOOK
     grids = [
@@ -204,10 +204,10 @@ class Painted:
     """An image and its times.
 
     Attributes:
-        pixels: the image.
-        seconds: that it took.
-        step_s: seconds of a step, the mean of all but the first.
-        rest_s: seconds after the last step, nearly all of them the VAE's.
+        pixels: pixels of the image.
+        seconds: total seconds.
+        step_s: mean seconds of a step, without the first.
+        rest_s: seconds after the last step, almost all of them in the VAE.
     """
 
     pixels: Pixels
@@ -216,17 +216,17 @@ class Painted:
     rest_s: float
 
     def seconds_for(self, steps: int, made: int) -> float:
-        """Returns the seconds of an image of so many steps, since each step takes as long.
+        """Extrapolates the seconds to another number of steps, because all steps take equally long.
 
         Args:
-            steps: of that image.
+            steps: steps of the other image.
             made: steps of this image.
         """
         return self.seconds + (steps - made) * self.step_s
 
 
 def paint(decoder: Decoder, request: ImageRequest, device: torch.device) -> Painted:
-    """Makes an image."""
+    """Decodes an image, and measures it."""
     ends: list[float] = []
 
     def report(event: object) -> None:
@@ -246,5 +246,5 @@ def paint(decoder: Decoder, request: ImageRequest, device: torch.device) -> Pain
 
 
 def difference(one: Pixels, other: Pixels) -> float:
-    """Returns the mean difference of two images, of 255."""
+    """Returns the mean difference of two images, between 0 and 255."""
     return float(np.abs(one.astype(int) - other.astype(int)).mean())

@@ -1,4 +1,4 @@
-"""Steps that go wrong, for the tests of the window. They need no torch."""
+"""Steps that fail, for the tests of the window. They need no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def step(name: str, limit_s: float = 60) -> Step:
-    """Returns the step of the function of that name."""
+    """Returns a step that runs the function of this name."""
     return Step(name=name, target=f"{__name__}:{name}", limit_s=limit_s)
 
 
 def works(run: Run) -> None:
     run.emit("before", value=1 / 3, nothing=float("nan"))
-    print("what a library says")
+    print("output of a library")
     with run.figure("fails", kind="one") as values:
         values["part"] = 1
         raise RuntimeError("no such kernel")
@@ -28,11 +28,11 @@ def works(run: Run) -> None:
 
 def crashes(run: Run) -> None:
     run.emit("before")
-    raise MemoryError("all is taken")
+    raise MemoryError("out of memory")
 
 
 def waits_for_the_other(run: Run) -> None:
-    """Begins, and ends when another step has begun."""
+    """Runs until another step has begun."""
     run.emit("before")
     end = time.monotonic() + 30
     while len(run.rows.read()) < 2:

@@ -1,4 +1,4 @@
-"""Times, memory and digests of what runs on the device."""
+"""Times, memory and digests of work on the device."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 TOP_KERNELS = 14
-"""Kernels of a profile that become part of its row."""
+"""Number of kernels of a profile that its row lists."""
 
 
 def prepare(run: Run) -> torch.device:
-    """Sets up a step's process as a stage's is; returns the device."""
+    """Prepares a step's process like a stage's, and returns the device."""
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     if not run.on_gpu:
@@ -53,7 +53,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """Returns a call's result and its seconds, the device's work included."""
+    """Returns a call's result and its seconds, including the device's work."""
     synchronize(device)
     began = time.perf_counter()
     result = call()
@@ -62,7 +62,7 @@ def seconds(call: Callable[[], Result], device: torch.device) -> tuple[Result, f
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, *, runs: int = 20, warm: int = 3) -> float:
-    """Returns the median milliseconds of a call, on a GPU by its own clock."""
+    """Returns the median milliseconds of a call. A GPU measures them itself."""
     for _ in range(warm):
         call()
     if device.type != "cuda":
@@ -78,7 +78,7 @@ def milliseconds(call: Callable[[], object], device: torch.device, *, runs: int 
 
 
 def kernels(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Returns where the device's time goes in one call: on a GPU by kernel, else by operator."""
+    """Profiles one call: the device's time by kernel on a GPU, and by operator on a CPU."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     synchronize(device)
@@ -88,7 +88,7 @@ def kernels(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
     microseconds: Counter[str] = Counter()
     launches: Counter[str] = Counter()
     for event in profiled.events() or ():
-        # Compiled code marks regions, which would be counted beside the kernels in them.
+        # Compiled code annotates regions. Counting them would count their kernels twice.
         if (
             event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
             and not event.is_user_annotation
@@ -108,7 +108,7 @@ def kernels(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
 
 
 def free(device: torch.device) -> None:
-    """Returns memory that nothing uses any more to the device."""
+    """Releases unused memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -116,7 +116,7 @@ def free(device: torch.device) -> None:
 
 
 class Memory:
-    """The device's memory from now on: what is allocated, and the most that was at once."""
+    """Measures the device's allocated memory and its peak, relative to the creation of this object."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -125,11 +125,11 @@ class Memory:
         self.restart()
 
     def allocated(self) -> int:
-        """Returns the bytes that are allocated now; on a CPU none."""
+        """Returns the bytes that are allocated now, or 0 on a CPU."""
         return torch.cuda.memory_allocated() if self._on_gpu else 0
 
     def restart(self) -> int:
-        """Returns the most bytes so far beside those of the beginning, and forgets them."""
+        """Returns the peak above the initial allocation, in bytes, and resets it."""
         if not self._on_gpu:
             return 0
         peak = torch.cuda.max_memory_allocated()
@@ -137,11 +137,11 @@ class Memory:
         return peak - self._before
 
     def held(self) -> int:
-        """Returns the bytes that are allocated now beside those of the beginning."""
+        """Returns the bytes that are allocated now, minus the initial allocation."""
         return self.allocated() - self._before
 
     def values(self) -> dict[str, Any]:
-        """Returns the fields of a row: gigabytes at the beginning, at most, and the difference."""
+        """Returns the fields of a row: initial gigabytes, their peak, and the difference."""
         if not self._on_gpu:
             return {"memory": NEEDS_GPU}
         peak = torch.cuda.max_memory_allocated()
@@ -156,7 +156,7 @@ class Memory:
 
 
 def clocks(device: torch.device) -> dict[str, str]:
-    """Returns what the driver's tool says of the first GPU; nothing where there is no such tool."""
+    """Returns the clocks and power of the first GPU from nvidia-smi. Empty if there is no nvidia-smi."""
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
     if device.type != "cuda" or not shutil.which("nvidia-smi"):
         return {}
@@ -168,12 +168,12 @@ def clocks(device: torch.device) -> dict[str, str]:
 
 
 def digest(array: NDArray[Any]) -> str:
-    """Returns the first digits of an array's digest."""
+    """Returns the first 16 digits of an array's SHA-256 digest."""
     return hashlib.sha256(array.tobytes()).hexdigest()[:16]
 
 
 def graphs() -> dict[str, int]:
-    """Returns how many graphs this process has compiled, and how many of them came from the cache."""
+    """Returns the number of graphs that this process has compiled, and how many came from the cache."""
     counters = torch._dynamo.utils.counters
     return {
         "graphs": counters["stats"]["unique_graphs"],

@@ -1,6 +1,6 @@
-"""The released model with random weights that are made on the device, or a tiny one to try a script with.
+"""The released model with random weights from the device, or a tiny model for trying a script.
 
-Sizes are those of the released configurations. A test may build fewer layers; nothing else differs then.
+Sizes are those of the released configurations. A test may build fewer layers, without other differences.
 Weights are equal in every process on the same kind of device.
 """
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 CODEBOOK = 16_384
 VISION_VOCABULARY = 16_512
-"""Ids that the prior may draw: the codebook's, and special ones, of which it uses two."""
+"""Number of ids that the prior may generate: the codebook's, and special ids, two of which are used."""
 PERIOD = 1_048_583
-"""How many random numbers there are, a prime. They are repeated: drawing ten billion takes a CPU minutes."""
+"""Number of random numbers, a prime. They are repeated, because drawing ten billion takes a CPU minutes."""
 
 
 def prior(
@@ -41,10 +41,10 @@ def prior(
     """Returns the autoregressive model on the device, and its processor.
 
     Args:
-        device: where the weights are made.
-        tiny_size: whether the model is `deployments.families.glm_image.tiny`'s.
-        layers: of the language model.
-        vision_layers: of the vision encoder.
+        device: device of the weights.
+        tiny_size: whether to build the model of `deployments.families.glm_image.tiny`.
+        layers: layers of the language model.
+        vision_layers: layers of the vision encoder.
     """
     if tiny_size:
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ def prior(
         text_config={
             "num_hidden_layers": layers,
             "pad_token_id": processor.tokenizer.pad_token_id,
-            # transformers' defaults have no sections and rotate whole heads, which do not fit together.
+            # transformers' defaults have no sections and rotate whole heads, which is inconsistent.
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
@@ -73,7 +73,7 @@ def prior(
         temperature=0.9,
         top_p=0.75,
         pad_token_id=processor.tokenizer.pad_token_id,
-        # Random weights would end the image in the middle of its grid.
+        # With random weights, special ids would end the image inside its grid.
         suppress_tokens=list(range(CODEBOOK, VISION_VOCABULARY)),
     )
     return _ready(model, device), processor
@@ -85,10 +85,10 @@ def decoder(
     """Returns the components of the decoder's pipeline, on the device.
 
     Args:
-        device: where the weights are made.
-        tiny_size: whether the components are `deployments.families.glm_image.tiny`'s.
-        layers: of the DiT.
-        glyph_layers: of the glyph encoder, which is ByT5-small's.
+        device: device of the weights.
+        tiny_size: whether to build the components of `deployments.families.glm_image.tiny`.
+        layers: layers of the DiT.
+        glyph_layers: layers of the glyph encoder, which is ByT5-small's.
     """
     parts: dict[str, Any] = {
         "tokenizer": ByT5Tokenizer(),
@@ -157,7 +157,7 @@ def _tiny(name: str) -> Any:
 
 @contextmanager
 def _in_bfloat16() -> Iterator[None]:
-    """Makes new weights bfloat16."""
+    """Creates weights in bfloat16 within the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -168,7 +168,7 @@ def _in_bfloat16() -> Iterator[None]:
 
 @torch.no_grad()
 def _ready(model: Any, device: torch.device) -> Any:
-    """Fills a model with random weights that keep activations of about one, and readies it for use."""
+    """Fills a model with random weights that keep activations near one, and prepares it for inference."""
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     generator = torch.Generator(device).manual_seed(0)
     numbers = torch.randn(PERIOD, device=device, generator=generator)
@@ -177,7 +177,7 @@ def _ready(model: Any, device: torch.device) -> Any:
             scale = parameter[0].numel() ** -0.5
         elif name.endswith("bias"):
             scale = 0.02
-        else:  # a norm's
+        else:  # weights of a norm
             parameter.fill_(1)
             continue
         own = (scale * numbers.roll(7919 * index)).to(parameter.dtype)

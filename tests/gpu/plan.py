@@ -14,11 +14,11 @@ class Step:
     """One process of the window.
 
     Attributes:
-        name: of the step.
+        name: name of the step.
         target: `module:function`. The module is imported before the step's time begins.
         limit_s: seconds until the step is stopped.
-        fresh_cache: whether compiled code of other steps is out of its reach.
-        beside: name of the step before it, if both run at the same time. Neither measures times then.
+        fresh_cache: whether the step has a cache of compiled code of its own.
+        beside: name of the previous step, if both run at the same time. Such steps do not measure times.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Step:
 def _step(
     name: str, limit_s: float, *, of: str | None = None, fresh_cache: bool = False, beside: str = ""
 ) -> Step:
-    """Makes a step whose function has its name, in the module of its name or in another one."""
+    """Creates a step. Its function has its name, and so has its module by default."""
     return Step(
         name=name,
         target=f"tests.gpu.steps.{of or name}:{name}",
@@ -60,7 +60,7 @@ STEPS = (
 
 
 def groups(steps: Iterable[Step]) -> list[list[Step]]:
-    """Returns the steps in order; those that run at the same time are in one list."""
+    """Groups the steps, in order, into lists of steps that run at the same time."""
     grouped: list[list[Step]] = []
     for step in steps:
         if grouped and step.beside == grouped[-1][-1].name:

@@ -1,4 +1,4 @@
-"""The rows that a step of the window writes: one JSON object a line, each written as soon as it is known."""
+"""The rows that a step of the window writes: one JSON object per line, written immediately."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 FIGURES = "figures.jsonl"
 NEEDS_GPU = "needs a GPU"
 ERROR_CHARS = 400
-"""Longest error message of a row. The log has the traceback."""
+"""Maximum length of a row's error message. The log has the traceback."""
 
 
 @dataclass(kw_only=True)
 class Rows:
-    """Writes rows to a file and to a stream, both without a buffer.
+    """Writes rows to a file and to a stream, without buffers.
 
     Attributes:
         out: folder of the file.
-        began: when the window began, on the clock of `time.monotonic`, which all processes share.
+        began: start of the window, by `time.monotonic`, whose clock all processes share.
         stream: descriptor of the stream.
     """
 
@@ -37,10 +37,7 @@ class Rows:
     stream: int = 1
 
     def write(self, **values: Any) -> None:
-        """Writes one row.
-
-        The file comes first. A reader of the stream may have gone.
-        """
+        """Writes one row, first to the file, because the stream may be closed."""
         row = {name: _plain(value) for name, value in values.items()}
         row["at_s"] = round(time.monotonic() - self.began, 1)
         line = json.dumps(row).encode() + b"\n"
@@ -53,21 +50,21 @@ class Rows:
             os.write(self.stream, line)
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns all rows of the file, those of earlier processes included."""
+        """Returns all rows of the file, including those of earlier processes."""
         file = self.out / FIGURES
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 @dataclass(kw_only=True)
 class Run:
-    """One step of the window, as its process sees it.
+    """One step of the window, in its process.
 
     Attributes:
         step: name of the step.
-        rows: where its figures go.
+        rows: writer of its figures.
         device: `cuda` or `cpu`.
-        tiny: whether models and images are tiny, to try the script.
-        compiled: whether code is compiled. Tiny runs leave it out to save minutes.
+        tiny: whether models and images are tiny, for trying the script.
+        compiled: whether code is compiled. Tiny runs skip this to save minutes.
         limit_s: seconds until the step is stopped.
     """
 
@@ -80,7 +77,7 @@ class Run:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the step runs on a GPU."""
+        """True if the step runs on a GPU."""
         return self.device == "cuda"
 
     def emit(self, figure: str, **values: Any) -> None:
@@ -89,37 +86,37 @@ class Run:
 
     @contextmanager
     def figure(self, name: str, **values: Any) -> Iterator[dict[str, Any]]:
-        """Measures one figure. An error costs this figure alone and becomes part of its row.
+        """Measures one figure. An error becomes part of its row, and other figures continue.
 
         Args:
-            name: of the figure.
-            values: fields of the row. The block adds more to the dictionary that it gets.
+            name: name of the figure.
+            values: fields of the row. The block adds more to the dictionary that it receives.
         """
         try:
             yield values
-        except Exception as error:  # noqa: BLE001 - the other figures go on
+        except Exception as error:  # noqa: BLE001 - the other figures continue
             traceback.print_exc()
             values["error"] = f"{type(error).__name__}: {error}"[:ERROR_CHARS]
-            _let_go(error)
+            _release(error)
         self.emit(name, **values)
 
     def needs_gpu(self, figure: str) -> bool:
-        """Returns whether the figure cannot be had on this device, and writes so."""
+        """Returns whether the figure needs a GPU that this step does not have, and writes a row if so."""
         if not self.on_gpu:
             self.emit(figure, skipped=NEEDS_GPU)
         return not self.on_gpu
 
     def size(self, pixels: int) -> int:
-        """Returns the side of an image, a quarter of it in tiny runs."""
+        """Returns the side of an image, divided by four in tiny runs."""
         return pixels // 4 if self.tiny else pixels
 
     def count(self, number: int, tiny: int) -> int:
-        """Returns a number of steps or repetitions, or the other number in tiny runs."""
+        """Returns a number of steps or repetitions, with another number in tiny runs."""
         return tiny if self.tiny else number
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value for JSON. Four digits of a number are enough; what is no number becomes null."""
+    """Returns a value for JSON. Numbers are rounded to four digits, and NaN and infinity become null."""
     if isinstance(value, float):
         return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -129,8 +126,8 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-def _let_go(error: BaseException) -> None:
-    """Frees what the frames of an error hold on the device."""
+def _release(error: BaseException) -> None:
+    """Releases the device memory that the frames of an error hold."""
     while True:
         error.__traceback__ = None
         following = error.__cause__ or error.__context__

@@ -1,10 +1,10 @@
-"""The whole server with both stages on one GPU: what they take of it, and that they give it back.
+"""The whole server with both stages on one GPU: the memory that they use, and whether they release it.
 
     python -m tests.gpu.server
 
-Serves a random checkpoint by configs/one-gpu.yaml, asks for images with cold and with warm stages, unloads,
-loads again, kills a decoder in the middle of an image, and lets the stages idle. Behind each image stand the
-first digits of its digest. `--device cpu` tries the script itself.
+Serves a random checkpoint with configs/one-gpu.yaml. Requests images with cold and warm stages, unloads,
+loads again, kills a decoder during an image, and lets the stages idle. Each image's line ends with the first
+digits of its digest. `--device cpu` tries the script without a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IDLE_S = 10
 
 
 def model(config: str, checkpoint: Path) -> dict[str, Any]:
-    """The model of a ready configuration, with another checkpoint, and stages that soon go."""
+    """Returns the model of a configuration, with another checkpoint and a short idle timeout."""
     applications = yaml.safe_load((ROOT / "configs" / config).read_text())["applications"]
     (ready,) = applications[0]["args"]["models"]
     stages = {name: ready[name] | {"idle_timeout_s": IDLE_S} for name in ("prior", "decoder")}
@@ -45,12 +45,12 @@ def _ask_driver(query: str) -> list[str]:
 
 
 def gpu_processes() -> set[str]:
-    """Which have memory on the GPU."""
+    """Returns the ids of processes with memory on the GPU."""
     return set(_ask_driver("compute-apps=pid"))
 
 
 def gpu_memory() -> str:
-    """What the driver says is in use, and by which processes."""
+    """Returns the driver's count of memory in use, and the processes that use it."""
     used = ", ".join(_ask_driver("gpu=memory.used")) or "nothing"
     by = "; ".join(_ask_driver("compute-apps=pid,used_memory")) or "none"
     return f"{used} in use, by processes: {by}"
@@ -59,9 +59,9 @@ def gpu_memory() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--preset", default="benchmark", choices=tiny.PRESETS, help="the checkpoint's sizes")
-    parser.add_argument("--side", type=int, default=1024, help="of the images, in pixels")
-    parser.add_argument("--steps", type=int, default=100, help="of the image whose decoder is killed")
+    parser.add_argument("--preset", default="benchmark", choices=tiny.PRESETS, help="sizes of the checkpoint")
+    parser.add_argument("--side", type=int, default=1024, help="side of the images, in pixels")
+    parser.add_argument("--steps", type=int, default=100, help="steps of the image whose decoder is killed")
     options = parser.parse_args()
     config = "one-gpu.yaml" if options.device == "cuda" else "tiny.yaml"
     checkpoint = tiny.cached(tiny.PRESETS[options.preset])
@@ -77,6 +77,8 @@ def main() -> None:
 
 
 def check(client: Client, others: set[str], side: int, steps: int) -> None:
+    """Requests images from the server, and prints times, digests and memory."""
+
     def ask(seed: int, steps: int = 8) -> str:
         began = time.monotonic()
         answer = client.ask(seed=seed, size=f"{side}x{side}", num_inference_steps=steps).raise_for_status()
@@ -94,21 +96,21 @@ def check(client: Client, others: set[str], side: int, steps: int) -> None:
     client.get("/v1/internal/unload").raise_for_status()
     print(f"unloaded in {time.monotonic() - began:.2f} s: {gpu_memory()}")
     until(lambda: gpu_processes() <= others)
-    print(f"all given back {time.monotonic() - began:.2f} s after it was asked: {gpu_memory()}")
+    print(f"all released {time.monotonic() - began:.2f} s after the request: {gpu_memory()}")
     print(f"the same, cold again: {ask(1)}")
 
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, 2, steps)
+        killed = pool.submit(ask, 2, steps)
         until(lambda: client.working() == ["decoder"])
         (decoder,) = client.running.replicas("glm-image-decoder")
         decoder.kill()
-        print(f"a decoder killed in the middle: {asked.result()}")
+        print(f"a decoder killed during the image: {killed.result()}")
     print(f"the same, undisturbed: {ask(2, steps)}")
     began = time.monotonic()
     until(is_idle)
     print(f"idle for {time.monotonic() - began:.1f} s, unloaded: {gpu_memory()}")
     until(lambda: gpu_processes() <= others)
-    print(f"all given back {time.monotonic() - began:.1f} s after the last image: {gpu_memory()}")
+    print(f"all released {time.monotonic() - began:.1f} s after the last image: {gpu_memory()}")
 
 
 if __name__ == "__main__":

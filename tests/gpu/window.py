@@ -1,12 +1,12 @@
-"""All figures of a GPU that the README has, in one command and at most eight minutes.
+"""Measures all GPU figures of the README with one command, in at most eight minutes.
 
     python -m tests.gpu.window [--out FOLDER] [--limit SECONDS] [--steps probe,prior,…]
 
-Every figure is a JSON object on a line of its own, on standard output and in FOLDER/figures.jsonl. Every step
-is a process with a time limit. What it has measured before it fails or is stopped is kept.
+Every figure is a JSON object on one line, on standard output and in FOLDER/figures.jsonl. Every step is a
+process with a time limit. Its figures are kept if it fails or is stopped.
 `--device cpu --tiny` tries the script without a GPU.
 
-`tests/gpu/README.md` says what a machine needs, and what the figures decide.
+`tests/gpu/README.md` describes the requirements and the figures.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 MIN_STEP_S = 10.0
-"""A step is skipped when less time is left."""
+"""Seconds below which a step is skipped."""
 CPU_FACTOR = 4
-"""How many times a step's limit it has on a CPU, which shows only whether the script works."""
+"""Factor of the time limits on a CPU, where a run only shows whether the script works."""
 LOG_CHARS = 1200
-"""How much of the log the row of a step that did not end well repeats."""
+"""Characters of the log in the row of a step that failed or was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a window runs.
+    """The options of a window.
 
     Attributes:
         out: folder for the figures and the log.
@@ -49,7 +49,7 @@ class Options:
         device: `cuda` or `cpu`.
         tiny: whether models and images are tiny.
         compiled: whether code is compiled in tiny runs too.
-        min_step_s: a step is skipped when less time is left.
+        min_step_s: seconds below which a step is skipped.
     """
 
     out: Path
@@ -61,13 +61,13 @@ class Options:
 
 
 class Child:
-    """The process of one step. It imports its modules at once, and works from `begin` on.
+    """The process of one step. It imports its modules immediately, and runs after `begin`.
 
     Args:
-        step: that it runs.
-        options: of the window.
-        began: when the window began.
-        caches: folder for the caches of compiled code.
+        step: step that it runs.
+        options: options of the window.
+        began: start of the window.
+        caches: folder of the caches of compiled code.
     """
 
     def __init__(self, step: Step, options: Options, began: float, caches: Path) -> None:
@@ -84,20 +84,20 @@ class Child:
                 bufsize=0,
                 stderr=log,
                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"},
-                process_group=0,  # so that processes of its own end with it
+                process_group=0,  # so that its children end with it
             )
         self._log_start = 0
         self._is_over = False
 
     def begin(self, limit_s: float) -> None:
-        """Lets it work; it knows its limit to say where it hangs."""
+        """Starts the step. The process uses the limit to write its stacks before it is stopped."""
         self._log_start = self._log.stat().st_size
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died, which its status tells
+        with suppress(BrokenPipeError):  # the process has died; `wait` reports its status
             self._process.stdin.write(f"{limit_s}\n".encode())
 
     def wait(self, until: float) -> str:
-        """Waits for its end, at most until a time of `time.monotonic`; returns how it ended."""
+        """Waits for the process until a time of `time.monotonic`, and returns how it ended."""
         try:
             status = self._process.wait(max(0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -107,8 +107,8 @@ class Child:
         return "done" if status == 0 else f"failed with status {status}"
 
     def kill(self) -> None:
-        """Ends it, and processes that it has left behind."""
-        if self._is_over:  # its number may be another process's by now
+        """Kills the process and its remaining children."""
+        if self._is_over:  # its process id may be reused
             return
         self._is_over = True
         with suppress(ProcessLookupError):
@@ -118,12 +118,12 @@ class Child:
         self._process.stdin.close()
 
     def log(self) -> str:
-        """Returns the end of what it has written to the log."""
+        """Returns the end of the step's log."""
         return self._log.read_bytes()[self._log_start :].decode(errors="replace")[-LOG_CHARS:]
 
 
 def run(steps: Sequence[Step], options: Options) -> None:
-    """Runs the steps one after the other, and writes how each ended."""
+    """Runs the steps in order, and writes how each ended."""
     options.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     rows = Rows(out=options.out, began=began)
@@ -162,21 +162,23 @@ def run(steps: Sequence[Step], options: Options) -> None:
 
 
 def main() -> None:
-    """Reads the command line and runs the steps that it names."""
+    """Parses the command line, and runs the chosen steps."""
     known = {step.name: step for step in STEPS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("window"), help="folder for figures.jsonl and log")
     parser.add_argument("--limit", type=float, default=480, help="seconds for all steps together")
-    parser.add_argument("--steps", default=",".join(known), help="in the order in which they run")
+    parser.add_argument(
+        "--steps", default=",".join(known), help="comma-separated steps, in the order in which they run"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
+    parser.add_argument("--tiny", action="store_true", help="use tiny models, to try the script")
     parser.add_argument(
         "--compiled", action="store_true", help="compile tiny models too (minutes, needs g++)"
     )
     options = parser.parse_args()
     names = options.steps.split(",")
     if unknown := set(names) - known.keys():
-        parser.error(f"unknown steps: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        parser.error(f"unknown steps: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     run(
         [known[name] for name in names],
         Options(

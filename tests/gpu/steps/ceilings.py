@@ -1,4 +1,4 @@
-"""The rates of the operators that the models consist of, at the released shapes."""
+"""Rates of the models' operators at the released shapes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ PRIOR_PRODUCTS = {
 }
 """Output and input features of the prior's products."""
 BEYOND_CACHE = 600 * 2**20
-"""Bytes of weights that one after the other are multiplied: more than a GPU's cache holds."""
+"""Bytes of weights that are multiplied in turn: more than a GPU's cache holds."""
 DIT_TOKENS = (1025, 4096, 4097, 4224, 8194)
-"""Tokens of 512×512 and 1024×1024 with one of text, neighbours of the latter, and two images at once."""
+"""Tokens of 512×512 and 1024×1024 with one text token, values near the latter, and a batch of two."""
 DIT_PRODUCTS = ((4096, 4096), (16_384, 4096), (4096, 16_384))
 ATTENTION_TOKENS = (1025, 4097, 16_385)
 FP8_PRODUCTS = ((8, 27_392, 4096), (16, 27_392, 4096), (4096, 16_384, 4096), (4096, 4096, 16_384))
 
 
 def ceilings(run: Run) -> None:
-    """Writes the rates of products, of attention, of GELU within a product and of 8-bit products."""
+    """Writes the rates of products, attention, GELU within a product, and 8-bit products."""
     device = measure.prepare(run)
     with torch.inference_mode():
         for name, features in PRIOR_PRODUCTS.items():
@@ -54,7 +54,7 @@ def ceilings(run: Run) -> None:
 
 
 def _shape(run: Run, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a shape, a small one in tiny runs."""
+    """Returns a shape, reduced in tiny runs."""
     return tuple(max(16, size // 64) for size in shape) if run.tiny else shape
 
 
@@ -78,7 +78,7 @@ def skinny_product(run: Run, device: torch.device, name: str, outputs: int, inpu
 
 
 def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Returns a call as a CUDA graph, so that the host's launches take no time; on a CPU the call itself."""
+    """Returns a call as a CUDA graph, to exclude the host's launches. On a CPU, returns the call."""
     call()
     if device.type != "cuda":
         return call
@@ -90,7 +90,7 @@ def _captured(call: Callable[[], object], device: torch.device) -> Callable[[], 
 
 
 def large_product(run: Run, device: torch.device, tokens: int, outputs: int, inputs: int) -> None:
-    """Writes the rate of a product of the DiT's."""
+    """Writes the rate of a product of the DiT."""
     with run.figure("product", tokens=tokens, outputs=outputs, inputs=inputs) as values:
         rows, weight = _random(device, tokens, inputs), _random(device, outputs, inputs)
         bias = _random(device, outputs)
@@ -120,7 +120,7 @@ def product_with_gelu(
 
 
 def attention(run: Run, device: torch.device, tokens: int) -> None:
-    """Writes the rate of attention by PyTorch's choice and by each fused backend."""
+    """Writes the rate of attention with PyTorch's default and with each fused backend."""
     heads, channels = run.count(32, 2), run.count(128, 16)
     query, key, value = (_random(device, 1, tokens, heads, channels).transpose(1, 2) for _ in range(3))
 
@@ -143,7 +143,7 @@ def attention(run: Run, device: torch.device, tokens: int) -> None:
 
 
 def fp8_product(run: Run, device: torch.device, scale: str, tokens: int, outputs: int, inputs: int) -> None:
-    """Writes the rate of an 8-bit product with a scale for each row, or for the whole tensor."""
+    """Writes the rate of an 8-bit product with one scale per row or per tensor."""
     with run.figure("8-bit product", scale=scale, tokens=tokens, outputs=outputs, inputs=inputs) as values:
         rows = _random(device, tokens, inputs).to(torch.float8_e4m3fn)
         weight = _random(device, outputs, inputs).to(torch.float8_e4m3fn)

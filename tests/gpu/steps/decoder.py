@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 STEPS = 50
 """Denoising steps of the default configuration."""
 MADE_STEPS = {512: 20, 1024: 50, 2048: 5}
-"""Steps that are made of an image's 50, by its side. The seconds of the others follow from theirs."""
+"""Measured steps of an image's 50, by its side. The seconds of all 50 are extrapolated."""
 EXACT_STEPS = 10
-"""Steps of the image whose digest is compared with that of a process with an empty cache."""
+"""Steps of the image whose digest is compared with one from a process with an empty cache."""
 
 
 def decoder(run: Run) -> None:
-    """Writes the decoder stage's figures, the most important ones first."""
+    """Writes the decoder stage's figures, most important first."""
     device = measure.prepare(run)
     loaded: dict[str, LoadedDecoder] = {}
     images: dict[str, Pixels] = {}
@@ -43,12 +43,12 @@ def decoder(run: Run) -> None:
     for side in (512, 2048):
         for kind, one in loaded.items():
             image(run, kind, one, side, device)
-    for kind, one in loaded.items():  # the last figures, because the profiler slows down what follows
+    for kind, one in loaded.items():  # last, because the profiler slows down later figures
         one_pass(run, kind, one, 1024, device)
 
 
 def load(run: Run, kind: str, device: torch.device, **chosen: Any) -> LoadedDecoder | None:
-    """Builds a decoder, and writes what that takes; returns None where it fails."""
+    """Builds a decoder, and writes its time and memory. Returns None on failure."""
     with run.figure("decoder, loaded", kind=kind) as values:
         loaded, values["seconds"] = measure.seconds(
             lambda: engines.load_decoder(run, device, side=run.size(2048), **chosen), device
@@ -59,7 +59,7 @@ def load(run: Run, kind: str, device: torch.device, **chosen: Any) -> LoadedDeco
 
 
 def first_image(run: Run, loaded: LoadedDecoder, device: torch.device) -> None:
-    """Writes what the first image of a process takes: compiling, or reading compiled code from the cache."""
+    """Writes the time of a process's first image, which compiles code or reads it from the cache."""
     side = run.size(1024)
     with run.figure("decoder, first image", side=side) as values:
         request = engines.unit(run, side, 2)
@@ -68,7 +68,7 @@ def first_image(run: Run, loaded: LoadedDecoder, device: torch.device) -> None:
 
 
 def image(run: Run, kind: str, loaded: LoadedDecoder, pixels: int, device: torch.device) -> Pixels | None:
-    """Writes an image's seconds and memory; returns its pixels, or None where it fails."""
+    """Writes an image's seconds and memory. Returns its pixels, or None on failure."""
     side, steps = run.size(pixels), run.count(MADE_STEPS[pixels], 4)
     with run.figure("decoder, image", kind=kind, side=side, steps=steps) as values:
         engines.paint(loaded.engine, engines.unit(run, side, 1), device)
@@ -90,7 +90,7 @@ def image(run: Run, kind: str, loaded: LoadedDecoder, pixels: int, device: torch
 
 
 def one_pass(run: Run, kind: str, loaded: LoadedDecoder, pixels: int, device: torch.device) -> None:
-    """Writes the time of one pass of the DiT by itself, and where it goes."""
+    """Writes the time of one pass of the DiT, in total and by kernel."""
     side, dit = run.size(pixels), loaded.pipeline.transformer
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -99,7 +99,7 @@ def one_pass(run: Run, kind: str, loaded: LoadedDecoder, pixels: int, device: to
         output: object = dit(*args, **kwargs)
         return output
 
-    # As the stage calls it. In another mode the blocks would be compiled again.
+    # The stage's own mode. In another one, the blocks would be compiled again.
     with run.figure("decoder, one pass", kind=kind, side=side) as values, torch.inference_mode():
         hook = dit.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
@@ -115,16 +115,16 @@ def one_pass(run: Run, kind: str, loaded: LoadedDecoder, pixels: int, device: to
 
 
 def tflops(run: Run, side: int, seconds: float) -> float | None:
-    """Returns the rate of one pass of the released DiT, attention included; None for a tiny one."""
+    """Returns the rate of one pass of the released DiT, including attention. None for a tiny model."""
     layers, width, inner = 30, 4096, 16_384
-    tokens = (side // 16) ** 2 + 1  # and one of text
+    tokens = (side // 16) ** 2 + 1  # with one text token
     products = 2 * tokens * (4 * width**2 + 2 * width * inner)
     attention = 4 * tokens**2 * width
     return None if run.tiny else layers * (products + attention) / seconds / 1e12
 
 
 def exact_image(run: Run, loaded: LoadedDecoder, device: torch.device) -> None:
-    """Writes the digest of one seed's image, and whether a second one is the same."""
+    """Writes the digest of one seed's image, and whether a second image is identical."""
     with run.figure("decoder, pixels of seed 0", side=run.size(1024)) as values:
         request = engines.unit(run, run.size(1024), run.count(EXACT_STEPS, 2))
         one, other = (measure.digest(engines.paint(loaded.engine, request, device).pixels) for _ in range(2))

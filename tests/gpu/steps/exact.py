@@ -1,4 +1,4 @@
-"""Compares a seed's bytes with those of a process that has another cache of compiled code."""
+"""Compares a seed's bytes between two processes with separate caches of compiled code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def exact_prior(run: Run) -> None:
-    """Draws one seed's tokens again, and compares them with those of the step `prior`."""
+    """Generates one seed's tokens again, and compares them with those of the step `prior`."""
     device = measure.prepare(run)
     prior_step.first_tokens(run, engines.load_prior(run, device))
     compare(run, "prior, tokens of seed 0", with_step="prior")
 
 
 def exact_decoder(run: Run) -> None:
-    """Makes one seed's image again, and compares it with that of the step `decoder`."""
+    """Decodes one seed's image again, and compares it with the one of the step `decoder`."""
     device = measure.prepare(run)
     loaded = engines.load_decoder(run, device, side=run.size(1024))
     decoder_step.first_image(run, loaded, device)
@@ -29,7 +29,7 @@ def exact_decoder(run: Run) -> None:
 
 
 def compare(run: Run, figure: str, *, with_step: str) -> None:
-    """Writes whether a figure's digest is the one that another step has written."""
+    """Writes whether a figure's digest equals the one of another step."""
     with run.figure(f"{figure}, in two processes with caches of their own") as values:
         digests = {row["step"]: row["digest"] for row in run.rows.read() if row.get("figure") == figure}
         if with_step in digests:

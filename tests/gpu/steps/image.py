@@ -1,4 +1,4 @@
-"""A whole image on one GPU: both stages, one after the other, with compiled code from the cache."""
+"""A whole image on one GPU: both stages in turn, with compiled code from the cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def image(run: Run) -> None:
-    """Writes the seconds from a prompt to pixels, and what both stages take of the GPU."""
+    """Writes the seconds from a prompt to pixels, and the memory of both stages."""
     device = measure.prepare(run)
     memory = measure.Memory(device)
     prior = engines.load_prior(run, device)

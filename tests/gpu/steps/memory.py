@@ -1,4 +1,4 @@
-"""The memory that the decoder stage predicts, and what it takes."""
+"""The memory of the decoder stage, predicted and measured."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def memory(run: Run) -> None:
 
 
 def offload(run: Run) -> None:
-    """Writes what a stage takes whose weights wait in the CPU's memory."""
+    """Writes the GPU memory of a stage whose weights are offloaded to the CPU."""
     device = measure.prepare(run)
     for way in ("model", "group"):
         offloaded(run, way, device)
 
 
 def parts_of(loaded: LoadedDecoder, request: ImageRequest, device: torch.device) -> Any:
-    """Returns gigabytes beside the weights: the most in each part, and what stays between steps."""
+    """Returns gigabytes in addition to the weights: the peak of each part, and memory kept between steps."""
     measure.free(device)
     memory = measure.Memory(device)
     taken: dict[str, float] = {}
@@ -56,7 +56,7 @@ def parts_of(loaded: LoadedDecoder, request: ImageRequest, device: torch.device)
     def report(event: object) -> None:
         if isinstance(event, Progress):
             most = memory.restart() / 1e9
-            # The first step follows the reading of source images, by the VAE and the DiT.
+            # Before the first step, the VAE and the DiT encode the source images.
             taken["transformer" if event.done > 1 else "until_first_step"] = most
             taken["kept_between_steps"] = memory.held() / 1e9
 
@@ -66,7 +66,7 @@ def parts_of(loaded: LoadedDecoder, request: ImageRequest, device: torch.device)
 
 
 def offloaded(run: Run, way: str, device: torch.device) -> None:
-    """Writes the most gigabytes and the seconds of an image with one way to offload."""
+    """Writes the peak memory and the seconds of an image with one way of offloading."""
     if run.needs_gpu(f"memory, offload: {way}"):
         return
     measure.free(device)

@@ -1,4 +1,4 @@
-"""The decoder's options: what each costs, and by how much it changes the pixels."""
+"""The cost of each decoder option, and its effect on the pixels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 STEPS = 8
 BACKENDS = ("_native_flash", "_native_cudnn")
 CPU_BACKENDS = ("_native_math",)
-"""Sizes for a CPU, to try the code."""
+"""Backends for trying the code on a CPU."""
 
 
 def options(run: Run) -> None:
-    """Writes a row for each option, compared with a decoder that has none and is not compiled."""
+    """Writes a row for each option, compared with an uncompiled decoder without options."""
     device = measure.prepare(run)
     loaded = load(run, device)
     plain: Pixels | None = None
@@ -58,7 +58,7 @@ def measured(
     *,
     previews: int = 0,
 ) -> Pixels:
-    """Adds an image's times, memory and difference from the plain one to a row; returns its pixels."""
+    """Adds an image's times, memory and difference from the plain image to a row. Returns its pixels."""
     side, steps = run.size(1024), run.count(STEPS, 4)
     engines.paint(loaded.engine, engines.unit(run, side, 1), device)
     memory = measure.Memory(device)

@@ -1,4 +1,4 @@
-"""The prior stage at the released size: speed alone and in company, prompts, memory, kernels."""
+"""The prior stage at the released size: speed of one and eight requests, prompts, memory, kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SOURCES = (0, 1, 4)
 WEIGHT_GB = 16.453
-"""Gigabytes of weights that one decoding pass of the released model reads: its layers' and its head's."""
+"""Gigabytes of weights that one decoding pass of the released model reads: layers and head."""
 
 
 def prior(run: Run) -> None:
@@ -49,17 +49,17 @@ def prior(run: Run) -> None:
         values["same"] = digests[1] == digests[engines.ROWS]
     run.emit("prior, memory", **memory.values())
     prompts(run, loaded, device)
-    # A tiny engine on a CPU is another one; this one is tried for its code.
+    # On a CPU, the stage uses another engine. The GPU's engine is built to try its code.
     captured = loaded if run.on_gpu else engines.load_prior(run, device, as_on_gpu=True)
     decoding_pass(run, captured, device)
     without_graph(run, captured, requests, device)
-    # The last figure, because the profiler slows down what follows.
+    # Last, because the profiler slows down later figures.
     with run.figure("prior, a step of eight rows by kernel") as values, busy(captured, requests):
         values |= measure.kernels(captured.engine.step, device)
 
 
 def first_tokens(run: Run, loaded: Prior) -> None:
-    """Writes the digest of one seed's tokens, to be compared with that of a process with an empty cache."""
+    """Writes the digest of one seed's tokens, for comparison with a process with an empty cache."""
     side = run.size(512)
     with run.figure("prior, tokens of seed 0", side=side) as values:
         (answer,), values["seconds"] = engines.generate(loaded, [engines.prior_request(side)])
@@ -69,7 +69,7 @@ def first_tokens(run: Run, loaded: Prior) -> None:
 
 @contextmanager
 def busy(loaded: Prior, requests: Sequence[ImageRequest]) -> Iterator[None]:
-    """Keeps the engine between two decoding steps of all requests; cancels them in the end."""
+    """Keeps the engine between two decoding steps of all requests, and cancels them afterwards."""
     call, engine = Call(), loaded.engine
     until = engine.done + 8 * len(requests)
     futures = [engine.submit(request, call) for request in requests]
@@ -84,7 +84,7 @@ def busy(loaded: Prior, requests: Sequence[ImageRequest]) -> Iterator[None]:
 
 
 def decoding_pass(run: Run, loaded: Prior, device: torch.device) -> None:
-    """Writes the time of the captured pass by itself, without the host's work for it."""
+    """Writes the time of the captured pass, without the host's work."""
     with run.figure("prior, the decoding pass", rows=engines.ROWS) as values, torch.inference_mode():
         values["ms"] = ms = measure.milliseconds(loaded.language_model._run_decoding, device, runs=50)
         values["weights_tb_s"] = WEIGHT_GB / ms

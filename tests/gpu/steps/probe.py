@@ -1,4 +1,4 @@
-"""The card, the versions, and the two rates that everything else is compared with."""
+"""The card, the versions, and the two reference rates for all other figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUSTAINED_S = 2.0
 
 
 def probe(run: Run) -> None:
-    """Writes what the machine is, its copy rate and its rate of bfloat16 products."""
+    """Writes the machine's properties, its copy rate and its rate of bfloat16 products."""
     device = measure.prepare(run)
     with run.figure("versions") as values:
         values |= {
@@ -46,7 +46,7 @@ def probe(run: Run) -> None:
 
 
 def copy_rates(run: Run, device: torch.device) -> None:
-    """Writes how fast memory is copied, counting bytes read and written, and how fast it is read."""
+    """Writes the rates of copying memory, counting bytes read and written, and of reading it."""
     source = torch.empty(run.count(2 * 2**30, 2**20), dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
     with run.figure("copy") as values:
@@ -58,7 +58,7 @@ def copy_rates(run: Run, device: torch.device) -> None:
 
 
 def product_rate(run: Run, device: torch.device) -> None:
-    """Writes the rate of a large product of random numbers, at first and after seconds at full power."""
+    """Writes the rate of a large product of random numbers, at first and after seconds of full load."""
     side = run.count(8192, 256)
     one, other = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     with run.figure("bfloat16 product", side=side) as values:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 STOP_S = 30
-"""Seconds before the step's limit at which the script is interrupted, so that it stops the server itself."""
+"""Seconds before the step's limit at which the script is interrupted, so that it can stop the server."""
 
 
 def server(run: Run) -> None:
-    """Writes each line of the script as a row."""
+    """Runs the script, and writes each line of its output as a row."""
     if importlib.util.find_spec("ray") is None:
         run.emit("server", skipped="needs Ray")
         return
@@ -42,4 +42,4 @@ def server(run: Run) -> None:
         values["status"] = script.wait()
         timer.cancel()
         if script.returncode:
-            raise RuntimeError("tests.gpu.server has failed; the log tells why")
+            raise RuntimeError("tests.gpu.server has failed; see the log")

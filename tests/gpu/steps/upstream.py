@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 class Enough(Exception):  # noqa: N818 - not an error
-    """Some tokens are drawn, and no more are wanted."""
+    """Raised to stop upstream after a number of tokens."""
 
 
 def upstream(run: Run) -> None:
-    """Writes how long upstream takes for one request's prior tokens."""
+    """Writes upstream's time for one request's prior tokens."""
     device = measure.prepare(run)
-    # cuDNN's attention makes a plan for each length, tens of milliseconds a token, and lengths grow here.
+    # cuDNN's attention plans each new length, which takes tens of milliseconds per token as lengths grow.
     torch.backends.cuda.enable_cudnn_sdp(False)
     model, processor = models.prior(device, tiny_size=run.tiny)
     pipeline = GlmImagePipeline(None, processor, None, model, None, None, None)
     generate, side = model.generate, run.size(512)
 
     def tokens(limit: int | None) -> int:
-        """Draws tokens, all or at most so many; returns their number."""
+        """Generates tokens up to a limit, and returns their number."""
         drawn = 0
 
         def limited(**arguments: torch.Tensor | int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def upstream(run: Run) -> None:
         return drawn
 
     with run.figure("upstream, alone", side=side) as values:
-        tokens(8)  # in which libraries set themselves up
+        tokens(8)  # a warm-up of the libraries
         _, few = measure.seconds(lambda: tokens(16), device)
         values["ms_a_token_at_first"] = 1e3 * few / 16
         drawn, seconds = measure.seconds(lambda: tokens(None), device)

@@ -1,4 +1,4 @@
-"""The VAE's decoder: memory layouts, tiles, and whether large images are whole."""
+"""The VAE's decoder: memory layouts, tiles, and correctness of large images."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ FACTOR = 8
 """Pixels of a latent's side."""
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCE = 0.2
-"""Difference, in parts of the pixels' spread, up to which two images count as the same.
+"""Maximum difference, relative to the pixels' spread, of two images that count as equal.
 
-Norms add up over a tile or over the image, so that rounding is not the only difference. Where pixels are
-missing or wrong it is about one.
+Norms cover a tile or the whole image, so rounding is not the only difference. The difference is about one if
+pixels are missing or wrong.
 """
 
 
 @torch.inference_mode()
 def vae(run: Run) -> None:
-    """Writes times and memory of both layouts, and what tiles change."""
+    """Writes times and memory of both layouts, and the effect of tiles."""
     device = measure.prepare(run)
     model = models.vae(device, tiny_size=run.tiny)
-    if run.tiny:  # whose tiles are larger than its images
+    if run.tiny:  # its default tiles are larger than its images
         model.tile_sample_min_size, model.tile_latent_min_size = 256, 256 // FACTOR
     for pixels in (1024, 2048):
         side = run.size(pixels)
@@ -60,7 +60,7 @@ def decode(model: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def away_from_seams(model: Any, side: int) -> torch.Tensor:
-    """Returns which rows, and as well which columns, lie in one tile alone: shape (side,)."""
+    """Returns a mask, for rows and columns alike, of positions inside a single tile. Shape (side,)."""
     tile = model.tile_sample_min_size
     stride = int(tile * (1 - model.tile_overlap_factor))
     at = torch.arange(side, device=model.device)
@@ -69,7 +69,7 @@ def away_from_seams(model: Any, side: int) -> torch.Tensor:
 
 
 def compare(whole: torch.Tensor, tiled: torch.Tensor, inside: torch.Tensor) -> dict[str, Any]:
-    """Returns how far two images are apart, in parts of the pixels' spread, and rows that are constant."""
+    """Returns the difference of two images relative to their spread, and the number of constant rows."""
     whole, tiled = whole.float(), tiled.float()
     spread = whole.std()
     apart = (whole - tiled).abs().mean(dim=0) / spread
