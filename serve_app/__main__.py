@@ -35,7 +35,7 @@ TLS_FOLDER = Path.home() / ".local/share/glm-image-server/tls"
 
 
 class _Application(BaseModel):
-    """What of a Serve application's keys is understood here; any other is refused, not ignored."""
+    """The keys of a Serve application that are supported. Any other key is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -139,7 +139,7 @@ def _drain(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 
 
 def _serve_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
-    """Serves a file; returns what went wrong, for people."""
+    """Serves a file until a signal; returns the problem, if there was one."""
     try:
         file = _ServeFile.model_validate(yaml.safe_load(arguments.config.read_text()))
         (application,) = file.applications
@@ -151,7 +151,7 @@ def _serve_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         if arguments.tls and not http.ssl_certfile:
             certificate, key = self_signed(TLS_FOLDER, _reached_by(http.host))
             http = http.model_copy(update={"ssl_certfile": str(certificate), "ssl_keyfile": str(key)})
-        if http.ssl_certfile:  # which the proxy would take for a reason to start again and again
+        if http.ssl_certfile:  # an unusable one would make the proxy restart endlessly
             ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
                 http.ssl_certfile, http.ssl_keyfile
             )
@@ -161,7 +161,7 @@ def _serve_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         parser.error("\n".join([f"{arguments.config}:", *problems]))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(f"{arguments.config}: {error}")
-    # Ray would go on trying for minutes, and its metrics are on all interfaces.
+    # Ray would retry for minutes. Its metrics listen on all interfaces.
     for host, port in ((http.host, http.port), ("", arguments.metrics_port or 0)):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -172,26 +172,26 @@ def _serve_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
 
 
 def _is_local(host: str) -> bool:
-    """Whether nobody but this machine reaches an address."""
+    """Returns whether an address is reachable from this machine only."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
 def _reached_by(host: str) -> str:
-    """What other machines, if they reach the server, may call this one."""
+    """Returns the name by which other machines may reach this one."""
     return socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
 
 
 def _closed(config: AppConfig) -> AppConfig:
-    """The configuration for those who have a key only.
+    """Returns the configuration without `auth.open`.
 
     Raises:
         ValueError: there are no keys.
     """
     if not config.auth.api_keys:
         raise ValueError(
-            "other machines reach that host, so auth.open does not hold, and there are no auth.api_keys; "
+            "other machines reach that host, so auth.open is ignored, and there are no auth.api_keys; "
             "make one with `python -m serve_app keys new NAME`"
         )
     return config.model_copy(update={"auth": config.auth.model_copy(update={"open": False})})
@@ -199,7 +199,7 @@ def _closed(config: AppConfig) -> AppConfig:
 
 def _build(application: _Application) -> Application:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
-    from serve_app.app import build_app  # after the setting, and not for --help
+    from serve_app.app import build_app  # after the setting; --help does not need it
 
     return build_app(application.args)
 
@@ -207,7 +207,7 @@ def _build(application: _Application) -> Application:
 def _serve(
     application: _Application, app: Application, http: _HTTPOptions, metrics_port: int | None
 ) -> str | None:
-    """Serve until a signal; returns what went wrong, for people."""
+    """Serves until a signal; returns the problem, if there was one."""
     import ray
     from ray import serve
 
@@ -221,11 +221,11 @@ def _serve(
         if interruptible:
             raise KeyboardInterrupt
 
-    # Ray's start, cut short, would leave processes behind: a signal waits for its end.
+    # An interrupted start of Ray would leave processes behind, so a signal waits for its end.
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     ray.init(address="local", include_dashboard=False, _metrics_export_port=metrics_port)
-    signal.signal(signal.SIGTERM, on_signal)  # again: Ray has put its own there, which exits
+    signal.signal(signal.SIGTERM, on_signal)  # again: Ray has installed its own, which exits
     try:
         interruptible = True
         if stop.is_set():
@@ -244,9 +244,9 @@ def _serve(
         try:
             stop.wait()
         except KeyboardInterrupt:
-            print("Stopping when running requests have ended; Ctrl-C again stops at once.", flush=True)
+            print("Stopping when running requests have ended. Ctrl-C again stops at once.", flush=True)
             serve.get_app_handle(application.name).broadcast("drain").results()
-            # What has ended may be on its way still: unlike `serve.shutdown` this leaves the proxy alone.
+            # Answers may still be on their way. Unlike `serve.shutdown`, this leaves the proxy alone.
             serve.delete(application.name)
     except KeyboardInterrupt:
         pass
@@ -259,7 +259,7 @@ def _serve(
 
 
 def _why_not(app_name: str) -> str | None:
-    """The replicas' own words, which Serve wraps into tracebacks."""
+    """Returns the errors of the replicas, without Serve's tracebacks."""
     from ray import serve
 
     reasons = []

@@ -1,4 +1,4 @@
-"""The configuration: what stands under `args` of the application in a Serve config file."""
+"""The configuration: `args` of the application in a Serve config file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deployments.config import ChatModelConfig, ClassifierConfig, Config, ModelC
 
 
 class Limits(Config):
-    """What a request may ask for."""
+    """Limits of requests."""
 
     max_prompt_chars: int = Field(default=32_000, ge=1, description="Longest prompt, in characters.")
     max_images: int = Field(default=10, ge=1, description="Most images of one request (`n`).")
@@ -24,83 +24,91 @@ class Limits(Config):
         default=2100,
         ge=1,
         description="Most work of one request: megapixels of an image × denoising steps × images. The "
-        "default lets ten images of 2048×2048 have 50 steps.",
+        "default allows ten images of 2048×2048 with 50 steps.",
     )
     max_pending: int = Field(
         default=64,
         ge=1,
-        description="Most images that wait or are being made at a time, in one ingress replica; beyond it "
-        "requests get a 429 with `Retry-After`.",
+        description="Most unfinished images of requests in one ingress replica. More are rejected with a 429 "
+        "and "
+        "`Retry-After`.",
     )
     max_pending_per_key: int | None = Field(
         default=None,
         ge=1,
-        description="Likewise for the requests with one API key, or with none. Unset, no bound.",
+        description="Most unfinished images of one API key, or of all requests without a key. Unlimited if "
+        "unset.",
     )
     megapixel_steps_per_minute: int | None = Field(
         default=None,
         ge=1,
-        description="Most work that may be asked for with one API key, in one ingress replica, within a "
-        "minute that begins with a request; beyond it there are 429s with `Retry-After`. Unset, no bound.",
+        description="Most work of one API key a minute, in one ingress replica. The minute begins with a "
+        "request. "
+        "More is rejected with a 429 and `Retry-After`. Unlimited if unset.",
     )
     deadline_s: float = Field(
         default=580,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds a request may take, loading included; then it gets a 504 and its work is "
+        description="Seconds that a request may take, loading included. Then it gets a 504 and its work is "
         "stopped. OpenAI's clients give up after 600.",
     )
     max_jobs: int = Field(
         default=1000,
         ge=1,
-        description="Most jobs that have not ended, in the whole database; beyond it there are 429s.",
+        description="Most unfinished jobs in the database. More are rejected with a 429.",
     )
     job_deadline_s: float = Field(
         default=3600,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds a job may take from its beginning, loading included; then it fails.",
+        description="Seconds that a job may take from its start, loading included. Then it fails.",
     )
     max_body_bytes: int = Field(
-        default=64 * 2**20, ge=1024, description="Largest request body; more is refused while it comes in."
+        default=64 * 2**20,
+        ge=1024,
+        description="Largest request body. A larger one is rejected while it arrives.",
     )
     max_json_bytes: int = Field(
         default=2**20,
         ge=1024,
-        description="Likewise for a generation's body: several times what the longest prompt takes, escaped. "
-        "An edit's holds images.",
+        description="Largest JSON body without images: several times the longest prompt, escaped.",
     )
     max_bodies_bytes: int = Field(
         default=2**30,
         ge=1024,
-        description="Most bytes of all bodies together, while their requests last; beyond it they get a 429.",
+        description="Most bytes of all request bodies together, for the duration of their requests. More are "
+        "rejected with a 429.",
     )
     body_timeout_s: float = Field(
         default=60,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds for a body to come in; then it gets a 408.",
+        description="Seconds in which a body must arrive. Then the request gets a 408.",
     )
     max_image_bytes: int = Field(default=50 * 2**20, ge=1024, description="Largest source image, as a file.")
     max_source_pixels: int = Field(
         default=2**25,
         ge=256,
-        description="Most pixels of a source image, looked at before decoding, which takes up to 17 bytes a "
-        "pixel, for one image at a time.",
+        description="Most pixels of a source image, checked before it is decoded. Decoding takes up to 17 "
+        "bytes "
+        "a pixel, for one image at a time.",
     )
 
 
 class APIKey(Config):
-    """A key, by what it is known without being known: its SHA-256, or a variable that holds it."""
+    """An API key: its SHA-256, or an environment variable that holds it."""
 
-    id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Its name in the log.")
+    id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of the key in the log.")
     sha256: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
-        description="The key's SHA-256; `python -m serve_app keys new NAME` prints both.",
+        description="SHA-256 of the key. `python -m serve_app keys new NAME` makes a key and prints both.",
     )
     secret_env: str | None = Field(
-        default=None, min_length=1, description="Instead: the variable of the environment that holds the key."
+        default=None,
+        min_length=1,
+        description="Environment variable that holds the key; an alternative to `sha256`.",
     )
 
     @model_validator(mode="after")
@@ -111,24 +119,24 @@ class APIKey(Config):
 
 
 class AuthConfig(Config):
-    """Who may use the server."""
+    """Authentication."""
 
     open: bool = Field(
         default=False,
-        description="Whether whoever reaches the port may. `make serve` takes it as false where that is not "
-        "this machine alone.",
+        description="Whether requests need no key. `make serve` ignores it unless it listens on this machine "
+        "only.",
     )
-    api_keys: tuple[APIKey, ...] = Field(default=(), description="The keys that are let in.")
+    api_keys: tuple[APIKey, ...] = Field(default=(), description="The valid keys.")
 
     @model_validator(mode="after")
     def _closed_or_meant(self) -> Self:
         ids = [key.id for key in self.api_keys]
         if len(set(ids)) < len(ids):
-            raise ValueError(f"the ids of api_keys must differ, not {ids}")
+            raise ValueError(f"the ids of api_keys must be unique, not {ids}")
         if not ids and not self.open:
             raise ValueError(
                 "there are no api_keys: make one with `python -m serve_app keys new NAME`, or set open: true "
-                "if whoever reaches the port may use the server"
+                "to accept requests without a key"
             )
         return self
 
@@ -138,51 +146,53 @@ MAX_SIGNED_S = 604_800
 
 
 class StorageConfig(Config):
-    """Where results are kept."""
+    """The file store."""
 
     url: str = Field(
         default_factory=lambda: str(Path.home() / ".local/share/glm-image-server/files"),
-        description="A folder, or any other URL that fsspec writes to, `s3://bucket/prefix` say.",
+        description="A folder, or another URL that fsspec writes to, such as `s3://bucket/prefix`.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="For fsspec's file system: `endpoint_url` of another S3 than Amazon's, …. Credentials "
-        "come from where Amazon's tools look: the environment, `~/.aws`, the machine's role.",
+        description="Options of fsspec's file system, such as `endpoint_url` for an S3 that is not Amazon's. "
+        "Credentials come from the environment, `~/.aws` or the machine's role.",
     )
     presigned: bool = Field(
         default=False,
-        description="Whether URLs in answers lead to the object store itself, signed for `ttl_s`; else to "
-        "`/files/` here.",
+        description="Whether URLs in answers point to the object store, signed for `ttl_s`. Otherwise they "
+        "point "
+        "to `/files/` of this server.",
     )
     ttl_s: int = Field(default=7 * 86_400, ge=1, description="Seconds after which a file is deleted.")
     max_bytes: int = Field(
-        default=20 * 2**30, ge=0, description="Most bytes of all files; beyond it the oldest are deleted."
+        default=20 * 2**30, ge=0, description="Most bytes of all files. Then the oldest ones are deleted."
     )
     min_free_bytes: int = Field(
         default=2**30,
         ge=0,
-        description="What is to be left of a folder's disk; below it nothing more is written, and requests "
-        "for a `url` get a 507.",
+        description="Free bytes to leave on a folder's disk. With less, nothing is written, and requests for "
+        "a "
+        "`url` get a 507.",
     )
 
     @model_validator(mode="after")
     def _signs(self) -> Self:
         if self.presigned and not self.url.startswith("s3://"):
-            raise ValueError("presigned needs an s3:// URL: nothing else signs")
+            raise ValueError("presigned needs an s3:// URL; other stores cannot sign")
         if self.presigned and self.ttl_s > MAX_SIGNED_S:
-            raise ValueError(f"ttl_s is above {MAX_SIGNED_S}, for which S3 signs at most")
+            raise ValueError(f"ttl_s is above {MAX_SIGNED_S}, the longest time for which S3 signs")
         return self
 
 
 class DatabaseConfig(Config):
-    """Where jobs are kept."""
+    """The database of jobs."""
 
     url: str = Field(
         default_factory=lambda: f"sqlite:///{Path.home()}/.local/share/glm-image-server/jobs.db",
         pattern=r"^(sqlite:///.|postgresql://)",
         description="SQLAlchemy's URL of an SQLite file, `sqlite:///PATH`, or of a PostgreSQL database, "
-        "`postgresql://USER@HOST/NAME`, which several ingress replicas may share. What it leaves out comes "
-        "from the environment: `PGPASSWORD`, `PGPASSFILE`, ….",
+        "`postgresql://USER@HOST/NAME`, which several ingress replicas may share. Missing parts come from "
+        "the environment: `PGPASSWORD`, `PGPASSFILE`, ….",
     )
 
 
@@ -192,7 +202,7 @@ class IngressConfig(Config):
     deployment: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of its Ray Serve deployment, passed through: `num_replicas`, "
-        "`ray_actor_options`, …. More than one replica takes PostgreSQL and storage that all of them reach.",
+        "`ray_actor_options`, …. Several replicas need PostgreSQL and a shared file store.",
     )
 
 
@@ -200,79 +210,82 @@ HostPort = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):
 
 
 class OutboundConfig(Config):
-    """Connections that users ask for: for the images that they name by URL, and for webhooks."""
+    """Connections on behalf of clients: for source images by URL, and for webhooks."""
 
     allow: tuple[HostPort, ...] = Field(
         default=(),
-        description="`host:port` entries, with the host as users write it, that may be reached although "
-        "they are not public.",
+        description="Non-public `host:port` entries that may be reached, with the host as clients write it.",
     )
     timeout_s: float = Field(
         default=30,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that one may take, redirects included.",
+        description="Seconds that a connection may take, redirects included.",
     )
 
 
 class SafetyCheckerConfig(Config):
-    """Whether images are fit to be shown: those that are made, their previews, and source images."""
+    """The safety checker of results, previews and source images."""
 
     classifier: ClassifierConfig = Field(
         default_factory=ClassifierConfig,
-        description="What looks at images, in a deployment of its own; `deployment` to `cpu_threads` as of "
+        description="The classifier, in a deployment of its own. It has the keys `deployment` to "
+        "`cpu_threads` of "
         "`models[].prior`, and:",
     )
     threshold: float = Field(
-        default=0.5, gt=0, le=1, description="The score, 0 to 1, from which on an image is flagged."
+        default=0.5, gt=0, le=1, description="Score, 0 to 1, from which an image is flagged."
     )
     low_threshold: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Likewise for requests that ask for less: by `moderation: low` in OpenAI's API, by "
-        "`enable_safety_checker: false` in fal's and Pixazo's. Unset, their images are not checked.",
+        description="Threshold of requests with `moderation: low` (OpenAI) or `enable_safety_checker: false` "
+        "(fal, "
+        "Pixazo). Their images are not checked if unset.",
     )
     on_failure: Literal["closed", "open"] = Field(
         default="closed",
-        description="What becomes of images that cannot be checked: `closed`, their requests fail; `open`, "
-        "they are handed out.",
+        description="Policy for images that cannot be checked: `closed` fails their requests, `open` "
+        "delivers "
+        "them.",
     )
     timeout_s: float = Field(
         default=60,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds for one image, loading included, which begins with the request; then it cannot "
-        "be checked.",
+        description="Seconds for one image, loading included. Then the image cannot be checked.",
     )
 
 
 class EndpointConfig(Config):
-    """A language model behind OpenAI's API for chat completions."""
+    """A language model behind OpenAI's chat completions API."""
 
     base_url: HttpUrl = Field(
-        description="What `/chat/completions` is put after. One that is not public stands in "
-        "`outbound.allow`, too."
+        description="Base URL; `/chat/completions` is appended. A non-public host must also be listed in "
+        "`outbound.allow`."
     )
-    model: str = Field(min_length=1, description="What it is called there.")
+    model: str = Field(min_length=1, description="Name of the model there.")
     key_env: str | None = Field(
-        default=None, min_length=1, description="The variable of the environment that holds the key."
+        default=None, min_length=1, description="Environment variable that holds the key."
     )
 
 
 class PromptExpanderConfig(Config):
-    """Who rewrites prompts, for requests that ask for that: one of the two."""
+    """The prompt expander: a chat model or an endpoint."""
 
     chat_model: ChatModelConfig | None = Field(
-        default=None, description="A chat model in a deployment of its own; likewise."
+        default=None,
+        description="A chat model in a deployment of its own. It has the keys `deployment` to `cpu_threads` "
+        "of `models[].prior`, and:",
     )
-    endpoint: EndpointConfig | None = Field(default=None, description="Somebody else's.")
+    endpoint: EndpointConfig | None = Field(default=None, description="A language model on another server.")
     max_tokens: int = Field(default=256, ge=1, description="Most tokens of a new prompt.")
     timeout_s: float = Field(
         default=30,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds for one prompt, loading included; then it stays as it is.",
+        description="Seconds for one prompt, loading included. Then the prompt stays as it is.",
     )
 
     @model_validator(mode="after")
@@ -283,49 +296,48 @@ class PromptExpanderConfig(Config):
 
 
 class ClusterConfig(Config):
-    """The Ray cluster that it runs on."""
+    """The Ray cluster."""
 
     autoscaling: bool = Field(
         default=False,
-        description="Whether nodes with GPUs come on demand. If not, a configuration that asks for more "
-        "GPUs than there are is refused at the start.",
+        description="Whether nodes with GPUs come on demand. If not, a configuration that needs more GPUs "
+        "than "
+        "the cluster has is rejected at the start.",
     )
 
 
 class AppConfig(Config):
     """The whole configuration of the application."""
 
-    models: tuple[ModelConfig, ...] = Field(description="What is served; the first one is the default.")
-    auth: AuthConfig = Field(description="Who may use the server.")
-    limits: Limits = Field(default_factory=Limits, description="What a request may ask for.")
-    cluster: ClusterConfig = Field(
-        default_factory=ClusterConfig, description="The Ray cluster that it runs on."
-    )
-    storage: StorageConfig = Field(default_factory=StorageConfig, description="Where results are kept.")
-    database: DatabaseConfig = Field(default_factory=DatabaseConfig, description="Where jobs are kept.")
+    models: tuple[ModelConfig, ...] = Field(description="The models. The first one is the default.")
+    auth: AuthConfig = Field(description="Authentication.")
+    limits: Limits = Field(default_factory=Limits, description="Limits of requests.")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="The Ray cluster.")
+    storage: StorageConfig = Field(default_factory=StorageConfig, description="The file store.")
+    database: DatabaseConfig = Field(default_factory=DatabaseConfig, description="The database of jobs.")
     ingress: IngressConfig = Field(default_factory=IngressConfig, description="The API plane.")
     outbound: OutboundConfig = Field(
-        default_factory=OutboundConfig, description="Connections that users ask for."
+        default_factory=OutboundConfig, description="Connections on behalf of clients."
     )
     safety_checker: SafetyCheckerConfig | None = Field(
-        default=None, description="Looks at images; unset, nobody does. `{}` has the defaults."
+        default=None, description="Safety checker. Disabled if unset; `{}` enables it with the defaults."
     )
     prompt_expander: PromptExpanderConfig | None = Field(
-        default=None, description="Rewrites prompts; unset, nobody does."
+        default=None, description="Prompt expander. Disabled if unset."
     )
     public_url: HttpUrl | None = Field(
-        default=None, description="Base of the URLs in answers; unset, what the client used."
+        default=None, description="Base of the URLs in answers. Defaults to the address that the client used."
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"there must be a model, and model names must differ, not {names}")
+            raise ValueError(f"models must not be empty, and their names must be unique, not {names}")
         replicas = self.ingress.deployment
         several = replicas.get("num_replicas", 1) != 1 or "autoscaling_config" in replicas
         if several and self.database.url.startswith("sqlite"):
-            raise ValueError("several ingress replicas need a database.url of PostgreSQL: SQLite is for one")
+            raise ValueError("several ingress replicas need a database.url of PostgreSQL; SQLite allows one")
         limits = self.limits
         for low, high in (
             ("max_images", "max_pending"),

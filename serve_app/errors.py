@@ -1,124 +1,152 @@
-"""Errors that a client is told about. How they are put into words of an API is the dialect's business."""
+"""The kinds of errors that clients get. `serve_app.http.errors` maps them to status codes, once."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-NO_RETRY = {"x-should-retry": "false"}
-"""Tells the OpenAI clients that the same request would fail again: they retry a 5xx by themselves."""
-
 
 class RequestError(Exception):
-    """The request cannot be served, and a client can do something about it, if only try again.
+    """Base of all errors that a client gets. Raise one of the kinds below.
 
     Attributes:
-        status: HTTP status: 400-499, or 500-504 with advice.
-        message: what is wrong and what to do, for a person to read.
+        message: what is wrong, and what to do, for a person.
         param: the parameter at fault, as the client calls it.
-        code: short and stable, for a program to read.
-        headers: of the answer.
+        code: short and stable, for a program.
+        retryable: whether the same request may succeed later.
+        retry_after_s: seconds to wait before the retry; None if unknown.
     """
+
+    RETRYABLE: ClassVar[bool] = False
+    CODE: ClassVar[str] = "invalid_value"
 
     def __init__(
         self,
         message: str,
         *,
+        code: str = "",
         param: str | None = None,
-        code: str = "invalid_value",
-        status: int = 400,
-        headers: Mapping[str, str] | None = None,
+        retryable: bool | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
+        self.code = code or self.CODE
         self.param = param
-        self.code = code
-        self.status = status
-        self.headers = headers or {}
+        self.retryable = self.RETRYABLE if retryable is None else retryable
+        self.retry_after_s = retry_after_s
+
+    def for_api(self, names: Mapping[str, str]) -> RequestError:
+        """Returns the error in the words of an API.
+
+        Args:
+            names: the API's name of each parameter that has another name here.
+        """
+        del names
+        return self
 
 
-class ReplicaDied(Exception):  # noqa: N818 - a fault of the server, which the client need not know
-    """A stage's replica has died with a unit; the unit can be made again, to the same bytes."""
+class Invalid(RequestError):
+    """The request cannot be honoured as it is."""
 
 
-class InvalidParameter(Exception):  # noqa: N818 - the client's error, not ours
-    """A parameter of a `Generation` cannot be honoured. Dialects say it in their own words.
+class InvalidParameter(Invalid):
+    """A parameter of a `GenerationRequest` cannot be honoured.
 
     Attributes:
-        param: its name as a field of `Generation`, or `size`.
-        problem: goes on from the parameter's name: "must be 1 to 10, not 11".
-        code: short and stable, for a program to read.
+        problem: continues a sentence that begins with the parameter's name: "must be 1 to 10, not 11".
     """
 
-    def __init__(self, param: str, problem: str, *, code: str = "invalid_value") -> None:
-        super().__init__(f"{param} {problem}")
-        self.param = param
+    def __init__(self, param: str, problem: str, *, code: str = "") -> None:
+        super().__init__(f"{param} {problem}.", code=code, param=param)
         self.problem = problem
-        self.code = code
+
+    def for_api(self, names: Mapping[str, str]) -> RequestError:
+        """Returns the error with the API's name of the parameter."""
+        name = names.get(self.param or "", self.param or "")
+        return Invalid(f"{name} {self.problem}.", code=self.code, param=name)
 
 
-def in_words(error: RequestError | InvalidParameter, names: Mapping[str, str]) -> RequestError:
-    """The error as an API tells it.
+class TooLarge(Invalid):
+    """A body, or an image in it, has too many bytes."""
 
-    Args:
-        error: any.
-        names: what the API calls a parameter, where that is not its name here.
-    """
-    if isinstance(error, RequestError):
-        return error
-    param = names.get(error.param, error.param)
-    return RequestError(f"{param} {error.problem}.", param=param, code=error.code)
+    CODE = "request_too_large"
 
 
-def server_error() -> RequestError:
-    """A fault of the server, which is not the client's to know."""
-    return RequestError("The server failed to answer; its log says why.", code="server_error", status=500)
+class Refused(RequestError):
+    """The client may not do that."""
+
+    CODE = "forbidden"
 
 
-def stopping() -> RequestError:
-    """The server takes on nothing more."""
-    return RequestError(
-        "The server is stopping; try again in a moment.",
-        code="stopping",
-        status=503,
-        headers={"Retry-After": "10"},
-    )
+class NotFound(RequestError):
+    """The thing does not exist, or belongs to another API key."""
+
+    CODE = "not_found"
 
 
-def too_slow(limit_s: float) -> RequestError:
-    """The body takes longer than `limit_s` seconds to come in."""
-    return RequestError(
-        f"The request body has not come in within {limit_s:g} s.",
-        code="request_timeout",
-        status=408,
-        headers={"Connection": "close"},
-    )
+class Gone(RequestError):
+    """The thing existed and was deleted."""
 
 
-def too_much_at_once() -> RequestError:
-    """The bodies of all requests together take too much memory."""
-    return RequestError(
-        "The server holds too many large requests; try again in a moment.",
-        code="busy",
-        status=429,
-        headers={"Retry-After": "5"},
-    )
+class Conflict(RequestError):
+    """The thing is in a state that does not allow the request."""
 
 
-def image_too_large(limit: int) -> RequestError:
-    """A source image's file is larger than `limit` bytes."""
-    return RequestError(
-        f"The image is larger than the {limit} bytes allowed.",
-        param="image",
-        code="request_too_large",
-        status=413,
-    )
+class Busy(RequestError):
+    """A bound on work or memory is reached; there will be room again."""
+
+    RETRYABLE = True
+    CODE = "busy"
 
 
-def too_large(limit: int) -> RequestError:
-    """The body is larger than `limit` bytes."""
-    return RequestError(
-        f"The request body is larger than the {limit} bytes allowed.", code="request_too_large", status=413
-    )
+class Unavailable(RequestError):
+    """Something that the request needs is away for now."""
+
+    RETRYABLE = True
+    CODE = "unavailable"
+
+
+class Full(RequestError):
+    """The file storage has no room."""
+
+    CODE = "storage_full"
+
+
+class Failed(RequestError):
+    """The server could not do what it should have done. Its log says why."""
+
+    CODE = "server_error"
+
+
+class TimedOut(RequestError):
+    """The request was stopped at its deadline."""
+
+    CODE = "deadline_exceeded"
+
+
+class Cancelled(RequestError):
+    """The client cancelled the request."""
+
+    CODE = "client_cancelled"
+
+
+class ReplicaDied(Exception):
+    """A stage's replica has died with a unit. The unit can be made again, with the same bytes."""
+
+
+def server_error() -> Failed:
+    """Returns the error for a fault whose details are not the client's business."""
+    return Failed("The server failed to answer; its log says why.", retryable=True)
+
+
+def stopping() -> Unavailable:
+    """Returns the error for requests that arrive while the server stops."""
+    return Unavailable("The server is stopping; try again in a moment.", code="stopping", retry_after_s=10)
+
+
+def image_too_large(limit: int) -> TooLarge:
+    """Returns the error for a source image of more than `limit` bytes."""
+    return TooLarge(f"The image is larger than the {limit} bytes allowed.", param="image")

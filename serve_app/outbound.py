@@ -1,4 +1,4 @@
-"""The only way out: whatever opens a connection that a user asked for opens it here."""
+"""Outgoing connections on behalf of clients. No other module of `serve_app` opens connections."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ MAX_REDIRECTS = 5
 REDIRECTS = {301, 302, 303, 307, 308}
 
 HOST = re.compile(r"[A-Za-z0-9._:-]+")
-"""Names (IDNA's too, once encoded) and addresses; no scope (`%eth0`), and no NUL, at which C would stop."""
+"""Names (encoded by IDNA) and addresses. No scope (`%eth0`), and no NUL, at which C would stop."""
 HEADERS = {"User-Agent": "glm-image-server", "Accept-Encoding": "identity"}
 
 NAT64 = ip_network("64:ff9b::/96")
-"""How networks of IPv6 alone write the IPv4 address of others: as the last 32 bits."""
+"""Addresses of IPv4 hosts in IPv6-only networks: the last 32 bits are the IPv4 address."""
 GLOBAL_UNICAST = ip_network("2000::/3")
-"""What of IPv6 is given out to the public. Mapped and compatible IPv4 and site-local lie outside."""
+"""Public IPv6 addresses. Mapped and compatible IPv4 and site-local addresses lie outside."""
 NOT_PUBLIC = tuple(
     map(
         ip_network,
         (
-            # Missing from `is_global` of some of the Pythons that this runs on.
-            "192.0.0.0/24",  # IETF's; Oracle's metadata among them
+            # Missing from `is_global` in some of the supported versions of Python.
+            "192.0.0.0/24",  # IETF protocol assignments; Oracle's metadata service uses one
             "3fff::/20",  # documentation
-            # 6to4, by which hardly any images are reached, but the IPv4 addresses that it wraps would be.
+            # 6to4: hardly any images are there, but it wraps IPv4 addresses.
             "192.88.99.0/24",
             "2002::/16",
-            # Azure's virtual machines reach their host by it.
+            # The host of Azure's virtual machines.
             "168.63.129.16/32",
         ),
     )
@@ -50,14 +50,15 @@ NOT_PUBLIC = tuple(
 
 BAD_URL = "must be an http or https URL without credentials, and so must all that it redirects to"
 NO_PUBLIC_ADDRESS = "does not lead to a public address"
-"""Said of names that there are not, too: what answers inside, and under which name, is nobody's business."""
+"""Problem of unknown names too, so that errors reveal nothing of the internal network."""
 
 
 class OutboundError(Exception):
-    """What a URL leads to cannot be had, or may not be.
+    """A URL cannot be reached, or must not be.
 
     Attributes:
-        problem: goes on from the URL's name: "could not be reached". It tells nothing of the network inside.
+        problem: continues a sentence that begins with the URL's name: "could not be reached". It reveals
+            nothing of the internal network.
     """
 
     def __init__(self, problem: str) -> None:
@@ -66,25 +67,25 @@ class OutboundError(Exception):
 
 
 class Outbound:
-    """Fetches for users and tells them things: at public addresses, and where `allow` names.
+    """Sends requests to public addresses, and to the entries of `allow`.
 
-    A host is looked up once for each request and redirect, all its addresses are checked, and the first of
-    these is dialled. Nothing is kept from one to the next: no connection, no cookie.
+    A host is resolved once for each request and redirect. All its addresses are checked, and the first one is
+    connected to. No connection and no cookie is kept.
     """
 
     def __init__(self, config: OutboundConfig) -> None:
         self._timeout_s = config.timeout_s
         self._allow = {_place(URL(f"http://{entry}")) for entry in config.allow}
-        # Users choose the name servers, too. Ones that never answer hold up none but these threads.
+        # Clients choose the name servers too. Slow ones occupy only these threads.
         self._lookups = ThreadPoolExecutor(thread_name_prefix="lookup")
 
     async def fetch(self, url: str, *, max_bytes: int) -> bytes:
-        """GET an image, of at most `max_bytes` bytes, by way of at most 5 redirects.
+        """Fetches an image of at most `max_bytes` bytes, over at most 5 redirects.
 
         Raises:
-            OutboundError: the URL or a redirect leads where it may not; the answer has another status than
-                200, another type than `image/*` or `application/octet-stream`, an encoding, or too many
-                bytes; it is none; or it has not come in within `timeout_s`.
+            OutboundError: the URL or a redirect is not allowed; the answer has another status than 200,
+                another type than `image/*` or `application/octet-stream`, an encoding, or too many bytes; it
+                is not valid HTTP; or it took longer than `timeout_s`.
         """
         target = _parse(url)
         async with self._in_time():
@@ -97,15 +98,15 @@ class Outbound:
         raise OutboundError(f"redirects more than {MAX_REDIRECTS} times")
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
-        """POST a message; returns the answer's status. Its body is not read, a redirect not followed.
+        """Posts a message; returns the status of the answer. Its body is not read, a redirect not followed.
 
         Args:
-            url: where to.
-            body: the message.
-            headers: of it; whatever of them a user chose has no line breaks.
+            url: URL of the receiver.
+            body: body of the message.
+            headers: headers of the message. Values that a client chose have no line breaks.
 
         Raises:
-            OutboundError: the URL leads where it may not, or there was no answer within `timeout_s`.
+            OutboundError: the URL is not allowed, or there was no answer within `timeout_s`.
         """
         target = _parse(url)
         async with self._in_time(), self._request("POST", target, {**HEADERS, **headers}, body) as answer:
@@ -114,26 +115,26 @@ class Outbound:
     async def ask(
         self, url: str, body: bytes, headers: Mapping[str, str], *, max_bytes: int
     ) -> tuple[int, bytes]:
-        """POST a question, for as long as the caller waits; returns the answer's status and body.
+        """Posts a request; returns the status and the body of the answer. The caller sets the time limit.
 
         Args:
-            url: where to; a redirect is not followed.
-            body: the question.
-            headers: of it.
-            max_bytes: of the answer.
+            url: URL of the receiver; a redirect is not followed.
+            body: body of the request.
+            headers: headers of the request.
+            max_bytes: most bytes of the answer.
 
         Raises:
-            OutboundError: the URL leads where it may not, or there was no valid answer, or too large a one.
+            OutboundError: the URL is not allowed, or the answer is not valid or too large.
         """
         target = _parse(url)
-        async with _told_plainly(), self._request("POST", target, {**HEADERS, **headers}, body) as answer:
+        async with _plain_errors(), self._request("POST", target, {**HEADERS, **headers}, body) as answer:
             return answer.status, await _body(answer, max_bytes)
 
     async def check(self, url: str) -> None:
-        """Look whether a URL leads where it may.
+        """Checks that a URL is allowed.
 
         Raises:
-            OutboundError: it does not.
+            OutboundError: it is not.
         """
         target = _parse(url)
         async with self._in_time():
@@ -143,7 +144,7 @@ class Outbound:
     async def _in_time(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._timeout_s):
-                async with _told_plainly():
+                async with _plain_errors():
                     yield
         except TimeoutError as error:
             raise OutboundError(f"took longer than {self._timeout_s:g} s") from error
@@ -152,21 +153,21 @@ class Outbound:
     async def _request(
         self, method: str, url: URL, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        # The address takes the name's place, so that there is nothing left that could be looked up again. To
-        # the server, and to TLS, which checks it, the name is told as it was.
+        # The address replaces the name, so that it is not resolved again. The server and TLS still get the
+        # name, and TLS checks it.
         pinned = url.with_host(await self._address(url))
         async with (
             aiohttp.ClientSession(
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(),  # there is one for all, above
+                timeout=aiohttp.ClientTimeout(),  # `_in_time` limits the whole
                 trust_env=False,
             ) as session,
             session.request(
                 method,
                 pinned,
                 headers={**headers, "Host": url.host_port_subcomponent or ""},
-                data=body and io.BytesIO(body),  # bytes that are many would make aiohttp warn
+                data=body and io.BytesIO(body),  # aiohttp warns of large bytes
                 allow_redirects=False,
                 server_hostname=url.raw_host,
             ) as answer,
@@ -180,7 +181,7 @@ class Outbound:
         look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
-        except (OSError, ValueError) as error:  # the latter for labels that are too long, say
+        except (OSError, ValueError) as error:  # ValueError: a label is too long
             raise OutboundError(NO_PUBLIC_ADDRESS) from error
         addresses = [ip_address(socket_address[0]) for *_, socket_address in found]
         if (host, port) not in self._allow and not all(map(_is_public, addresses)):
@@ -189,11 +190,11 @@ class Outbound:
 
 
 @asynccontextmanager
-async def _told_plainly() -> AsyncIterator[None]:
-    """What goes wrong on the way."""
+async def _plain_errors() -> AsyncIterator[None]:
+    """Turns the errors of a connection into `OutboundError`."""
     try:
         yield
-    except TimeoutError:  # an OSError, and the caller's business
+    except TimeoutError:  # an OSError, for the caller
         raise
     except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
         raise OutboundError("could not be reached, or gave no valid answer") from error
@@ -217,7 +218,7 @@ def _redirected(url: URL, location: str) -> URL:
 
 
 def _place(url: URL) -> tuple[str, int]:
-    """Host, in lower case and encoded by IDNA, and port; empty or 0 if there is none."""
+    """Returns the host, in lower case and encoded by IDNA, and the port; empty or 0 if missing."""
     return url.raw_host or "", url.port or 0
 
 
@@ -240,7 +241,7 @@ async def _image(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     if not kind.startswith("image/") and kind not in ("application/octet-stream", ""):
         raise OutboundError("is not an image by its Content-Type")
     if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise OutboundError("comes with a Content-Encoding, which was not asked for")
+        raise OutboundError("has a Content-Encoding, which was not requested")
     return await _body(answer, max_bytes)
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: tests that lack something on this machine are skipped, but never in CI."""
+"""Fixtures and marks of all tests. Tests that need a missing program are skipped, but never in CI."""
 
 import os
 import secrets
@@ -26,7 +26,7 @@ needs_node = pytest.mark.skipif(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With FAIL_ON_SKIP set, a run with a skipped test has failed."""
+    """Fails a run with a skipped test if FAIL_ON_SKIP is set."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("FAIL_ON_SKIP") and reporter and reporter.stats.get("skipped"):
         reporter.write_line("a test was skipped, and FAIL_ON_SKIP is set", red=True)
@@ -34,7 +34,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def _postgresql(program: str) -> str:
-    """Where Debian has put it: of the server's programs, some versions may be installed side by side."""
+    """Returns the path of a program of PostgreSQL. Debian may have several versions side by side."""
     found = [shutil.which(program), *map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{program}"))]
     if path := next(filter(None, found), None):
         return path
@@ -43,7 +43,7 @@ def _postgresql(program: str) -> str:
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Callable[[], str]]:
-    """A PostgreSQL of the tests' own; makes a new database and returns its URL."""
+    """Runs a PostgreSQL for the tests. The fixture makes a new database and returns its URL."""
     user = "postgres" if os.geteuid() == 0 else None  # it does not run as root
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -87,7 +87,7 @@ def postgresql() -> Iterator[Callable[[], str]]:
 
                 yield make
             finally:
-                server.send_signal(signal.SIGINT)  # which waits for no client
+                server.send_signal(signal.SIGINT)  # does not wait for clients
                 server.wait(30)
 
 
@@ -101,7 +101,7 @@ def _answers(url: str) -> bool:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of an empty database, of either kind."""
+    """URL of an empty database: SQLite, then PostgreSQL."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
     make: Callable[[], str] = request.getfixturevalue("postgresql")
@@ -110,7 +110,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def open_database() -> Iterator[Callable[[str], Database]]:
-    """Opens databases by their URLs, and closes them."""
+    """Opens databases by their URLs. All are closed after the test."""
     opened: list[Database] = []
 
     def open_it(url: str) -> Database:

@@ -1,76 +1,72 @@
-"""Loading and unloading, seen from the ingress: it tells which models it needs, and has them go."""
+"""Loading and unloading as the ingress sees it: it reports which models it needs, and unloads models."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
 
 from deployments.scaling import RENEWAL_S
-from serve_app.errors import RequestError
+from serve_app.background import Periodic
+from serve_app.errors import Conflict, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection
+    from collections.abc import Collection
 
-    from deployments.scaling import GateKeeper
+    from deployments.scaling import RegistryClient
     from serve_app.cluster.status import ModelStatuses, StageStatus, StatusReader
     from serve_app.generation.generator import Generator
 
-UNLOAD_S = 60
-"""More than idle replicas ever take to go."""
-LOOK_AGAIN_S = 0.05
+UNLOAD_TIMEOUT_S = 60
+"""Seconds after which an unload fails. Idle replicas take less to stop."""
+POLL_INTERVAL_S = 0.05
 
 
 class Lifecycle:
-    """Tells the gate what this ingress needs, and unloads models.
+    """Reports this ingress's needs to the demand registry, and unloads models.
 
     Args:
-        generator: whose requests need the models.
-        changed: set when a request comes or goes.
-        gate: where the policies ask.
-        status: tells when the replicas are gone.
+        generator: has the requests that need the models.
+        changed: set when a request begins or ends.
+        registry: the demand registry.
+        status: reads the states of the replicas.
     """
 
     def __init__(
-        self, generator: Generator, changed: asyncio.Event, gate: GateKeeper, status: StatusReader
+        self, generator: Generator, changed: asyncio.Event, registry: RegistryClient, status: StatusReader
     ) -> None:
         self._generator = generator
         self._changed = changed
-        self._gate = gate
+        self._registry = registry
         self._status = status
+        self._ingress = uuid.uuid4().hex
 
-    @asynccontextmanager
-    async def telling(self) -> AsyncIterator[None]:
-        """Within the block the gate is told, at every change and again and again, which models are needed."""
-        telling = asyncio.create_task(self._tell())
-        try:
-            yield
-        finally:
-            telling.cancel()
+    @property
+    def reporting(self) -> Periodic:
+        """The periodic task that reports the needs: at every change, and before the last report expires."""
+        return Periodic(
+            name="report demand",
+            run=self._report,
+            interval_s=RENEWAL_S,
+            wake=self._changed,
+            expected=(RayError, TimeoutError),
+        )
 
-    async def _tell(self) -> None:
-        ingress = uuid.uuid4().hex
-        while True:
-            self._changed.clear()
-            needed = self._generator.needed()
-            with suppress(RayError, TimeoutError):
-                await self._gate.ask("need", ingress, needed)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(RENEWAL_S if needed else None):
-                    await self._changed.wait()
+    async def _report(self) -> None:
+        await self._registry.ask("need", self._ingress, self._generator.running.needed())
 
     @property
     def names(self) -> list[str]:
-        """Of all that can be unloaded: the models and the helpers."""
+        """Names of everything that can be unloaded: models and helpers."""
         return self._status.names
 
     async def statuses(self, *, fresh: bool = False) -> ModelStatuses:
-        """Each stage's, see `StatusReader.read`; asking wakes no model."""
+        """Returns the states of all stages; see `StatusReader.read`. Loads no model."""
         busy = {(unit.model, unit.progress.stage) for unit in self._generator.units if unit.progress}
-        needed = self._generator.needed()
+        needed = self._generator.running.needed()
 
         def now(model: str, stage: str, status: StageStatus) -> StageStatus:
             if status["state"] == "ready" and (model, stage) in busy:
@@ -85,41 +81,42 @@ class Lifecycle:
         }
 
     async def unload(self, models: Collection[str], *, wait_s: float, force: bool) -> None:
-        """Have these models' replicas go, and return when they are gone.
+        """Unloads models; returns when their replicas have stopped.
 
         Args:
-            models: by their names, and helpers by theirs.
-            wait_s: how long to wait until no request of theirs is running.
-            force: whether to call them off instead.
+            models: names of models and helpers.
+            wait_s: seconds to wait until no request of theirs runs.
+            force: whether to abort their requests instead.
 
         Raises:
-            RequestError: 409, there are running requests; 503, the replicas stay.
+            Conflict: there are running requests.
+            Unavailable: the replicas do not stop.
         """
+        running = self._generator.running
         if force:
-            self._generator.call_off(models)
+            running.abort(models)
         with suppress(TimeoutError):
-            async with asyncio.timeout(UNLOAD_S if force else wait_s):
-                await self._generator.until_idle(models)
-        if running := self._generator.count(models):
-            raise RequestError(
-                f"{running} generations are running. Unload with ?wait=true when they have ended, or with "
-                "?force=true stop them.",
+            async with asyncio.timeout(UNLOAD_TIMEOUT_S if force else wait_s):
+                await running.until_idle(models)
+        if count := running.count(models):
+            raise Conflict(
+                f"{count} generations are running. Unload with ?wait=true when they have ended, or stop them "
+                "with ?force=true.",
                 code="generating",
-                status=409,
+                retryable=True,
             )
         try:
-            await self._gate.ask("unload", list(models))
-            async with asyncio.timeout(UNLOAD_S):
-                while await self._remain(models):  # noqa: ASYNC110 - Serve tells nobody
-                    await asyncio.sleep(LOOK_AGAIN_S)
+            await self._registry.ask("unload", list(models))
+            async with asyncio.timeout(UNLOAD_TIMEOUT_S):
+                while await self._remain(models):  # noqa: ASYNC110 - Serve has no event for it
+                    await asyncio.sleep(POLL_INTERVAL_S)
         except (RayError, TimeoutError):
-            raise RequestError(
-                "The replicas have not gone; try again, or see the server's log.",
+            raise Unavailable(
+                "The replicas did not stop; try again, or see the server's log.",
                 code="unload_failed",
-                status=503,
-                headers={"Retry-After": "5"},
+                retry_after_s=5,
             ) from None
 
     async def _remain(self, models: Collection[str]) -> bool:
-        """Whether there are replicas still; when somebody needs a model again there always will be."""
-        return not self._generator.count(models) and bool(await self._status.replicas(models))
+        """Returns whether there are replicas still. A new request loads them again, which ends the wait."""
+        return not self._generator.running.count(models) and bool(await self._status.replicas(models))

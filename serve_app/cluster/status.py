@@ -1,4 +1,4 @@
-"""What state the stages are in, read from Ray Serve's controller and the gate: asking wakes no model."""
+"""States of the stages, read from Ray Serve's controller and the demand registry. Reading loads no model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
     from ray.serve.schema import DeploymentStatusOverview
 
-    from deployments.scaling import GateKeeper, Report
+    from deployments.scaling import RegistryClient, Report
 
 MAX_AGE_S = 1.0
 MAX_LAG_S = 5.0
 PROCESS_START_S = 5.0
-"""A replica that has its GPU reports sooner."""
+"""Seconds after which a replica without a report counts as waiting for a GPU."""
 
 
 class StageStatus(TypedDict):
-    """One stage of a model, all its replicas together.
+    """State of a stage of a model, over all its replicas.
 
     Attributes:
-        state: the best of its replicas'.
-        replicas: how many are loaded.
-        done: tokens that these have drawn (or read, where none are drawn), or denoising steps that they have
-            made, since they loaded; those of images that were called off included.
-        progress: of its loading, 0 to 1.
+        state: the best state of its replicas.
+        replicas: number of loaded replicas.
+        done: tokens generated (or read, where none are generated) or denoising steps made since loading,
+            those of aborted images included.
+        progress: share of the loading that is done, 0 to 1.
         reason: why it failed, or what its loading waits for.
     """
 
@@ -45,14 +45,14 @@ class StageStatus(TypedDict):
 
 
 ModelStatuses = dict[str, dict[str, StageStatus]]
-"""By model, then by stage (`prior`, `decoder`)."""
+"""States by model, then by stage (`prior`, `decoder`)."""
 HELPER = "helper"
-"""What stands for a stage where there is but one: of the safety checker, and of the prompt expander."""
+"""Name of the only stage of the safety checker, and of the prompt expander."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """A stage as Serve knows it: its deployment's name, and the GPUs of a replica."""
+    """A stage as Serve knows it: the name of its deployment, and the GPUs of a replica."""
 
     name: str
     num_gpus: float
@@ -62,23 +62,23 @@ class StatusReader:
     """Reads the states of an application's stages.
 
     Args:
-        app_name: of the Serve application.
-        deployments: by model, then by stage; the helpers', by their names, as `HELPER`.
-        gate: where the replicas report.
-        autoscaling: whether missing GPUs are going to come.
+        app_name: name of the Serve application.
+        deployments: deployments by model, then by stage; those of helpers by name, then `HELPER`.
+        registry: has the reports of the replicas.
+        autoscaling: whether nodes with GPUs come on demand.
     """
 
     def __init__(
         self,
         app_name: str,
         deployments: dict[str, dict[str, Deployment]],
-        gate: GateKeeper,
+        registry: RegistryClient,
         *,
         autoscaling: bool,
     ) -> None:
         self._app_name = app_name
         self._deployments = deployments
-        self._gate = gate
+        self._registry = registry
         self._awaited = "a GPU node" if autoscaling else "a GPU"
         self._reading: asyncio.Task[None] | None = None
         self._statuses: ModelStatuses = {}
@@ -87,15 +87,15 @@ class StatusReader:
 
     @property
     def names(self) -> list[str]:
-        """Of the models and the helpers."""
+        """Names of the models and the helpers."""
         return list(self._deployments)
 
     async def read(self, *, fresh: bool = False) -> ModelStatuses:
-        """The states.
+        """Returns the states.
 
         Args:
-            fresh: whether they are to be read now. Else they are a second old at most, or, so that whoever
-                asks again and again never waits, those of the last time it asked, up to five seconds ago.
+            fresh: whether to read them now. Otherwise they are at most a second old; a client that polls
+                does not wait and gets those of its last poll, which are at most five seconds old.
         """
         age = time.monotonic() - self._read_at
         if fresh or (age > MAX_AGE_S and not self._reading):
@@ -108,7 +108,7 @@ class StatusReader:
         try:
             reports: dict[str, list[Report]] = {}
             with suppress(RayError, TimeoutError):
-                reports = await self._gate.ask("reports")
+                reports = await self._registry.ask("reports")
             overviews = await self._overviews()
             self._statuses = {
                 model: {
@@ -124,19 +124,19 @@ class StatusReader:
             self._reading = None
 
     async def replicas(self, models: Iterable[str]) -> int:
-        """How many replicas of these models there are now, in any state; one, where Serve does not say."""
+        """Returns the number of replicas of these models in any state. Unknown deployments count as one."""
         overviews = await self._overviews()
         names = [stage.name for model in models for stage in self._deployments[model].values()]
         return sum(sum(overviews[name].replica_states.values()) if name in overviews else 1 for name in names)
 
     def _last(self, model: str, stage: str) -> StageStatus:
-        """What was known of a stage last."""
+        """Returns the last known state of a stage."""
         return self._statuses.get(model, {}).get(stage, {"state": "unloaded"})
 
     async def _overviews(self) -> dict[str, DeploymentStatusOverview]:
-        """Serve's word on each deployment; it takes 20 to 50 ms.
+        """Returns Serve's overview of each deployment, which takes 20 to 50 ms.
 
-        While Serve makes an update ready it may know nothing of some.
+        During an update, Serve may know nothing of some deployments.
         """
         status = await asyncio.to_thread(serve.status)
         return status.applications[self._app_name].deployments
@@ -144,22 +144,22 @@ class StatusReader:
     def _status(
         self, stage: Deployment, overview: DeploymentStatusOverview, reports: list[Report]
     ) -> StageStatus:
-        # Declared as enums, and sometimes their bare strings; as enums of strings they are both.
+        # Serve declares enums and sometimes has bare strings. Its enums compare equal to their strings.
         replicas: dict[Any, int] = dict(overview.replica_states)
         running, starting = replicas.get("RUNNING", 0), replicas.get("STARTING", 0)
-        told: dict[str, Any] = {report["state"]: report for report in reports}
-        # They run when they have loaded or failed to. One that was killed is heard of for a while yet, and
-        # while there is no gate none is.
-        ready = min(running, sum(report["state"] == "ready" for report in reports)) if told else running
+        reported: dict[str, Any] = {report["state"]: report for report in reports}
+        # Replicas run when they have loaded, or failed to. Reports of a killed replica stay for a while, and
+        # a new registry has none yet.
+        ready = min(running, sum(report["state"] == "ready" for report in reports)) if reported else running
         if ready:
             status: StageStatus = {"state": "ready", "replicas": ready}
-            if told:
+            if reported:
                 status["done"] = sum(report.get("done", 0) for report in reports)
             return status
         if running:
-            return cast("StageStatus", told.get("loading") or told["failed"])
+            return cast("StageStatus", reported.get("loading") or reported["failed"])
         if starting:
-            return told.get("loading") or self._starting(stage)
+            return reported.get("loading") or self._starting(stage)
         self._silent_since.pop(stage.name, None)
         if "STOPPING" in replicas:
             return {"state": "unloading"}
@@ -168,7 +168,7 @@ class StatusReader:
         return {"state": "unloaded"}
 
     def _starting(self, stage: Deployment) -> StageStatus:
-        """A stage whose replica's process has not said anything yet: it may have no place to run."""
+        """Returns the state of a stage whose replica has not reported: it may wait for a GPU."""
         silent_s = time.monotonic() - self._silent_since.setdefault(stage.name, time.monotonic())
         if stage.num_gpus and silent_s > PROCESS_START_S:
             return {"state": "loading", "reason": f"waiting for {self._awaited}"}

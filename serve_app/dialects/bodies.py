@@ -1,4 +1,4 @@
-"""Bodies in JSON: read within bounds, checked strictly, refused with the parameter's name."""
+"""JSON bodies: read within bounds, validated strictly, rejected with the parameter's name."""
 
 from __future__ import annotations
 
@@ -11,39 +11,38 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.errors import RequestError, too_large
+from serve_app.errors import Invalid
 from serve_app.generation.request import MAX_ID_CHARS
+from serve_app.http.errors import CLIENT_CLOSED, too_large
 
 if TYPE_CHECKING:
     from fastapi import Request
 
 MAX_FIELDS = 64
-CLIENT_CLOSED = 499
-"""Nginx's status, which HTTP has not."""
 NOT_BLANK = r"[^\s\x1c-\x1f\x85]"
-"""What Python takes for white space is more than what JSON Schema's regular expressions do."""
+"""Pattern of a text that is not blank. Python has more white space than JSON Schema's regular expressions."""
 
 
 class Fields(BaseModel):
-    """A body's fields, of which none is ignored."""
+    """Fields of a body. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {}
-    """What clients may send and is refused, and why."""
+    """Known fields that are not supported, with the reasons."""
 
     @classmethod
     def may_be_unset(cls, name: str) -> bool:
-        """Whether null and the like are no values of a field, but leave it out."""
+        """Returns whether null and the like leave a field out."""
         field = cls.model_fields.get(name)
         return name in cls.UNSUPPORTED or (field is not None and not field.is_required())
 
 
 class JSONFields(Fields):
-    """The fields of a JSON body. Forms have texts only."""
+    """Fields of a JSON body."""
 
     UNSET: ClassVar[tuple[bool | str | None, ...]] = (None,)
-    """What leaves a field out."""
+    """Values that leave a field out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -67,26 +66,27 @@ Body = TypeVar("Body", bound=Fields)
 
 
 def media_type(request: Request) -> str:
-    """What the body is, by its header."""
+    """Returns the media type of a request's body, by its header."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read_json(request: Request, fields: type[Body], max_bytes: int) -> Body:
-    """The fields of a JSON body.
+    """Returns the fields of a JSON body.
 
     Raises:
-        RequestError: it is no such body; 413, it is too large.
+        Invalid: it is not a JSON body, or not valid.
+        TooLarge: it has too many bytes.
     """
     if media_type(request) != "application/json":
-        raise RequestError("Send this request as application/json.", code="invalid_content_type")
+        raise Invalid("Send this request as application/json.", code="invalid_content_type")
     return await parse_json(await read(request, max_bytes), fields)
 
 
 async def read(request: Request, max_bytes: int) -> bytearray:
-    """The body.
+    """Returns the body.
 
     Raises:
-        RequestError: 413, it is too large.
+        TooLarge: it has too many bytes.
     """
     body = bytearray()
     async for chunk in request.stream():
@@ -97,10 +97,10 @@ async def read(request: Request, max_bytes: int) -> bytearray:
 
 
 async def parse_json(body: bytearray, fields: type[Body]) -> Body:
-    """The fields of a body that was read.
+    """Returns the fields of a JSON body that was read.
 
     Raises:
-        RequestError: it is not what it should be.
+        Invalid: it is not valid.
     """
     try:
         return await asyncio.to_thread(fields.model_validate_json, body)
@@ -108,22 +108,22 @@ async def parse_json(body: bytearray, fields: type[Body]) -> Body:
         raise first_error(error, fields) from None
 
 
-def first_error(error: ValidationError, fields: type[Fields]) -> RequestError:
-    """What pydantic found first; its messages never repeat the value."""
+def first_error(error: ValidationError, fields: type[Fields]) -> Invalid:
+    """Returns the first error of pydantic. It does not contain the value."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     param = ".".join(str(part) for part in first["loc"]) or None
     if first["type"] == "extra_forbidden":
         return unknown(str(param), fields)
     if first["type"] == "missing":
-        return RequestError(f"{param} is required.", param=param, code="missing_required_parameter")
-    return RequestError(f"{param or 'The JSON body'}: {first['msg']}.", param=param)
+        return Invalid(f"{param} is required.", param=param, code="missing_required_parameter")
+    return Invalid(f"{param or 'The JSON body'}: {first['msg']}.", param=param)
 
 
-def unknown(param: str, fields: type[Fields]) -> RequestError:
-    """A field that there is not."""
+def unknown(param: str, fields: type[Fields]) -> Invalid:
+    """Returns the error for an unknown field."""
     name = param.partition("[")[0]  # a form's svg[model]
     reason = f": {fields.UNSUPPORTED[name]}" if name in fields.UNSUPPORTED else ""
-    return RequestError(
+    return Invalid(
         f"The parameter {param!r:.100} is not supported{reason}.",
         param=param[:100],
         code="unsupported_parameter" if reason else "unknown_parameter",
@@ -131,45 +131,42 @@ def unknown(param: str, fields: type[Fields]) -> RequestError:
 
 
 def request_id(request: Request) -> str:
-    """The client's, or else the one that Serve has made; Serve sends it back.
+    """Returns the client's request id, or else the one that Serve has made. Serve sends it back.
 
     Raises:
-        RequestError: it is too long.
+        Invalid: it is too long.
     """
     given = request.headers.get("x-request-id", "")
     if len(given) > MAX_ID_CHARS:
-        raise RequestError(f"X-Request-ID may have {MAX_ID_CHARS} characters.", param="X-Request-ID")
+        raise Invalid(f"X-Request-ID may have at most {MAX_ID_CHARS} characters.", param="X-Request-ID")
     return given
 
 
 def parsed_size(size: str, otherwise: str = "") -> tuple[int, int]:
-    """Width and height in pixels, from WIDTHxHEIGHT.
+    """Returns width and height in pixels, from WIDTHxHEIGHT.
 
     Args:
-        size: as it was sent.
-        otherwise: in the message, what else it may be.
+        size: the size as sent.
+        otherwise: an alternative, for the message.
 
     Raises:
-        RequestError: it is something else.
+        Invalid: it has another form.
     """
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
     if match is None:
-        advice = " ".join(filter(None, ("Give the size as WIDTHxHEIGHT, 1024x1024 say,", otherwise))).rstrip(
-            ","
-        )
-        raise RequestError(f"{advice}.", param="size")
+        raise Invalid(f"Give the size as WIDTHxHEIGHT, for example 1024x1024{otherwise}.", param="size")
     return int(match[1]), int(match[2])
 
 
 def document_body(fields: type[Fields], *, required: bool = True) -> dict[str, Any]:
-    """For the OpenAPI document: a JSON body, which the routes parse themselves."""
+    """Returns a JSON body for the OpenAPI document: the routes parse it themselves."""
     schema = fields.model_json_schema()
     inlined = _without_refs(schema, schema.get("$defs", {}))
     return {"requestBody": {"required": required, "content": {"application/json": {"schema": inlined}}}}
 
 
 def _without_refs(schema: Any, definitions: Mapping[str, Any]) -> Any:
-    """The schema with its definitions where they are meant: pointers to them lead nowhere in a document."""
+    """Returns the schema with its definitions in place, since pointers to them are invalid in a document."""
     if isinstance(schema, list):
         return [_without_refs(one, definitions) for one in schema]
     if not isinstance(schema, dict):
@@ -180,7 +177,7 @@ def _without_refs(schema: Any, definitions: Mapping[str, Any]) -> Any:
 
 
 def document_errors(envelope: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: an answer in an API's envelope for each status."""
+    """Returns an answer in an API's envelope for each status, for the OpenAPI document."""
     return {status: {"model": envelope, "description": _phrase(status)} for status in statuses}
 
 

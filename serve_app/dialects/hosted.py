@@ -1,4 +1,4 @@
-"""What fal's and Pixazo's APIs for GLM-Image take, which are the same fields."""
+"""The fields that fal's and Pixazo's APIs for GLM-Image share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, document_body, read_json, request_id
-from serve_app.errors import RequestError
-from serve_app.generation.images import Encoding
-from serve_app.generation.orders import Order
-from serve_app.generation.request import MAX_SEED, Generation
+from serve_app.errors import Invalid
+from serve_app.generation.request import MAX_SEED, Encoding, GenerationRequest
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from serve_app.config import Limits
     from serve_app.generation.generator import Generator
-    from serve_app.generation.sources import SourceReader
 
 PRESETS = {
     "square_hd": (1024, 1024),
@@ -27,13 +24,13 @@ PRESETS = {
     "portrait_16_9": (576, 1024),
     "landscape_4_3": (1024, 768),
     "landscape_16_9": (1024, 576),
-    # These are in the APIs' lists, which say nowhere how large they are.
+    # The APIs list these without their sizes.
     "portrait_3_2": (832, 1248),
     "landscape_3_2": (1248, 832),
     "portrait_hd": (1152, 1536),
     "landscape_hd": (1536, 1152),
 }
-"""Width and height in pixels: https://docs.fal.ai, for what it names."""
+"""Width and height in pixels, from https://docs.fal.ai where it has them."""
 MAX_IMAGES = 4
 MAX_SOURCES = 4
 PARAMETERS = {
@@ -43,11 +40,11 @@ PARAMETERS = {
     "sources": "image_urls",
     "expand_prompt": "enable_prompt_expansion",
 }
-"""What these APIs call the parameters of a `Generation`."""
+"""These APIs' names of parameters that have other names here."""
 
 
 class ImageSize(Fields):
-    """A size to the pixel. What is made is a little larger where the model needs that, and cut."""
+    """A size in pixels. Where the model needs a larger one, the image is cut to it."""
 
     width: int = Field(ge=512, le=2048)
     height: int = Field(ge=512, le=2048)
@@ -57,7 +54,7 @@ def _of_preset(size: object) -> object:
     if not isinstance(size, str):
         return size
     if size not in PRESETS:
-        raise RequestError(
+        raise Invalid(
             f"Invalid image_size value: {size:.50}. Send width and height in pixels, or one of "
             f"{', '.join(PRESETS)}.",
             param="image_size",
@@ -75,47 +72,56 @@ _URL_SCHEMA = {"type": "string", "format": "uri"}
 
 
 class ImageInput(JSONFields):
-    """What to make. Null means that a field is unset."""
+    """Fields of an image. Null means that a field is unset."""
 
     prompt: str = Field(
         min_length=1,
-        description="What to paint. Text to be rendered is in quotation marks.",
+        description="Text that describes the image. Put text that should appear in the image in quotation "
+        "marks.",
         json_schema_extra={"pattern": NOT_BLANK},
     )
     image_size: Annotated[ImageSize | None, BeforeValidator(_of_preset), WithJsonSchema(_SIZE_SCHEMA)] = (
-        Field(default=None, description="A preset, or width and height; `square_hd` if unset.")
+        Field(default=None, description="A preset, or width and height. Defaults to `square_hd`.")
     )
     num_inference_steps: int | None = Field(
         default=None,
         ge=1,
         le=100,
-        description="Denoising steps; 30 if unset, and with models that are not GLM-Image their own default.",
+        description="Denoising steps. Defaults to 30 for GLM-Image, and to the model's steps for other "
+        "models.",
     )
     guidance_scale: float | None = Field(
-        default=None, ge=1, le=10, allow_inf_nan=False, description="The model's default if unset."
+        default=None,
+        ge=1,
+        le=10,
+        allow_inf_nan=False,
+        description="Classifier-free guidance. Defaults to the model's.",
     )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Drawn if unset.")
     num_images: int | None = Field(
-        default=None, ge=1, le=MAX_IMAGES, description="Image i has the seed `seed` + i; 1 if unset."
+        default=None,
+        ge=1,
+        le=MAX_IMAGES,
+        description="Number of images; image i has the seed `seed` + i. Defaults to 1.",
     )
     enable_safety_checker: bool | None = Field(
         default=None,
-        description="Whether images are checked, if the server has a safety checker (`/v1/models` tells); "
-        "true if unset.",
+        description="Whether to check images, if the server has a safety checker (see `/v1/models`). "
+        "Defaults "
+        "to true.",
     )
-    output_format: Literal["jpeg", "png"] | None = Field(default=None, description="`jpeg` if unset.")
+    output_format: Literal["jpeg", "png"] | None = Field(default=None, description="Defaults to `jpeg`.")
     sync_mode: bool | None = Field(
-        default=None, description="Whether images are sent along, as data URLs; else they are behind URLs."
+        default=None, description="Whether the answer contains the images, as data URLs."
     )
     enable_prompt_expansion: bool | None = Field(
         default=None,
-        description="Whether the prompt is rewritten first; true is refused by a server that has no prompt "
-        "expander.",
+        description="Whether to rewrite the prompt first. A server without a prompt expander rejects true.",
     )
 
 
 class EditInput(ImageInput):
-    """What to make of which images."""
+    """Fields of an edit."""
 
     image_urls: Annotated[
         list[str],
@@ -129,31 +135,27 @@ class EditInput(ImageInput):
                 ]
             }
         ),
-    ] = Field(description="Of 1 to 4 PNG, JPEG or WebP images: http, https, or data with base64.")
+    ] = Field(description="URLs of 1 to 4 PNG, JPEG or WebP images: http, https, or data with base64.")
 
 
 class InputReader:
-    """Reads what is to be made.
+    """Parses requests.
 
     Args:
-        generator: knows the models.
-        sources: gets and decodes source images.
-        limits: on bodies.
-        api: that it reads for.
-        blacken: whether images that are flagged become black ones.
+        generator: has the models.
+        limits: limits of bodies.
+        api: name of the dialect.
+        blacken: whether flagged images become black ones.
     """
 
-    def __init__(
-        self, generator: Generator, sources: SourceReader, limits: Limits, api: str, *, blacken: bool = False
-    ) -> None:
+    def __init__(self, generator: Generator, limits: Limits, api: str, *, blacken: bool = False) -> None:
         self._generator = generator
-        self._sources = sources
         self._limits = limits
         self._api = api
         self._blacken = blacken
 
     def document(self, fields_type: type[ImageInput]) -> dict[str, Any]:
-        """For the OpenAPI document: the body, of which nothing is promised that this server has not."""
+        """Returns the body for the OpenAPI document. It promises only what this server has."""
         document = document_body(fields_type)
         if not self._generator.expands_prompts:
             schema = document["requestBody"]["content"]["application/json"]["schema"]
@@ -162,43 +164,41 @@ class InputReader:
 
     async def read(
         self, request: Request, fields_type: type[ImageInput], model: str
-    ) -> tuple[ImageInput, Order]:
-        """The fields of a body, and what they ask a model for.
+    ) -> tuple[ImageInput, GenerationRequest]:
+        """Returns the fields of a body, and the request that they make for a model.
 
         Raises:
-            RequestError: it cannot be read, or is not valid; 404, there is no such model.
+            Invalid: it is not valid.
+            TooLarge: it has too many bytes.
+            NotFound: there is no such model.
         """
         limits = self._limits
         most = limits.max_body_bytes if issubclass(fields_type, EditInput) else limits.max_json_bytes
         fields = await read_json(request, fields_type, most)
-        return fields, self._order(fields, self._generator.model(model), request)
+        return fields, self._request(fields, self._generator.model(model), request)
 
-    def _order(self, fields: ImageInput, model: ModelConfig, request: Request) -> Order:
+    def _request(self, fields: ImageInput, model: ModelConfig, request: Request) -> GenerationRequest:
         family = model.traits
         size = fields.image_size or ImageSize.model_construct(width=1024, height=1024)
         wanted = (size.width, size.height)
         width, height = (
             -(-side // family.side_multiple) * family.side_multiple for side in wanted
         )  # rounded up
-        urls = fields.image_urls if isinstance(fields, EditInput) else []
-        return Order(
-            generation=Generation(
-                model=model.name,
-                prompt=fields.prompt,
-                size=(width, height),
-                crop=None if wanted == (width, height) else wanted,
-                n=fields.num_images or 1,
-                steps=fields.num_inference_steps or family.hosted_steps,
-                guidance_scale=fields.guidance_scale,
-                seed=fields.seed,
-                expand_prompt=fields.enable_prompt_expansion or False,
-                moderation="low" if fields.enable_safety_checker is False else "auto",
-                blacken=self._blacken,
-                api=self._api,
-                request_id=request_id(request),
-                key_id=request.state.key_id,
-            ),
+        return GenerationRequest(
+            model=model.name,
+            prompt=fields.prompt,
+            size=(width, height),
+            crop=None if wanted == (width, height) else wanted,
+            n=fields.num_images or 1,
+            steps=fields.num_inference_steps or family.hosted_steps,
+            guidance_scale=fields.guidance_scale,
+            seed=fields.seed,
+            sources=tuple(fields.image_urls) if isinstance(fields, EditInput) else (),
             encoding=Encoding(fields.output_format or "jpeg"),
-            sources=len(urls),
-            prepare=self._sources.fetching(urls, family) if urls else None,
+            expand_prompt=fields.enable_prompt_expansion or False,
+            moderation="low" if fields.enable_safety_checker is False else "auto",
+            blacken=self._blacken,
+            api=self._api,
+            request_id=request_id(request),
+            key_id=request.state.key_id,
         )

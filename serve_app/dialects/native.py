@@ -1,4 +1,4 @@
-"""The server's own routes: health, status, unloading and result files."""
+"""The server's own routes: health, status, unloading and files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.cluster.status import HELPER, ModelStatuses, StageStatus
 from serve_app.dialects.openai.schemas import errors
-from serve_app.errors import RequestError, stopping
+from serve_app.errors import NotFound, Refused, stopping
+from serve_app.http.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from serve_app.cluster.lifecycle import Lifecycle
-    from serve_app.config import Limits
-    from serve_app.files.store import FileStore
-    from serve_app.generation.generator import Generator
-    from serve_app.generation.request import RunningUnit
-    from serve_app.observability.gauges import Gauges
+    from serve_app.generation.image import Unit
+    from serve_app.http.services import Services
 
 RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
-"""One range: https://www.rfc-editor.org/rfc/rfc9110#name-range-requests. Several may be ignored, and are."""
+"""One range: https://www.rfc-editor.org/rfc/rfc9110#name-range-requests. Requests for several are ignored."""
 
 
 class Alive(BaseModel):
@@ -32,117 +29,137 @@ class Alive(BaseModel):
 
 
 class Loaded(BaseModel):
-    """What is loaded."""
+    """States of the stages."""
 
-    models: ModelStatuses = Field(description="By model, then by stage.")
-    safety_checker: StageStatus | None = Field(default=None, description="If there is one.")
-    prompt_expander: StageStatus | None = Field(default=None, description="If there is one of our own.")
+    models: ModelStatuses = Field(description="States by model, then by stage.")
+    safety_checker: StageStatus | None = Field(default=None, description="Set if there is one.")
+    prompt_expander: StageStatus | None = Field(
+        default=None, description="Set if it is a model of this server."
+    )
 
 
 class Health(Loaded):
-    """How the server is."""
+    """Health of the server."""
 
     status: Literal["ok"] = "ok"
-    model_loaded: bool = Field(description="Whether any model is.")
+    model_loaded: bool = Field(description="Whether any model is loaded.")
+    failing: list[str] | None = Field(
+        default=None, description="Background tasks that keep failing; the log says why."
+    )
 
 
-class Unit(BaseModel):
-    """One image that is being made."""
+class UnitStatus(BaseModel):
+    """An image in the making."""
 
     request_id: str
     model: str
     stage: Literal["waiting", "prior", "decoder"]
-    done: int | None = Field(default=None, description="Tokens drawn or read, or denoising steps made.")
-    total: int | None = Field(default=None, description="Of how many.")
-    ahead: int | None = Field(default=None, description="While it waits: how many images came before it.")
-    seconds: float = Field(description="Its age.")
+    done: int | None = Field(default=None, description="Tokens generated or read, or denoising steps.")
+    total: int | None = Field(default=None, description="Number of tokens or steps in all.")
+    ahead: int | None = Field(
+        default=None, description="While it waits: number of images of its model before it."
+    )
+    seconds: float = Field(description="Seconds since its start.")
 
 
 class Status(BaseModel):
-    """What the server is doing."""
+    """Activity of the server."""
 
     status: Literal["idle", "loading", "generating"]
     queue_length: int = Field(description="Images that wait for a stage.")
     jobs_queued: int = Field(
-        description="Jobs that have not begun, whichever ingress is to run them: counted every five seconds, "
-        "while the database can be reached."
+        description="Queued jobs of all ingress replicas, counted every five seconds while the database can "
+        "be "
+        "reached."
     )
-    units: list[Unit]
+    units: list[UnitStatus]
 
 
 class Unloaded(Loaded):
-    """What was unloaded."""
+    """States after an unload."""
 
     status: Literal["unloaded"] = "unloaded"
 
 
 class UnloadQuery(BaseModel):
-    """What to unload, and what of the requests that are running."""
+    """Selection of models, and what happens to their running requests."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(
-        default=None, description="One model; if unset all of them, safety checker and prompt expander too."
+        default=None, description="One model. Unset, all models, the safety checker and the prompt expander."
     )
     wait: bool = Field(default=False, description="Wait until no request is running.")
-    force: bool = Field(default=False, description="Stop running requests; they get a 503.")
+    force: bool = Field(default=False, description="Abort running requests; they get a 503.")
 
 
-def router(
-    generator: Generator, lifecycle: Lifecycle, files: FileStore, gauges: Gauges, limits: Limits
-) -> APIRouter:
-    """The routes."""
+def router(services: Services) -> APIRouter:
+    """Returns the server's own routes."""
     routes = APIRouter()
+    _add_health(routes, services)
+    _add_status(routes, services)
+    _add_unload(routes, services)
+    _add_files(routes, services)
+    return routes
 
-    def by_kind(statuses: ModelStatuses) -> dict[str, Any]:
-        """As `Loaded` has them."""
-        models = {model.name for model in generator.models()}
-        return {
-            "models": {name: stages for name, stages in statuses.items() if name in models},
-            **{
-                name.replace(" ", "_"): stages[HELPER]
-                for name, stages in statuses.items()
-                if name not in models
-            },
-        }
 
+def _by_kind(services: Services, statuses: ModelStatuses) -> dict[str, Any]:
+    """Returns states in the form of `Loaded`."""
+    models = {model.name for model in services.generator.models()}
+    helpers = {
+        name.replace(" ", "_"): stages[HELPER] for name, stages in statuses.items() if name not in models
+    }
+    return {"models": {name: stages for name, stages in statuses.items() if name in models}} | helpers
+
+
+def _add_health(routes: APIRouter, services: Services) -> None:
     @routes.get("/health", response_model_exclude_none=True)
     async def health() -> Health:
-        """Whether the server answers, and which models are loaded. Never loads one."""
-        kinds = by_kind(await lifecycle.statuses())
+        """Returns whether the server works, and which models are loaded. Loads no model."""
+        kinds = _by_kind(services, await services.lifecycle.statuses())
         loaded = any(
             all(status["state"] in ("ready", "generating") for status in stages.values())
             for stages in kinds["models"].values()
         )
-        return Health(model_loaded=loaded, **kinds)
+        return Health(model_loaded=loaded, failing=services.background.failing or None, **kinds)
 
     @routes.get("/livez")
     async def livez() -> Alive:
-        """For probes: the server answers."""
+        """Answers a probe: the server is alive."""
         return Alive()
 
     @routes.get("/readyz", responses=errors(503))
     async def readyz() -> Alive:
-        """For probes: the server takes requests, whether its models are loaded or not."""
-        if generator.draining:
+        """Answers a probe: the server takes requests, whether its models are loaded or not."""
+        if services.generator.draining:
             raise stopping()
         return Alive()
 
+
+def _add_status(routes: APIRouter, services: Services) -> None:
+    generator = services.generator
+
     @routes.get("/v1/internal/status", response_model_exclude_none=True)
     async def status() -> Status:
-        """What the server is doing: idle, loading or generating, and how far each image is."""
+        """Returns whether the server is idle, loading or generating, and the progress of each image."""
         units = generator.units
         running = [unit for unit in units if unit.progress]
-        stages = [stage for model in (await lifecycle.statuses()).values() for stage in model.values()]
-        doing: Literal["idle", "loading", "generating"] = "generating" if generator.pending else "idle"
+        stages = [
+            stage for model in (await services.lifecycle.statuses()).values() for stage in model.values()
+        ]
+        doing: Literal["idle", "loading", "generating"] = "generating" if generator.running.units else "idle"
         if not running and any(stage["state"] == "loading" for stage in stages):
             doing = "loading"
         return Status(
             status=doing,
             queue_length=len(units) - len(running),
-            jobs_queued=gauges.jobs_queued,
+            jobs_queued=services.gauges.jobs_queued,
             units=[_describe(unit, units) for unit in units],
         )
+
+
+def _add_unload(routes: APIRouter, services: Services) -> None:
+    lifecycle = services.lifecycle
 
     @routes.api_route(
         "/v1/internal/unload",
@@ -151,27 +168,32 @@ def router(
         responses=errors(400, 403, 404, 409, 503),
     )
     async def unload(query: Annotated[UnloadQuery, Query()], request: Request) -> Unloaded:
-        """Free the GPUs now; the next request loads again. Safe to call twice."""
+        """Frees the GPUs now. The next request loads again. A second call does nothing."""
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            # A browser would even take it for an image's address.
-            raise RequestError("Other sites' pages may not unload.", code="cross_site", status=403)
-        names = [generator.model(query.model).name] if query.model else lifecycle.names
-        await lifecycle.unload(names, wait_s=limits.deadline_s if query.wait else 0, force=query.force)
+            # A page of another site could have a browser call this as the address of an image.
+            raise Refused("Pages of other sites may not unload models.", code="cross_site")
+        names = [services.generator.model(query.model).name] if query.model else lifecycle.names
+        wait_s = services.config.limits.deadline_s if query.wait else 0
+        await lifecycle.unload(names, wait_s=wait_s, force=query.force)
         statuses = await lifecycle.statuses(fresh=True)
-        return Unloaded(**by_kind({name: statuses[name] for name in names}))
+        return Unloaded(**_by_kind(services, {name: statuses[name] for name in names}))
+
+
+def _add_files(routes: APIRouter, services: Services) -> None:
+    files = services.files
 
     @routes.get(
         "/files/{name}",
         response_class=Response,
         responses={
             200: {"content": _IMAGES, "description": "The file."},
-            206: {"content": _IMAGES, "description": "The part of it that `Range` asks for."},
-            304: {"description": "It is what `If-None-Match` names."},
+            206: {"content": _IMAGES, "description": "The part of the file that `Range` asks for."},
+            304: {"description": "The file is the one that `If-None-Match` names."},
             **errors(404, 416),
         },
     )
     async def file(name: str, request: Request) -> Response:
-        """A result, by the name in its URL. It never changes."""
+        """Returns a file by the name in its URL. Files never change."""
         size = await files.size(name)
         if size is None:
             raise _no_file()
@@ -179,7 +201,7 @@ def router(
             "Accept-Ranges": "bytes",
             "ETag": f'"{name}"',
             "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "private, no-cache",  # to be asked for each time, since it may have been deleted
+            "Cache-Control": "private, no-cache",  # to be validated each time, since it may have been deleted
         }
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
@@ -190,15 +212,13 @@ def router(
         data = await files.read(name, start, end)
         if data is None:
             raise _no_file()
-        suffix = name.rpartition(".")[2]  # nobody has said what was uploaded, and it is never shown
+        suffix = name.rpartition(".")[2]  # the format of an upload is unknown, and it is never displayed
         media_type = "application/octet-stream" if suffix == "upload" else f"image/{suffix}"
         return Response(data, status_code=206 if part else 200, media_type=media_type, headers=headers)
 
-    return routes
 
-
-def _no_file() -> RequestError:
-    return RequestError("There is no such file.", code="not_found", status=404)
+def _no_file() -> NotFound:
+    return NotFound("There is no such file.")
 
 
 _IMAGES: dict[str, Any] = {
@@ -207,10 +227,10 @@ _IMAGES: dict[str, Any] = {
 
 
 def _range(request: Request, size: int, etag: str) -> tuple[int, int]:
-    """From where to before where the client wants a file of `size` bytes; all of it if that is not clear.
+    """Returns the start and the end of the requested range; of the whole file, if the header is not clear.
 
     Raises:
-        RequestError: 416, there is nothing there.
+        ProtocolError: 416, the range is outside of the file.
     """
     match = RANGE.fullmatch(request.headers.get("range", ""))
     if not match or not any(match.groups()) or request.headers.get("if-range", etag) != etag:
@@ -219,17 +239,18 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int]:
     start = int(first) if first else max(0, size - int(last))
     end = min(size, int(last) + 1) if first and last else size
     if start >= size:
-        raise RequestError(
+        raise ProtocolError(
             f"The file has {size} bytes.",
             param="Range",
+            code="invalid_value",
             status=416,
             headers={"Content-Range": f"bytes */{size}"},
         )
     return (start, end) if start < end else (0, size)
 
 
-def _describe(unit: RunningUnit, units: list[RunningUnit]) -> Unit:
-    described = Unit(
+def _describe(unit: Unit, units: list[Unit]) -> UnitStatus:
+    described = UnitStatus(
         request_id=unit.request_id,
         model=unit.model,
         stage="waiting",

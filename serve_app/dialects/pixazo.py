@@ -1,7 +1,7 @@
-"""Pixazo's API for GLM-Image: submit, ask how it gets on, fetch the result.
+"""Pixazo's API for GLM-Image: submit a request, poll it, fetch the result.
 
-Its documentation contradicts itself about what each route answers, so that all of them answer with one body
-that has everything. (https://www.pixazo.ai/models/text-to-image/glm-image-api)
+Its documentation contradicts itself about the answers of the routes. So all of them have one body that
+contains everything. (https://www.pixazo.ai/models/text-to-image/glm-image-api)
 """
 
 from __future__ import annotations
@@ -17,34 +17,32 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from serve_app.dialects.base import Dialect, path_of
 from serve_app.dialects.bodies import JSONFields, document_body, document_errors, parse_json, read
 from serve_app.dialects.hosted import PARAMETERS, EditInput, ImageInput, InputReader
-from serve_app.errors import InvalidParameter, RequestError, in_words
-from serve_app.generation.delivery import error_of
+from serve_app.errors import Busy, Invalid, NotFound, RequestError
 from serve_app.generation.safety import VIOLATION
-from serve_app.jobs.runner import Submission
-from serve_app.jobs.store import Job, Owner, State
+from serve_app.http.errors import headers_of, status_of
+from serve_app.jobs.submission import Submission
+from serve_app.jobs.tables import Job, Owner, State
 from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serve_app.config import Limits
-    from serve_app.generation.delivery import Delivery
-    from serve_app.generation.generator import Generator
-    from serve_app.generation.sources import SourceReader
-    from serve_app.http.links import Links
-    from serve_app.jobs.runner import JobRunner
+    from starlette.types import Scope
+
+    from serve_app.http.services import Services
     from serve_app.jobs.store import JobStore
 
 API = "pixazo"
-"""What jobs of these routes are marked by."""
+"""The name of this dialect, and the `api` of its jobs."""
 MODEL = "glm-image"
 IMAGE, EDIT = "glm-image", "glm-image-image-to-image"
-"""What the two kinds of requests are called, in paths and ids."""
+"""Names of the two kinds of requests, in paths and ids."""
 NESTED_PATHS = (f"/{IMAGE}/v1/", "/v2/requests/")
 FLAT_PATHS = (f"/{EDIT}/v1/",)
-"""What all of this API's begin with, by their envelope of errors."""
+"""Prefixes of this API's paths, by their envelope of errors."""
 CODES = {
     400: "INVALID_PARAMETER",
     401: "UNAUTHORIZED",
@@ -62,7 +60,7 @@ MESSAGES = {
 }
 """The documentation's words."""
 REQUESTS_FAULTS = ("out_of_memory", "model_loading_failed", "deadline_exceeded")
-"""Of the failures with a status of 500 and above those that are the request's or the model's."""
+"""Codes of faults that are the request's or the model's."""
 STATUS: dict[State, Literal["QUEUED", "PROCESSING", "COMPLETED", "FAILED"]] = {
     "queued": "QUEUED",
     "running": "PROCESSING",
@@ -75,13 +73,13 @@ WAIT = re.compile(r"(?:^|[,;\s])wait=([0-9]{1,6})(?:$|[,;\s])")
 
 
 class ResultBody(JSONFields):
-    """Which request's result is wanted."""
+    """Selection of a request."""
 
     request_id: str
 
 
 class StatusBody(JSONFields):
-    """Which request's status is wanted, if the body says so too."""
+    """Selection of a request, which the path has already."""
 
     request_id: str | None = None
 
@@ -91,19 +89,19 @@ class PixazoImage(BaseModel):
 
     file_name: str
     content_type: str
-    url: str = Field(description="Where it is; a data URL with `sync_mode`.")
+    url: str = Field(description="URL of the file; a data URL with `sync_mode`.")
     width: int
     height: int
 
 
 class Media(BaseModel):
-    """The same images once more."""
+    """URLs of the images."""
 
     media_url: list[str]
 
 
 class Error(BaseModel):
-    """What is wrong, and what to do."""
+    """The problem, and the remedy."""
 
     code: str
     message: str
@@ -123,7 +121,7 @@ class FlatError(BaseModel):
 
 
 class Result(BaseModel):
-    """How a request gets on, and its images when it has completed."""
+    """A request, with its images when it has completed."""
 
     request_id: str
     status: Literal["QUEUED", "PROCESSING", "COMPLETED", "FAILED", "ERROR"]
@@ -134,165 +132,178 @@ class Result(BaseModel):
     description: Literal[""] = ""
     created_at: str
     updated_at: str
-    seed: int = Field(description="Of the first image.")
+    seed: int = Field(description="Seed of the first image.")
 
 
-def _error(error: RequestError | InvalidParameter) -> Error:
-    error = in_words(error, PARAMETERS)
+def _error(error: RequestError) -> Error:
+    error = error.for_api(PARAMETERS)
+    status = status_of(error)
     message = MESSAGES.get(error.code, error.message)
-    if error.status == HTTPStatus.TOO_MANY_REQUESTS and "Retry-After" in error.headers:
-        message = f"Rate limit exceeded. Retry after {error.headers['Retry-After']} seconds."
-    code = CODES.get(error.status, HTTPStatus(error.status).name)
+    if isinstance(error, Busy) and error.retry_after_s is not None:
+        message = f"Rate limit exceeded. Retry after {error.retry_after_s} seconds."
+    code = CODES.get(status, HTTPStatus(status).name)
     if error.code == VIOLATION:
         code = VIOLATION.upper()
     return Error(code=code, message=message)
 
 
-def nested_error_response(error: RequestError | InvalidParameter) -> JSONResponse:
-    """The error in this API's envelope."""
-    worded = in_words(error, PARAMETERS)
-    return JSONResponse({"error": vars(_error(worded))}, worded.status, worded.headers)
-
-
-def flat_error_response(error: RequestError | InvalidParameter) -> JSONResponse:
-    """The error in the envelope of this API's edits."""
-    worded = in_words(error, PARAMETERS)
-    told = _error(worded)
-    code, message = told.code, told.message
-    if code == "INVALID_PARAMETER":
-        code = "VALIDATION_ERROR"
-    if worded.code == "missing_required_parameter":
-        message = f"Missing required parameter: {worded.param}"
-    return JSONResponse({"error": message, "code": code}, worded.status, worded.headers)
+def error_response(error: RequestError, scope: Scope) -> JSONResponse:
+    """Returns the answer to a request that fails. Routes of edits have an envelope of their own."""
+    error = error.for_api(PARAMETERS)
+    shown = _error(error)
+    body: dict[str, Any]
+    if path_of(scope).startswith(FLAT_PATHS):
+        code, message = shown.code, shown.message
+        if code == "INVALID_PARAMETER":
+            code = "VALIDATION_ERROR"
+        if error.code == "missing_required_parameter":
+            message = f"Missing required parameter: {error.param}"
+        body = {"error": message, "code": code}
+    else:
+        body = {"error": vars(shown)}
+    return JSONResponse(body, status_of(error), headers_of(error))
 
 
 def nested_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: an answer in the nested envelope for each status."""
+    """Returns an answer in the nested envelope for each status, for the OpenAPI document."""
     return document_errors(NestedError, 401, *statuses)
 
 
 def flat_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: an answer in the flat envelope for each status."""
+    """Returns an answer in the flat envelope for each status, for the OpenAPI document."""
     return document_errors(FlatError, 401, *statuses)
 
 
-def router(
-    generator: Generator,
-    delivery: Delivery,
-    runner: JobRunner,
-    store: JobStore,
-    sources: SourceReader,
-    links: Links,
-    limits: Limits,
-) -> APIRouter:
-    """The routes of this API."""
+def router(services: Services) -> APIRouter:
+    """Returns the routes of this API."""
     routes = APIRouter()
-    reader = InputReader(generator, sources, limits, API)
+    _add_submission(routes, services, IMAGE, ImageInput, nested_errors)
+    _add_results(routes, services, IMAGE, nested_errors)
+    _add_submission(routes, services, EDIT, EditInput, flat_errors)
+    _add_results(routes, services, EDIT, flat_errors)
+    _add_status(routes, services)
+    return routes
 
-    async def view(job: Job, base: str) -> Result:
-        made = []
-        if job.state == "succeeded":
-            made = await delivery.of(job, base, inline=job.answer["sync_mode"])
-        error = error_of(job.error) if job.error else None
-        request_id = f"{job.answer['kind']}_{job.id}"
-        status = STATUS[job.state]
-        ours = isinstance(error, RequestError) and error.status >= 500 and error.code not in REQUESTS_FAULTS
-        return Result(
-            request_id=request_id,
-            status="ERROR" if ours else status,
-            polling_url=f"{base}/v2/requests/status/{request_id}",
-            output=Media(media_url=[one.data_url for one in made]) if made else None,
-            error=_error(error) if error else None,
-            images=[
-                PixazoImage(
-                    file_name=one.facts["name"],
-                    content_type=one.media_type,
-                    url=one.data_url,
-                    width=one.facts["width"],
-                    height=one.facts["height"],
-                )
-                for one in made
-            ],
-            created_at=_iso(job.created_at),
-            updated_at=_iso(job.ended_at or job.started_at or job.created_at),
-            seed=job.request["seed"],
-        )
 
-    async def find(request: Request, request_id: str, *kinds: str) -> Job:
-        kind, _, job_id = request_id.rpartition("_")
-        job = await store.get(Owner(request.state.key_id, API), job_id)
-        if kind not in kinds or job.answer["kind"] != kind:
-            raise RequestError("There is no such request.", code="job_not_found", status=404)
-        return job
-
-    def add_kind(
-        kind: str, fields_type: type[ImageInput], errors: Callable[..., dict[int | str, dict[str, Any]]]
-    ) -> None:
-        """The routes that submit requests of one kind and fetch their results."""
-
-        @routes.post(
-            f"/{kind}/v1/{kind}-request",
-            name=f"pixazo_submit_{kind}".replace("-", "_"),
-            response_model=Result,
-            responses=errors(400, 404, 408, 413, 429, 500, 503, 507),
-            openapi_extra=reader.document(fields_type),
-        )
-        async def submit(
-            request: Request,
-            response: Response,
-            prefer: Annotated[
-                str, Header(max_length=256, description="`wait=N`: for the images, up to N seconds.")
-            ] = "",
-        ) -> Result:
-            """Submit a request."""
-            fields, order = await reader.read(request, fields_type, MODEL)
-            base = links.base(request)
-            job, _ = await runner.submit(
-                Submission(
-                    order=order,
-                    api=API,
-                    answer={"kind": kind, "sync_mode": fields.sync_mode or False},
-                    base_url=base,
-                )
+async def _view(services: Services, job: Job, base: str) -> Result:
+    made = []
+    if job.state == "succeeded":
+        where = None if job.answer["sync_mode"] else base
+        made = await services.delivery.kept(job.images, job.encoding.format, where)
+    error = job.error.error if job.error else None
+    request_id = f"{job.answer['kind']}_{job.id}"
+    is_ours = job.error is not None and job.error.is_fault and job.error.code not in REQUESTS_FAULTS
+    return Result(
+        request_id=request_id,
+        status="ERROR" if is_ours else STATUS[job.state],
+        polling_url=f"{base}/v2/requests/status/{request_id}",
+        output=Media(media_url=[one.data_url for one in made]) if made else None,
+        error=_error(error) if error else None,
+        images=[
+            PixazoImage(
+                file_name=one.record.name,
+                content_type=one.media_type,
+                url=one.data_url,
+                width=one.record.width,
+                height=one.record.height,
             )
-            telemetry.note_job(request, job)
-            if wait := WAIT.search(prefer):
-                response.headers["Preference-Applied"] = f"wait={wait[1]}"
-                job = await _ended(store, job, min(float(wait[1]), limits.deadline_s))
-            return await view(job, base)
+            for one in made
+        ],
+        created_at=_iso(job.created_at),
+        updated_at=_iso(job.ended_at or job.started_at or job.created_at),
+        seed=job.request.seed,
+    )
 
-        @routes.post(
-            f"/{kind}/v1/{kind}-request-result",
-            name=f"pixazo_result_{kind}".replace("-", "_"),
-            response_model=Result,
-            responses=errors(400, 404, 408, 410, 413, 503),
-            openapi_extra=document_body(ResultBody),
-        )
-        async def result(request: Request) -> Result:
-            """How a request gets on, and its images when it has completed."""
-            # Whatever type of body is declared: the documentation's curl declares a form's.
-            wanted = await parse_json(await read(request, limits.max_json_bytes), ResultBody)
-            return await view(await find(request, wanted.request_id, kind), links.base(request))
 
-        @routes.get(
-            f"/{kind}/v1/{kind}-request-result",
-            name=f"pixazo_get_result_{kind}".replace("-", "_"),
-            response_model=Result,
-            responses=errors(400, 404, 410, 503),
-        )
-        async def get_result(request: Request, request_id: Annotated[str, Query(max_length=128)]) -> Result:
-            """The same, by the address alone."""
-            return await view(await find(request, request_id, kind), links.base(request))
+async def _find(services: Services, request: Request, request_id: str, *kinds: str) -> Job:
+    kind, _, job_id = request_id.rpartition("_")
+    job = await services.jobs.get(Owner(request.state.key_id, API), job_id)
+    if kind not in kinds or job.answer["kind"] != kind:
+        raise NotFound("There is no such request.", code="job_not_found")
+    return job
 
-    add_kind(IMAGE, ImageInput, nested_errors)
-    add_kind(EDIT, EditInput, flat_errors)
 
+def _add_submission(
+    routes: APIRouter,
+    services: Services,
+    kind: str,
+    fields_type: type[ImageInput],
+    errors: Callable[..., dict[int | str, dict[str, Any]]],
+) -> None:
+    """Adds the route that submits requests of one kind."""
+    limits = services.config.limits
+    reader = InputReader(services.generator, limits, API)
+
+    @routes.post(
+        f"/{kind}/v1/{kind}-request",
+        name=f"pixazo_submit_{kind}".replace("-", "_"),
+        response_model=Result,
+        responses=errors(400, 404, 408, 413, 429, 500, 503, 507),
+        openapi_extra=reader.document(fields_type),
+    )
+    async def submit(
+        request: Request,
+        response: Response,
+        prefer: Annotated[
+            str, Header(max_length=256, description="`wait=N` waits up to N seconds for the images.")
+        ] = "",
+    ) -> Result:
+        """Submits a request."""
+        fields, asked = await reader.read(request, fields_type, MODEL)
+        base = services.base(request)
+        answer = {"kind": kind, "sync_mode": fields.sync_mode or False}
+        submission = Submission(request=asked, api=API, base_url=base, answer=answer)
+        job, _ = await services.submitter.submit(submission)
+        telemetry.note_job(job)
+        if wait := WAIT.search(prefer):
+            response.headers["Preference-Applied"] = f"wait={wait[1]}"
+            job = await _ended(services.jobs, job, min(float(wait[1]), limits.deadline_s))
+        return await _view(services, job, base)
+
+
+def _add_results(
+    routes: APIRouter,
+    services: Services,
+    kind: str,
+    errors: Callable[..., dict[int | str, dict[str, Any]]],
+) -> None:
+    """Adds the routes that return the results of one kind of requests."""
+    limits = services.config.limits
+
+    @routes.post(
+        f"/{kind}/v1/{kind}-request-result",
+        name=f"pixazo_result_{kind}".replace("-", "_"),
+        response_model=Result,
+        responses=errors(400, 404, 408, 410, 413, 503),
+        openapi_extra=document_body(ResultBody),
+    )
+    async def result(request: Request) -> Result:
+        """Returns a request, with its images when it has completed."""
+        # The declared media type is ignored: the documentation's curl declares a form.
+        wanted = await parse_json(await read(request, limits.max_json_bytes), ResultBody)
+        job = await _find(services, request, wanted.request_id, kind)
+        return await _view(services, job, services.base(request))
+
+    @routes.get(
+        f"/{kind}/v1/{kind}-request-result",
+        name=f"pixazo_get_result_{kind}".replace("-", "_"),
+        response_model=Result,
+        responses=errors(400, 404, 410, 503),
+    )
+    async def get_result(request: Request, request_id: Annotated[str, Query(max_length=128)]) -> Result:
+        """Returns a request by its id in the query, with its images when it has completed."""
+        job = await _find(services, request, request_id, kind)
+        return await _view(services, job, services.base(request))
+
+
+def _add_status(routes: APIRouter, services: Services) -> None:
     @routes.get(
         "/v2/requests/status/{request_id}", name="pixazo_get_status", responses=nested_errors(404, 410, 503)
     )
     async def get_status(request: Request, request_id: str) -> Result:
-        """How a request gets on, and its images when it has completed."""
-        return await view(await find(request, request_id, IMAGE, EDIT), links.base(request))
+        """Returns a request, with its images when it has completed."""
+        job = await _find(services, request, request_id, IMAGE, EDIT)
+        return await _view(services, job, services.base(request))
 
     @routes.post(
         "/v2/requests/status/{request_id}",
@@ -301,24 +312,27 @@ def router(
         openapi_extra=document_body(StatusBody, required=False),
     )
     async def status(request: Request, request_id: str) -> Result:
-        """The same; what the body says must agree."""
-        if body := await read(request, limits.max_json_bytes):
+        """Returns a request. An id in the body must be the one of the path."""
+        if body := await read(request, services.config.limits.max_json_bytes):
             named = (await parse_json(body, StatusBody)).request_id
             if named not in (None, request_id):
-                raise RequestError("request_id is not that of the address.", param="request_id")
+                raise Invalid("request_id is not the one of the path.", param="request_id")
         return await get_status(request, request_id)
-
-    return routes
 
 
 async def _ended(store: JobStore, job: Job, within_s: float) -> Job:
-    """The job when it has ended or, if it does not within so many seconds, as it is then."""
+    """Returns the job when it has ended, or as it is after `within_s` seconds."""
     with suppress(TimeoutError):
         async with asyncio.timeout(within_s):
-            async for seen in store.watch(Owner(job.key_id, API), job.id):
+            async for seen in store.watch(job.owner, job.id):
                 job = seen
     return job
 
 
 def _iso(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
+
+
+PIXAZO = Dialect(
+    name=API, prefixes=NESTED_PATHS + FLAT_PATHS, routers=(router,), error_response=error_response
+)

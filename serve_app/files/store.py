@@ -1,4 +1,4 @@
-"""The file store: results under names that cannot be guessed, for a time."""
+"""The file store: files under names that cannot be guessed, kept for a limited time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import secrets
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from operator import itemgetter
@@ -20,10 +20,10 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from deployments.observability.log import FAULT
-from serve_app.errors import NO_RETRY, RequestError
+from serve_app.errors import Failed, Full
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import Callable, Iterable
 
     from serve_app.config import StorageConfig
 
@@ -32,23 +32,23 @@ logger = logging.getLogger("ray.serve")
 NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp|upload)")
 UNFINISHED = re.compile(r"[0-9a-f]{32}\.part")
 UNFINISHED_S = 3600
-"""A file that takes longer to write is none that somebody writes still."""
-SWEEP_S = 60.0
+"""Age from which an unfinished file counts as abandoned."""
+SWEEP_INTERVAL_S = 60.0
 Result = TypeVar("Result")
 
 
 class FileStore:
-    """Keeps files in a folder, or behind any other URL that fsspec knows, S3's say.
+    """Keeps files in a folder, or behind any other URL that fsspec knows, such as S3's.
 
-    Whoever shares the folder has nothing to fear: only files with names as they are made here are touched.
+    Other files in the folder are safe: only files with names of this store are read or deleted.
 
     Attributes:
-        kept_bytes: how much there was at the last sweep; None before the first one.
+        kept_bytes: bytes of all files at the last sweep; None before the first one.
     """
 
     def __init__(self, config: StorageConfig) -> None:
         self._config = config
-        # Other replicas write too, so what was listed once may not be so any more.
+        # Other replicas write too, so a cached listing may be outdated.
         self._fs, self._root = url_to_fs(config.url, use_listings_cache=False, **config.options)
         self._threads = ThreadPoolExecutor(thread_name_prefix="files")
         self._is_folder = isinstance(self._fs, LocalFileSystem)
@@ -57,40 +57,38 @@ class FileStore:
             self._fs.makedirs(self._root, exist_ok=True)
 
     def new_name(self, suffix: str) -> str:
-        """A name of 128 random bits."""
+        """Returns a new name of 128 random bits."""
         return f"{secrets.token_hex(16)}.{suffix}"
 
     async def save(self, data: bytes, suffix: str) -> str:
-        """Keep `data` under a new name, which is returned; see `save_as`."""
+        """Keeps `data` under a new name, which is returned; see `save_as`."""
         name = self.new_name(suffix)
         await self.save_as(name, data)
         return name
 
     async def save_as(self, name: str, data: bytes) -> None:
-        """Keep `data` under a name of `new_name`; there is all of the file or none.
+        """Keeps `data` under a name of `new_name`. The file appears as a whole.
 
         Raises:
-            RequestError: 507, there is no room; 500, it cannot be written, which the log explains.
+            Full: there is no room.
+            Failed: it cannot be written; the log says why.
         """
         try:
             await self._in_thread(self._save, name, data)
-        except RequestError:
+        except Full:
             raise
         except Exception as error:
             logger.exception("a file could not be written", extra=FAULT)
-            raise RequestError(
-                "The image was made and could not be kept; the server's log says why.",
-                code="storage_failed",
-                status=500,
-                headers=NO_RETRY,
+            raise Failed(
+                "The image was made and could not be kept; the server's log says why.", code="storage_failed"
             ) from error
 
     async def _in_thread(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """Threads of the store's own: whoever waits for it keeps nobody else waiting."""
+        """Runs a call in the store's own threads, so that a slow store delays nothing else."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))
 
     def _save(self, name: str, data: bytes) -> None:
-        if not self._is_folder:  # an object store shows what is complete only
+        if not self._is_folder:  # an object store shows complete objects only
             self._fs.pipe_file(self._path(name), data)
             return
         unfinished = self._path(self.new_name("part"))
@@ -106,10 +104,10 @@ class FileStore:
             raise
 
     async def check_room(self) -> None:
-        """Look whether there is room for files, before work is done for one.
+        """Checks that there is room for files, before work is done for one.
 
         Raises:
-            RequestError: 507, there is none.
+            Full: there is none.
         """
         if self._is_folder:
             await self._in_thread(self._check_room, 0)
@@ -119,7 +117,7 @@ class FileStore:
             raise _full()
 
     async def size(self, name: str) -> int | None:
-        """Bytes of the file of this name, or None: also for what is no name of ours, such as a path."""
+        """Returns the bytes of a file; None if there is none, or if the name is not one of the store's."""
         if not NAME.fullmatch(name):
             return None
         try:
@@ -129,7 +127,7 @@ class FileStore:
         return size
 
     async def read(self, name: str, start: int, end: int) -> bytes | None:
-        """The bytes from `start` to before `end` of a file, or None: it may have been swept."""
+        """Returns the bytes from `start` to before `end` of a file; None if it was deleted."""
         try:
             data: bytes = await self._in_thread(self._fs.cat_file, self._path(name), start=start, end=end)
         except FileNotFoundError:
@@ -137,7 +135,7 @@ class FileStore:
         return data
 
     async def delete(self, names: Iterable[str]) -> None:
-        """Delete files; those that there are not any more are gone as well. The log says what stays."""
+        """Deletes files. Missing ones are ignored; the log says which ones could not be deleted."""
         await self._in_thread(self._delete, list(names))
 
     def _delete(self, names: list[str]) -> None:
@@ -145,31 +143,27 @@ class FileStore:
             self._remove(self._path(name))
 
     async def signed_url(self, name: str) -> str | None:
-        """Where the object store itself hands out the file, if that is what the configuration wants."""
+        """Returns the object store's own URL of a file; None unless `presigned` is configured."""
         if not self._config.presigned:
             return None
         url: str = await self._in_thread(self._fs.sign, self._path(name), expiration=self._config.ttl_s)
         return url
 
-    @asynccontextmanager
-    async def sweeping(self) -> AsyncIterator[None]:
-        """Within the block, files that are too old or too many are deleted, the oldest first."""
-        sweeping = asyncio.create_task(self._sweep_on())
-        try:
-            yield
-        finally:
-            sweeping.cancel()
+    async def url(self, base: str, name: str) -> str:
+        """Returns the URL of a file: the object store's own, or one below `base`."""
+        return await self.signed_url(name) or f"{base}/files/{name}"
 
-    async def _sweep_on(self) -> None:
-        while True:
-            try:
-                await self._in_thread(self.sweep)
-            except Exception:  # S3's are of many kinds, and the next time may be better
-                logger.exception("the file store could not be swept", extra=FAULT)
-            await asyncio.sleep(min(SWEEP_S, self._config.ttl_s / 4))
+    async def reap(self) -> None:
+        """Deletes files that are too old or too many, the oldest first. Several replicas may do so."""
+        await self._in_thread(self.sweep)
+
+    @property
+    def reap_interval_s(self) -> float:
+        """Seconds between two calls of `reap`."""
+        return min(SWEEP_INTERVAL_S, self._config.ttl_s / 4)
 
     def sweep(self) -> None:
-        """Delete what is too old or too much. Several replicas may do so at once."""
+        """Deletes files that are too old or too many; see `reap`."""
         now, kept = time.time(), 0
         found = self._fs.find(self._root, maxdepth=1, detail=True).values()
         newest_first = sorted(((_modified(info), info) for info in found), key=itemgetter(0), reverse=True)
@@ -200,17 +194,14 @@ class FileStore:
 
 
 def _modified(info: dict[str, Any]) -> float:
-    """When a file was written, by `time.time`: fsspec's file systems put it in their own ways."""
+    """Returns the time of the last change, by `time.time`. Each file system of fsspec has its own key."""
     modified = next(info[key] for key in ("mtime", "LastModified", "created") if key in info)
     return modified.timestamp() if isinstance(modified, datetime) else float(modified)
 
 
-def _full() -> RequestError:
-    return RequestError(
-        "The server has no room for files left. Ask for b64_json instead of a url, and not by a job, or tell "
-        "its operator.",
+def _full() -> Full:
+    return Full(
+        "File storage is full. Use `response_format: b64_json` on a synchronous request, or contact the "
+        "operator.",
         param="response_format",
-        code="storage_full",
-        status=507,
-        headers=NO_RETRY,
     )

@@ -1,4 +1,4 @@
-"""Source images that clients send ahead, to an address that they are given for it."""
+"""Uploads of source images, each to a signed URL that the client requested before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hmac
 import time
 from typing import TYPE_CHECKING
 
-from serve_app.errors import InvalidParameter, RequestError, image_too_large
+from serve_app.errors import Conflict, InvalidParameter, Refused, image_too_large
 from serve_app.generation import images
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ VALID_S = 3600
 
 
 class Uploads:
-    """Gives out names under which one image each may be stored, without a key, within the hour.
+    """Issues names under which one image each may be stored, without an API key, within an hour.
 
-    What makes such a name good is a signature, so that any ingress takes what another one has let in.
+    A name is valid by its signature, so that any ingress replica accepts the names of the others.
 
     Args:
-        files: where the images go.
-        signer: of the names.
-        max_bytes: of one image.
+        files: keeps the images.
+        signer: signs the names.
+        max_bytes: largest image.
     """
 
     def __init__(self, files: FileStore, signer: Signer, max_bytes: int) -> None:
@@ -35,25 +35,25 @@ class Uploads:
         self._max_bytes = max_bytes
 
     async def name(self) -> tuple[str, int, str]:
-        """A name, when it expires in seconds since 1970, and the signature of both."""
+        """Returns a name, its expiry in seconds since 1970, and the signature of both."""
         name, expires = self._files.new_name("upload"), int(time.time()) + VALID_S
         return name, expires, await self._signature(name, expires)
 
     async def take(self, name: str, expires: int, signature: str, body: AsyncIterable[bytes]) -> None:
-        """Store an image under its name.
+        """Stores an image under its name.
 
         Raises:
-            InvalidParameter: it is no PNG, JPEG or WebP.
-            RequestError: 403, the name was not given out so, or long ago; 409, it has its image already; 413,
-                the image is too large; 507, there is no room.
+            InvalidParameter: it is not a PNG, JPEG or WebP.
+            Refused: the signature is wrong, or the name has expired.
+            Conflict: the name has its image already.
+            TooLarge: the image has too many bytes.
+            Full: there is no room.
         """
         expected = await self._signature(name, expires)
         if not hmac.compare_digest(signature.encode(), expected.encode()) or expires < time.time():
-            raise RequestError(
-                "This address is not valid, or not any more; ask for a new one.", code="forbidden", status=403
-            )
+            raise Refused("This upload URL is invalid or has expired; request a new one.")
         if await self._files.size(name) is not None:
-            raise RequestError("The file was uploaded already.", code="already_uploaded", status=409)
+            raise Conflict("The file was uploaded already.", code="already_uploaded", retryable=True)
         await self._files.check_room()
         data = bytearray()
         async for chunk in body:

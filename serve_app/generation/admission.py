@@ -1,4 +1,4 @@
-"""How much unfinished work an ingress replica takes on, and how much of whom."""
+"""Admission: bounds on the unfinished work of an ingress replica, in total and for each API key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import FixedWindowRateLimiter
 
-from serve_app.errors import RequestError
+from serve_app.errors import Busy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from serve_app.config import Limits
 
 WEIGHT = 0.2
-"""Of the newest unit in the mean of what recent ones took."""
+"""Weight of the newest sample in the moving average of unit durations."""
 
 
 class Admission:
-    """Counts the units that are not finished and the work that was asked for; refuses what is beyond a bound.
+    """Counts unfinished units and requested work; rejects what exceeds a bound.
 
     Attributes:
-        pending: units that are not finished.
+        pending: number of unfinished units.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -41,14 +41,14 @@ class Admission:
 
     @contextmanager
     def permit(self, units: int, key_id: str) -> Iterator[None]:
-        """Take on so many units for as long as the block runs.
+        """Accepts units for the duration of the block.
 
         Args:
-            units: how many.
-            key_id: of the key with which they were asked for.
+            units: number of units.
+            key_id: id of the API key of the request.
 
         Raises:
-            RequestError: 429, there are too many already; its `Retry-After` says when there may be room.
+            Busy: there are too many already; `retry_after_s` estimates when there will be room.
         """
         mine = self._of_key[key_id]
         if self.pending + units > self._max_pending:
@@ -65,21 +65,19 @@ class Admission:
             self.pending -= units
             self._of_key[key_id] -= units
 
-    def _refusal(self, who: str, pending: int, limit: int, units: int) -> RequestError:
+    def _refusal(self, who: str, pending: int, limit: int, units: int) -> Busy:
         # Little's law: a unit is finished every unit_s / pending seconds.
         wait_s = math.ceil(units * self._unit_s / max(pending, 1))
-        return RequestError(
+        return Busy(
             f"{who} {pending} images to make and may have {limit}; try again in {wait_s} s.",
-            code="busy",
-            status=429,
-            headers={"Retry-After": str(wait_s)},
+            retry_after_s=wait_s,
         )
 
     async def charge(self, megapixel_steps: float, key_id: str) -> None:
-        """Count work that is about to begin.
+        """Counts work that is about to begin.
 
         Raises:
-            RequestError: 429, it is too much for one minute; its `Retry-After` says when it will not be.
+            Busy: the key's work of this minute is used up; `retry_after_s` says when the next one begins.
         """
         if self._rate is None:
             return
@@ -91,10 +89,9 @@ class Admission:
         ):
             stats = await self._limiter.get_window_stats(minute, key_id)
             wait_s = max(1, math.ceil(stats.reset_time - time.time()))
-            raise RequestError(
+            raise Busy(
                 f"This request takes {cost} megapixel-steps (megapixels × denoising steps × images), and of "
                 f"{self._rate} a minute your key has {stats.remaining} left; try again in {wait_s} s.",
                 code="rate_limit_exceeded",
-                status=429,
-                headers={"Retry-After": str(wait_s)},
+                retry_after_s=wait_s,
             )

@@ -1,159 +1,144 @@
-"""Makes what was ordered and hands it out: as files behind URLs, or as the files themselves."""
+"""Delivery of images to clients: as files behind URLs, or in the answer."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from serve_app.errors import NO_RETRY, InvalidParameter, RequestError
+from serve_app.errors import Gone
 from serve_app.generation import images
+from serve_app.generation.events import ImageFacts
 from serve_app.observability import metrics, telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from fastapi import Request
+    from collections.abc import Iterable
 
     from serve_app.files.store import FileStore
+    from serve_app.generation.events import GeneratedImage
     from serve_app.generation.generator import Generator
-    from serve_app.generation.images import Encoding
-    from serve_app.generation.orders import Order
-    from serve_app.generation.request import GeneratedImage, Report
-    from serve_app.http.links import Links
-    from serve_app.jobs.store import Job
+    from serve_app.generation.request import Encoding, GenerationRequest, ImageFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord(ImageFacts):
+    """An image as a file. Jobs keep it; see `serve_app.jobs.records` for its stored form.
+
+    Attributes:
+        name: name of the file.
+        bytes: size of the file.
+        width: in pixels.
+        height: in pixels.
+    """
+
+    name: str
+    bytes: int
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delivered:
-    """An image on its way to the client.
+    """An image in an answer.
 
     Attributes:
-        url: where it is, or None if it is sent along.
-        base64: the file that is sent along.
-        media_type: of the file.
-        facts: what is known of it, see `described`.
+        record: the image as a file.
+        media_type: media type of the file.
+        url: URL of the file; None if the answer contains the file.
+        base64: the file, if the answer contains it.
     """
 
+    record: ImageRecord
+    media_type: str
     url: str | None = None
     base64: str | None = None
-    media_type: str
-    facts: Mapping[str, Any]
-
-    @property
-    def is_flagged(self) -> bool:
-        """Whether the safety checker has found something."""
-        return (self.facts["risk"] or 0) >= 1
 
     @property
     def data_url(self) -> str:
-        """Where it is or, by https://www.rfc-editor.org/rfc/rfc2397, what it is."""
+        """The URL of the file, or a data URL (https://www.rfc-editor.org/rfc/rfc2397) that contains it."""
         return self.url or f"data:{self.media_type};base64,{self.base64}"
 
 
-def described(image: GeneratedImage, name: str, size: int) -> dict[str, Any]:
-    """What is known of an image whose file has this name and so many bytes: all but its pixels."""
+def record(image: GeneratedImage, name: str, size: int) -> ImageRecord:
+    """Returns the record of an image whose file has this name and `size` bytes."""
     height, width, _ = image.pixels.shape
-    facts = {name: value for name, value in vars(image).items() if name != "pixels"}
-    return {"name": name, "bytes": size, "width": width, "height": height} | facts
-
-
-def failure(error: RequestError | InvalidParameter) -> dict[str, Any]:
-    """An error as a job keeps it."""
-    if isinstance(error, InvalidParameter):
-        return {"status": 400, "code": error.code, "param": error.param, "problem": error.problem}
-    return {"status": error.status, "code": error.code, "param": error.param, "message": error.message}
-
-
-def error_of(failure: Mapping[str, Any]) -> RequestError | InvalidParameter:
-    """The error again, which no other try to fetch the job changes."""
-    if "problem" in failure:
-        return InvalidParameter(failure["param"], failure["problem"], code=failure["code"])
-    return RequestError(**failure, headers=NO_RETRY)
+    return ImageRecord(name=name, bytes=size, width=width, height=height, **vars(image.facts))
 
 
 class Delivery:
-    """The way of images to the client.
+    """Makes images and puts them into answers.
 
     Args:
-        generator: makes them.
-        files: keeps those that are not sent along.
-        links: to those.
+        generator: makes the images.
+        files: keeps the files behind URLs.
     """
 
-    def __init__(self, generator: Generator, files: FileStore, links: Links) -> None:
+    def __init__(self, generator: Generator, files: FileStore) -> None:
         self._generator = generator
         self._files = files
-        self._links = links
 
-    async def make(
-        self, request: Request, order: Order, *, inline: bool, report: Report = lambda _: None
-    ) -> list[Delivered]:
-        """Make the images now, while the client waits.
+    async def make(self, request: GenerationRequest, base: str | None) -> list[Delivered]:
+        """Makes the images of a request while the client waits.
 
         Args:
-            request: the client's.
-            order: what it is for.
-            inline: whether the images are sent along.
-            report: see `Generator.run`.
+            request: the request.
+            base: base of the files' URLs; None to put the files into the answer.
 
         Raises:
-            RequestError: see `Generator.admitted` and `Generator.run`; 507, there is no room for files.
-            InvalidParameter: likewise.
+            RequestError: see `Generator.admit` and `Generator.run`.
+            Full: there is no room for files.
         """
-        if not inline:
+        if base is not None:
             await self._files.check_room()
-        base = None if inline else self._links.base(request)
-        async with self._generator.admitted(
-            order.generation, sources=order.sources, prepare=order.prepare
-        ) as ready:
-            telemetry.note_generation(request, ready)
-            made = await self._generator.run(ready, report)
-            telemetry.note_images(request, made)
-            return await asyncio.gather(
-                *(self._new(ready.model, image, order.encoding, base) for image in made)
-            )
+        async with self._generator.admit(request) as running:
+            made = await self._generator.images(running)
+            telemetry.note_images(made)
+            model = running.request.model
+            return await asyncio.gather(*(self._deliver(model, one, request.encoding, base) for one in made))
 
-    async def _new(
+    async def _deliver(
         self, model: str, image: GeneratedImage, encoding: Encoding, base: str | None
     ) -> Delivered:
         with metrics.part(model, "encoding"):
-            data = await asyncio.to_thread(images.encode, image.pixels, encoding)
+            file = await asyncio.to_thread(images.encode, image.pixels, encoding)
         media_type = f"image/{encoding.format}"
         if base is None:
-            facts = described(image, f"{image.seed}.{encoding.format}", len(data))
-            return Delivered(base64=await _text(data), media_type=media_type, facts=facts)
+            named = record(image, f"{image.facts.seed}.{encoding.format}", len(file))
+            return Delivered(base64=await _in_base64(file), media_type=media_type, record=named)
         with metrics.part(model, "storing"):
-            name = await self._files.save(data, encoding.format)
-        url = await self._links.file(base, name)
-        return Delivered(url=url, media_type=media_type, facts=described(image, name, len(data)))
+            name = await self._files.save(file, encoding.format)
+        return Delivered(
+            url=await self._files.url(base, name),
+            media_type=media_type,
+            record=record(image, name, len(file)),
+        )
 
-    async def of(self, job: Job, base: str, *, inline: bool) -> list[Delivered]:
-        """The images of a job that has succeeded.
+    async def kept(
+        self, records: Iterable[ImageRecord], image_format: ImageFormat, base: str | None
+    ) -> list[Delivered]:
+        """Returns images that a job has kept.
 
         Args:
-            job: whose.
-            base: below which URLs are to be.
-            inline: whether the images are sent along.
+            records: the images.
+            image_format: format of their files.
+            base: base of the files' URLs; None to put the files into the answer.
 
         Raises:
-            RequestError: 410, they are to be sent along and are gone.
+            Gone: the answer is to contain the files, and they were deleted.
         """
-        return [await self._kept(job, facts, base, inline=inline) for facts in job.images]
+        return [await self._kept(one, f"image/{image_format}", base) for one in records]
 
-    async def _kept(self, job: Job, facts: dict[str, Any], base: str, *, inline: bool) -> Delivered:
-        media_type = f"image/{job.encoding['format']}"
-        facts = {"prompt": job.request["prompt"], "risk": None} | facts  # of older versions' jobs
-        if not inline:
-            url = await self._links.file(base, facts["name"])
-            return Delivered(url=url, media_type=media_type, facts=facts)
-        data = await self._files.read(facts["name"], 0, facts["bytes"])
-        if data is None:
-            raise RequestError("The job's images are not kept any more.", code="result_gone", status=410)
-        return Delivered(base64=await _text(data), media_type=media_type, facts=facts)
+    async def _kept(self, image: ImageRecord, media_type: str, base: str | None) -> Delivered:
+        if base is not None:
+            url = await self._files.url(base, image.name)
+            return Delivered(url=url, media_type=media_type, record=image)
+        file = await self._files.read(image.name, 0, image.bytes)
+        if file is None:
+            raise Gone("The job's images were deleted.", code="result_gone")
+        return Delivered(base64=await _in_base64(file), media_type=media_type, record=image)
 
 
-async def _text(data: bytes) -> str:
-    """Megabytes in base64, beside the event loop."""
-    return (await asyncio.to_thread(base64.b64encode, data)).decode()
+async def _in_base64(file: bytes) -> str:
+    """Returns a file in base64, encoded in a thread: files have megabytes."""
+    return (await asyncio.to_thread(base64.b64encode, file)).decode()

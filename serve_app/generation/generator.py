@@ -1,74 +1,58 @@
-"""The one path of a request: admitted, then for each of its images the prior stage and the decoder stage."""
+"""The path of a request: accepted, checked and expanded, then each image through both stages."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from deployments.observability import tracing
-from serve_app.errors import NO_RETRY, InvalidParameter, RequestError, stopping
+from serve_app.errors import InvalidParameter, NotFound, RequestError, stopping
 from serve_app.generation import prompt_expansion, safety
-from serve_app.generation import validation as checks
 from serve_app.generation.admission import Admission
-from serve_app.generation.image import TOO_LONG, Unit, is_flagged
+from serve_app.generation.events import Event, GeneratedImage, StageProgress, is_flagged
+from serve_app.generation.image import TOO_LONG, Unit
 from serve_app.generation.prompt_expansion import Expansion
-from serve_app.generation.request import GeneratedImage, Generation, Resolved, RunningUnit
-from serve_app.observability import metrics
+from serve_app.generation.request import resolve
+from serve_app.generation.running import RunningRequests, merged
+from serve_app.generation.validation import check_work, validate
+from serve_app.observability import metrics, telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 
     from deployments.config import ModelConfig
     from deployments.types import Pixels
     from serve_app.config import Limits
     from serve_app.generation.image import Model
     from serve_app.generation.prompt_expansion import PromptExpansion
-    from serve_app.generation.request import Report
+    from serve_app.generation.request import GenerationRequest, ResolvedRequest, Source
+    from serve_app.generation.running import RunningRequest
     from serve_app.generation.safety import SafetyCheck
-
-MAX_DRAWN_SEED = 2**52
-"""JavaScript holds integers below 2**53: the seeds of the images that follow are to be among them too."""
-PACE_S = 0.002
-"""Between the beginnings of two units: each keeps the event loop for about so long."""
-
-Prepare = Callable[["Generation"], Awaitable["Generation"]]
-
-
-@dataclass(eq=False, kw_only=True)
-class _Running:
-    """A request that was taken on; its work begins when its images are decoded and it is paid for."""
-
-    model: str
-    helpers: frozenset[str]
-    units: int
-    timeout: asyncio.Timeout
-    has_begun: bool = False
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    called_off: bool = False
+    from serve_app.generation.sources import SourceReader
 
 
 class Generator:
-    """Runs generations on the served models.
+    """Runs requests on the served models.
 
     Args:
-        models: by name; the first one is the default.
-        limits: what a request may ask for.
-        on_change: called when a request is taken on, and when it ends.
-        safety: looks at images; None if nobody does.
-        expansion: rewrites prompts; likewise.
+        models: models by name; the first one is the default.
+        limits: limits of requests.
+        sources: reads and decodes source images.
+        on_change: called when a request begins, and when it ends.
+        safety: the safety checker; None without one.
+        expansion: the prompt expander; None without one.
 
     Attributes:
-        draining: whether no more requests are taken on.
+        draining: whether new requests are rejected.
     """
 
     def __init__(
         self,
         models: Mapping[str, Model],
         limits: Limits,
+        sources: SourceReader,
         on_change: Callable[[], None] = lambda: None,
         *,
         safety: SafetyCheck | None = None,
@@ -76,14 +60,13 @@ class Generator:
     ) -> None:
         self._models = models
         self._limits = limits
+        self._sources = sources
         self._safety = safety
         self._expansion = expansion
         self._admission = Admission(limits)
-        self._on_change = on_change
-        self._running: list[_Running] = []
-        self._units: list[RunningUnit] = []
+        self._running = RunningRequests(on_change)
+        self._units: list[Unit] = []
         self.draining = False
-        self._starting = asyncio.Lock()
 
     @property
     def checks_images(self) -> bool:
@@ -96,18 +79,18 @@ class Generator:
         return self._expansion is not None
 
     def models(self) -> list[ModelConfig]:
-        """The configurations of all models, the default one first."""
+        """Returns the configurations of all models, the default one first."""
         return [model.config for model in self._models.values()]
 
     def model(self, name: str | None) -> ModelConfig:
-        """The configuration of a model.
+        """Returns the configuration of a model.
 
         Args:
-            name: the model's, or its family's, spelt `glm-image`, which stands for the first one of that
-                family; None for the default model.
+            name: the model's name, or its family's spelt `glm-image`, which stands for the first model of
+                that family; None for the default model.
 
         Raises:
-            RequestError: 404, there is no such model.
+            NotFound: there is no such model.
         """
         configs = self.models()
         if name is None:
@@ -118,238 +101,188 @@ class Generator:
         for config in configs:
             if config.family.replace("_", "-") == name:
                 return config
-        raise RequestError(
+        raise NotFound(
             f"There is no model {name!r:.100}; there are: {', '.join(self._models)}.",
             param="model",
             code="model_not_found",
-            status=404,
         )
 
-    def resolved(self, generation: Generation) -> Resolved:
-        """The generation with what it leaves out filled in: the model's defaults, and a seed that is drawn.
-
-        Raises:
-            RequestError: 404, there is no such model.
-        """
-        config = self.model(generation.model)
-        defaults, given = config.defaults, vars(generation)
-        left_out = {
-            "size": (defaults.width, defaults.height),
-            "steps": defaults.steps,
-            "guidance_scale": config.guidance_scale(editing=bool(generation.sources)),
-            "negative_prompt": "",
-            "cfg_normalization": False,
-            "strength": defaults.strength,
-            "seed": secrets.randbelow(MAX_DRAWN_SEED),
-        }
-        filled_in = {name: value for name, value in left_out.items() if given[name] is None}
-        return Resolved(**given | filled_in | {"model": config.name})
-
     @property
-    def units(self) -> list[RunningUnit]:
-        """What is being made, the oldest first."""
+    def units(self) -> list[Unit]:
+        """The images in the making, the oldest first."""
         return list(self._units)
 
     @property
-    def pending(self) -> int:
-        """Images that are not finished, those included that wait for a stage."""
-        return sum(running.units for running in self._running)
+    def running(self) -> RunningRequests:
+        """The requests that run."""
+        return self._running
 
-    def needed(self) -> list[str]:
-        """The models that have work, and the helpers that have."""
-        begun = [running for running in self._running if running.has_begun]
-        return sorted({name for running in begun for name in (running.model, *running.helpers)})
+    async def drain(self) -> None:
+        """Rejects new requests; returns when the running ones have ended."""
+        self.draining = True
+        await self._running.until_idle(self._models)
 
-    def _helpers(self, generation: Generation) -> frozenset[str]:
-        """What else than its model a request needs."""
+    def check(self, request: GenerationRequest) -> None:
+        """Checks whether a request may run.
+
+        Raises:
+            NotFound: there is no such model.
+            Unavailable: the server is stopping.
+            InvalidParameter: a parameter is out of its range, or has no effect.
+        """
+        if self.draining:
+            raise stopping()
+        model = self.model(request.model)
+        validate(request, model, self._limits, expands=self.expands_prompts)
+        if request.size or not request.sources:
+            check_work(request, model, self._limits)
+
+    async def decode_sources(self, sources: Sequence[Source], model: str | None) -> tuple[Pixels, ...]:
+        """Returns source images as pixels for a model; see `SourceReader.decode`."""
+        return await self._sources.decode(sources, self.model(model).traits)
+
+    def resolve(self, request: GenerationRequest, pixels: tuple[Pixels, ...] = ()) -> ResolvedRequest:
+        """Returns the request with all its parameters; see `serve_app.generation.request.resolve`."""
+        return resolve(request, self.model(request.model), pixels)
+
+    async def charge(self, request: GenerationRequest) -> None:
+        """Counts the work of a request against its key's rate.
+
+        Raises:
+            Busy: the key's rate is used up.
+            InvalidParameter: it is more work than one request may ask for.
+        """
+        work = check_work(request, self.model(request.model), self._limits)
+        await self._admission.charge(work, request.key_id)
+
+    @asynccontextmanager
+    async def admit(self, request: GenerationRequest) -> AsyncIterator[RunningRequest]:
+        """Accepts a request. Within the block it holds a place, and runs until its deadline.
+
+        Yields:
+            The running request, ready for `run`.
+
+        Raises:
+            NotFound: there is no such model.
+            Busy: there is no place, or the key's rate is used up.
+            Unavailable: the server is stopping, or the request was aborted.
+            TimedOut: its deadline has passed, or no stage began in time.
+            InvalidParameter: a parameter is out of its range, or a source image cannot be used.
+        """
+        self.check(request)
+        with self._admission.permit(request.n, request.key_id):
+            async with self._run_within(request, self._limits.deadline_s) as running:
+                size_is_known = not request.sources or request.size is not None
+                if size_is_known:
+                    await self.charge(request)
+                resolved = self.resolve(request, await self.decode_sources(request.sources, request.model))
+                if not size_is_known:
+                    await self.charge(resolved)
+                telemetry.note_request(resolved)
+                self._running.begin(running, resolved)
+                yield running
+
+    @asynccontextmanager
+    async def resume(self, request: ResolvedRequest) -> AsyncIterator[RunningRequest]:
+        """Runs a job's request, which was accepted when the job was submitted.
+
+        Yields:
+            The running request, ready for `run`.
+
+        Raises:
+            NotFound: its model is gone.
+            Unavailable: the server is stopping, or the request was aborted.
+            TimedOut: its deadline has passed.
+        """
+        async with self._run_within(request, self._limits.job_deadline_s) as running:
+            self._running.begin(running, request)
+            yield running
+
+    @asynccontextmanager
+    async def _run_within(
+        self, request: GenerationRequest, deadline_s: float
+    ) -> AsyncIterator[RunningRequest]:
+        if self.draining:
+            raise stopping()
+        model = self.model(request.model).name
+        helpers = self._helpers(request)
+        async with self._running.add(
+            model, helpers, request.n, deadline_s, request.start_within_s
+        ) as running:
+            yield running
+
+    def _helpers(self, request: GenerationRequest) -> frozenset[str]:
+        """Returns the names of the helpers that a request needs."""
         helpers = set()
-        if self._safety and self._safety.looks(generation.moderation):
+        if self._safety and self._safety.enabled_for(request.moderation):
             helpers.add(safety.NAME)
-        if generation.expand_prompt:
+        if request.expand_prompt:
             helpers.add(prompt_expansion.NAME)
         return frozenset(helpers)
 
-    def count(self, models: Collection[str]) -> int:
-        """How many requests of these models are running."""
-        return sum(running.model in models for running in self._running)
+    async def run(self, running: RunningRequest) -> AsyncGenerator[Event, None]:
+        """Makes the images of a running request side by side; yields events as they come.
 
-    def call_off(self, models: Collection[str]) -> None:
-        """Stop these models' requests; they get a 503."""
-        for running in self._running:
-            if running.model in models and not running.timeout.expired():
-                running.called_off = True
-                running.timeout.reschedule(asyncio.get_running_loop().time())
-
-    async def until_idle(self, models: Collection[str]) -> None:
-        """Return when no request of these models is running."""
-        while ours := [running for running in self._running if running.model in models]:
-            await ours[0].ended.wait()
-
-    async def drain(self) -> None:
-        """Take on no more requests, and return when those that were taken on have ended."""
-        self.draining = True
-        await self.until_idle(self._models)
-
-    @asynccontextmanager
-    async def admitted(
-        self, generation: Generation, *, sources: int = 0, prepare: Prepare | None = None
-    ) -> AsyncIterator[Resolved]:
-        """Check a request and hold a place for it; within the block it is run and delivered.
-
-        Args:
-            generation: its source images may be missing still.
-            sources: how many there will be.
-            prepare: adds them, which is not begun without a place.
-
-        Yields:
-            The request, prepared and resolved.
+        Closing the generator stops all images.
 
         Raises:
-            RequestError: 404, there is no such model; 429, there is no place, or the key's work is used up;
-                503, the server is stopping or the request was called off; 504, its time is over.
-            InvalidParameter: a parameter is out of its range.
-        """
-        self.check(generation, sources=sources)
-        with self._admission.permit(generation.n, generation.key_id):
-            async with self._taken_on(generation, self._limits.deadline_s) as running:
-                size_is_known = prepare is None or generation.size is not None
-                if size_is_known:
-                    await self.charge(generation)
-                if prepare:
-                    generation = await prepare(generation)
-                if not size_is_known:
-                    await self.charge(generation)
-                self._begin(running)
-                yield self.resolved(generation)
-
-    @asynccontextmanager
-    async def resumed(self, generation: Generation) -> AsyncIterator[None]:
-        """Within the block a job is run, for which no place is held: it was taken on when it was submitted.
-
-        Raises:
-            RequestError: 404, its model is gone; 503, the server is stopping or the job was called off; 504,
-                its time is over.
-        """
-        async with self._taken_on(generation, self._limits.job_deadline_s) as running:
-            self._begin(running)
-            yield
-
-    async def charge(self, generation: Generation) -> None:
-        """Count a request's work, which is about to be taken on.
-
-        Raises:
-            RequestError: 429, it is too much for one minute.
-            InvalidParameter: it is more than one request may ask for.
-        """
-        work = checks.work(self.resolved(generation), self._limits)
-        await self._admission.charge(work, generation.key_id)
-
-    @asynccontextmanager
-    async def _taken_on(self, generation: Generation, deadline_s: float) -> AsyncIterator[_Running]:
-        if self.draining:
-            raise stopping()
-        timeout = asyncio.timeout(deadline_s)
-        model = self.model(generation.model).name
-        running = _Running(
-            model=model, helpers=self._helpers(generation), units=generation.n, timeout=timeout
-        )
-        try:
-            async with timeout:
-                self._running.append(running)
-                yield running
-        except TimeoutError:
-            if not timeout.expired():
-                raise
-            raise _stopped(running, deadline_s) from None
-        finally:
-            self._running.remove(running)
-            self._on_change()
-            running.ended.set()
-
-    def _begin(self, running: _Running) -> None:
-        running.has_begun = True
-        self._on_change()
-
-    async def run(self, generation: Generation, report: Report = lambda _: None) -> list[GeneratedImage]:
-        """Make the images of an admitted request, side by side. Cancelling stops all of them.
-
-        Args:
-            generation: the request.
-            report: is told of every image's progress, and given previews and the images as they come.
-
-        Raises:
-            RequestError: what was asked for takes too much memory, a stage cannot be loaded, the stages keep
-                dying over it, or an image was flagged or cannot be checked.
+            Failed: a stage cannot be loaded, has too little memory, or keeps dying; or an image cannot be
+                checked.
+            Invalid: an image was flagged.
             InvalidParameter: the request is too long for the model, or a source image was flagged.
         """
-        resolved = self.resolved(generation)
-        await self._check_sources(resolved)
-        expansion = Expansion(resolved.prompt)
-        if resolved.expand_prompt and self._expansion:
+        request = running.request
+        await self._check_sources(request)
+        expansion = Expansion(request.prompt)
+        if request.expand_prompt and self._expansion:
             with tracing.span("expansion"):
                 expansion = await self._expansion.expand(
-                    resolved.prompt, editing=bool(resolved.sources), request_id=resolved.request_id
+                    request.prompt, editing=bool(request.pixels), request_id=request.request_id
                 )
-            metrics.note_part(resolved.model, "expansion", expansion.seconds)
+            metrics.note_part(request.model, "expansion", expansion.seconds)
         try:
-            return await self._units_of(resolved, expansion, report)
+            async with aclosing(self._images(running, expansion)) as events:
+                async for event in events:
+                    yield event
         except InvalidParameter as error:
-            if error.code != TOO_LONG or expansion.prompt == resolved.prompt:
+            if error.code != TOO_LONG or expansion.prompt == request.prompt:
                 raise
-            problem = f"the new prompt is too long for {resolved.model}"
-            expansion = Expansion(resolved.prompt, expansion.seconds, problem)
-            return await self._units_of(resolved, expansion, report)
+            problem = f"the new prompt is too long for {request.model}"
+            unexpanded = Expansion(request.prompt, expansion.seconds, problem)
+            async with aclosing(self._images(running, unexpanded)) as events:
+                async for event in events:
+                    yield event
 
-    async def _units_of(
-        self, generation: Resolved, expansion: Expansion, report: Report
-    ) -> list[GeneratedImage]:
-        """All images of a request, side by side."""
-        painted = replace(generation, prompt=expansion.prompt)
-        try:
-            async with asyncio.TaskGroup() as group:
-                units = [
-                    group.create_task(self._counted_unit(painted, expansion, image, report))
-                    for image in range(painted.n)
-                ]
-        except BaseExceptionGroup as failures:  # one unit failed, and the group has stopped the others
-            raise failures.exceptions[0] from None
-        return [unit.result() for unit in units]
+    async def images(self, running: RunningRequest) -> list[GeneratedImage]:
+        """Makes the images of a running request, for callers without interest in progress; see `run`."""
+        async with aclosing(self.run(running)) as events:
+            made = [event async for event in events if isinstance(event, GeneratedImage)]
+        return in_order(made)
 
-    async def _risk(self, pixels: Pixels, generation: Generation) -> float | None:
-        """See `SafetyCheck.risk`."""
-        if not self._safety or not self._safety.looks(generation.moderation):
-            return None
-        with tracing.span("safety"):
-            return await self._safety.risk(pixels, generation.moderation, generation.request_id)
+    async def _images(self, running: RunningRequest, expansion: Expansion) -> AsyncGenerator[Event, None]:
+        request = replace(running.request, prompt=expansion.prompt)
+        units = [self._image(request, expansion, image) for image in range(request.n)]
+        async with aclosing(merged(units)) as events:
+            async for event in events:
+                if isinstance(event, StageProgress):
+                    running.note_start()
+                yield event
 
-    async def _check_sources(self, generation: Generation) -> None:
-        """Have the source images looked at.
-
-        Raises:
-            InvalidParameter: one was flagged.
-            RequestError: one could not be checked.
-        """
-        for source in generation.sources:
-            if is_flagged(await self._risk(source, generation)):
-                raise InvalidParameter(
-                    "sources", "was flagged by the safety checker; send another image", code=safety.VIOLATION
-                )
-
-    async def _counted_unit(
-        self, generation: Resolved, expansion: Expansion, image: int, report: Report
-    ) -> GeneratedImage:
+    async def _image(
+        self, request: ResolvedRequest, expansion: Expansion, image: int
+    ) -> AsyncGenerator[Event, None]:
+        """Makes one image, and counts it by its outcome."""
+        unit = Unit(self._models[request.model], request, image, self._risk)
         outcome = "failed"
+        self._units.append(unit)
         try:
             with tracing.span("image", index=image):
-                made = await self._unit(generation, expansion, image, report)
-            outcome = "flagged" if is_flagged(made.risk) else "made"
-            width, height = generation.size
-            metrics.MEGAPIXELS.add(width * height / 1e6, api=generation.api, model=generation.model)
-            parts = {"waiting": made.waiting_s, "prior": made.prior_s, "decoder": made.decoder_s}
-            if self._safety and self._safety.looks(generation.moderation):
-                parts["safety"] = made.safety_s
-            for part, seconds in parts.items():
-                metrics.note_part(generation.model, part, seconds)
+                async with aclosing(unit.make(expansion)) as events:
+                    async for event in events:
+                        if isinstance(event, GeneratedImage):
+                            outcome = "flagged" if event.facts.is_flagged else "made"
+                            self._count(request, event)
+                        yield event
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
@@ -361,58 +294,41 @@ class Generator:
                 outcome = "flagged"
             raise
         finally:
-            metrics.IMAGES.add(api=generation.api, model=generation.model, outcome=outcome)
-        return made
+            self._units.remove(unit)
+            metrics.IMAGES.add(api=request.api, model=request.model, outcome=outcome)
 
-    async def _unit(
-        self, generation: Resolved, expansion: Expansion, image: int, report: Report
-    ) -> GeneratedImage:
-        unit = Unit(self._models[generation.model], generation, image, report, self._risk)
-        self._units.append(unit.running)
-        try:
-            await self._turn()
-            return await unit.make(expansion)
-        finally:
-            self._units.remove(unit.running)
+    def _count(self, request: ResolvedRequest, image: GeneratedImage) -> None:
+        """Counts an image's pixels and where its time went."""
+        width, height = request.size
+        metrics.MEGAPIXELS.add(width * height / 1e6, api=request.api, model=request.model)
+        facts = image.facts
+        parts = {"waiting": facts.waiting_s, "prior": facts.prior_s, "decoder": facts.decoder_s}
+        if self._safety and self._safety.enabled_for(request.moderation):
+            parts["safety"] = facts.safety_s
+        for part, seconds in parts.items():
+            metrics.note_part(request.model, part, seconds)
 
-    async def _turn(self) -> None:
-        """Wait, so that the beginning of a burst's units leaves room for refusing those beyond the bound."""
-        await self._starting.acquire()
-        asyncio.get_running_loop().call_later(PACE_S, self._starting.release)
+    async def _risk(self, pixels: Pixels, request: ResolvedRequest) -> float | None:
+        """Returns the risk of an image; see `SafetyCheck.risk`."""
+        if not self._safety or not self._safety.enabled_for(request.moderation):
+            return None
+        with tracing.span("safety"):
+            return await self._safety.risk(pixels, request.moderation, request.request_id)
 
-    def check(self, generation: Generation, *, sources: int) -> None:
-        """Look whether a request may be taken on.
-
-        Args:
-            generation: its source images may be missing still.
-            sources: how many there will be.
+    async def _check_sources(self, request: ResolvedRequest) -> None:
+        """Checks the source images.
 
         Raises:
-            RequestError: 404, there is no such model; 503, the server is stopping.
-            InvalidParameter: a parameter is out of its range.
+            InvalidParameter: one was flagged.
+            Failed: one could not be checked.
         """
-        if self.draining:
-            raise stopping()
-        model = self.model(generation.model)
-        checks.check(generation, model, self._limits, sources=sources, expands=self.expands_prompts)
-        if generation.size or not sources:
-            checks.work(self.resolved(generation), self._limits)
+        for source in request.pixels:
+            if is_flagged(await self._risk(source, request)):
+                raise InvalidParameter(
+                    "sources", "was flagged by the safety checker; send another image", code=safety.VIOLATION
+                )
 
 
-def _stopped(running: _Running, deadline_s: float) -> RequestError:
-    """Why a request was stopped before its end."""
-    if running.called_off:
-        return RequestError(
-            f"The request was stopped: {running.model} was unloaded by hand.",
-            code="unloaded",
-            status=503,
-            headers=NO_RETRY,
-        )
-    return RequestError(
-        f"The request took longer than the {deadline_s:g} s allowed and was stopped. If "
-        "the model was still loading, try again later; else ask for fewer images or steps, or for a "
-        "smaller size.",
-        code="deadline_exceeded",
-        status=504,
-        headers=NO_RETRY,
-    )
+def in_order(images: list[GeneratedImage]) -> list[GeneratedImage]:
+    """Returns a request's images in their order."""
+    return sorted(images, key=lambda image: image.image)

@@ -1,16 +1,15 @@
-"""Images at the edge: bounded decoding of what users send, encoding of what they get."""
+"""Images at the edge: bounded decoding of source images, encoding of results."""
 
 from __future__ import annotations
 
 import io
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from serve_app.errors import InvalidParameter
 
@@ -19,45 +18,33 @@ if TYPE_CHECKING:
 
     from deployments.families import Family
     from deployments.types import Pixels
+    from serve_app.generation.request import Encoding
 
 # Sides are checked before anything is decoded; Pillow would only warn, and of smaller images.
 Image.MAX_IMAGE_PIXELS = None
-
-ImageFormat = Literal["png", "jpeg", "webp"]
 
 MIN_SOURCE_SIDE = 16
 MAX_SOURCE_SIDE = 8192
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_MARKER = re.compile(rb"\xff[\xc4\xdb\xdd\xe0-\xef\xfe]")
-"""What begins a table, an application's data or a comment."""
+"""Start of a table, of application data, or of a comment."""
 MAX_SCANS = 100
-"""Of a JPEG; progressive ones have about ten, and a thumbnail's and other pictures' are counted too."""
+"""Most scans of a JPEG, those of embedded pictures included. Progressive files have about ten."""
 MAX_PARTS = 20_000
-"""Markers of a JPEG, chunks of a PNG: at the 4 KiB that some encoders write, an image of 80 MB."""
+"""Most markers of a JPEG, or chunks of a PNG. Some encoders write chunks of 4 KiB, so 80 MB are allowed."""
 PNG_LEVEL = 4
-"""Of zlib: files are as large as at 6, which is usual (98-104 % for three kinds of 1024×1024 pictures), and
-there in 86, 55 and 32 % of the time."""
+"""Compression level of zlib. Files are as large as at the usual level 6 (98-104 % for three kinds of
+1024×1024 pictures), and encoding takes 86, 55 and 32 % of the time."""
 BACKGROUND = (255, 255, 255)
-"""What shows behind transparency and beside a source that is too long for the model: white."""
-
-
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What undoes each value of EXIF's orientation but 1: CIPA DC-008, 4.6.4."""
+"""White: shows behind transparency, and beside a source that is too long for the model."""
 
 
 def decode_source(data: bytes, family: Family, max_pixels: int) -> Pixels:
-    """Decode an image that a user sent and make it one that both stages take as it is.
+    """Decodes a source image into pixels that both stages take as they are.
 
-    Turned upright by its EXIF orientation, flattened onto white, padded with white to the family's
-    widest aspect, and scaled to a legal size (see `legal_size`). A legal opaque image keeps its pixels.
+    The image is turned upright by its EXIF orientation, flattened onto white, padded with white to the
+    family's widest aspect, and scaled to a legal size (see `legal_size`). A legal opaque image keeps its
+    pixels.
 
     Raises:
         InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, of more than `max_pixels`, or a
@@ -89,14 +76,14 @@ def decode_source(data: bytes, family: Family, max_pixels: int) -> Pixels:
 
 
 def is_image(data: bytes | bytearray) -> bool:
-    """Whether the file's first bytes are those of a PNG, JPEG or WebP image."""
+    """Returns whether the first bytes are those of a PNG, JPEG or WebP image."""
     return data.startswith((PNG_SIGNATURE, b"\xff\xd8\xff")) or (
         data.startswith(b"RIFF") and data[8:12] == b"WEBP"
     )
 
 
 def _is_laborious(data: bytes) -> bool:
-    """Whether a file is made to keep a decoder busy: each scan of a JPEG goes over the whole image."""
+    """Returns whether a file would keep a decoder busy: each scan of a JPEG covers the whole image."""
     if data.startswith(b"\xff\xd8"):
         return data.count(b"\xff\xda") > MAX_SCANS or _has_more(JPEG_MARKER.finditer(data))
     if data.startswith(PNG_SIGNATURE):
@@ -109,7 +96,7 @@ def _has_more(parts: Iterator[object]) -> bool:
 
 
 def _png_chunks(data: bytes) -> Iterator[int]:
-    """Where each begins."""
+    """Yields the offset of each chunk."""
     at = len(PNG_SIGNATURE)
     while at < len(data):
         yield at
@@ -117,9 +104,10 @@ def _png_chunks(data: bytes) -> Iterator[int]:
 
 
 def legal_size(width: int, height: int, family: Family) -> tuple[int, int]:
-    """The legal size nearest to a given one: scaled into the family's range, sides rounded to its multiple.
+    """Returns the legal size nearest to a given one.
 
-    The aspect may be changed by the rounding, and is cut to what the range allows.
+    It is scaled into the family's range, and its sides are rounded to the family's multiple. Rounding may
+    change the aspect, and the range limits it.
     """
     shorter, longer = sorted((width, height))
     scale = 1.0
@@ -133,26 +121,13 @@ def legal_size(width: int, height: int, family: Family) -> tuple[int, int]:
 
 
 def cropped(pixels: Pixels, width: int, height: int) -> Pixels:
-    """The middle of an image, which is at least so large."""
+    """Returns the middle of an image, which is at least as large."""
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     return pixels[top : top + height, left : left + width]
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How an image becomes a file.
-
-    Attributes:
-        format: of the file.
-        quality: of JPEG and WebP, 0-100; PNG is always lossless.
-    """
-
-    format: ImageFormat = "png"
-    quality: int = 100
-
-
 def encode(pixels: Pixels, encoding: Encoding) -> bytes:
-    """The image as a file."""
+    """Returns the image as a file."""
     file = io.BytesIO()
     options = {
         "png": {"compress_level": PNG_LEVEL},
@@ -164,11 +139,10 @@ def encode(pixels: Pixels, encoding: Encoding) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    orientation = 1
-    with suppress(Exception):  # a picture is one although what is written beside it is broken
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    turn = TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    """Returns the image as its EXIF orientation says. Broken EXIF data are ignored."""
+    with suppress(Exception):
+        return ImageOps.exif_transpose(image)
+    return image
 
 
 def _flatten(image: Image.Image) -> Image.Image:

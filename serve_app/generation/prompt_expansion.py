@@ -1,4 +1,4 @@
-"""Prompts rewritten by a language model, if it does as it is told; else they stay as they are."""
+"""Prompt expansion by a language model. A prompt whose expansion fails stays as it is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 NAME = "prompt expander"
-"""By which it is needed and unloaded, as models are by theirs, in which there are no blanks."""
+"""Name for loading and unloading. It has a blank, which names of models have not."""
 INSTRUCTION = (
     "You rewrite prompts for a text-to-image model. Describe the same picture in more detail: subject, "
     "setting, composition, light, colours, style. Keep everything that the prompt says, and its "
@@ -51,16 +51,16 @@ Ask = Callable[[ExpansionRequest], Awaitable[str]]
 
 
 class ExpansionError(Exception):
-    """Why a prompt was not expanded, to be told to whoever asked for it; nothing of the prompt is in it."""
+    """The reason why a prompt was not expanded, for the client. It holds nothing of the prompt."""
 
 
 class Expansion(NamedTuple):
-    """What is to be painted.
+    """The outcome of an expansion.
 
     Attributes:
-        prompt: the new one, or the old one if there was a problem.
-        seconds: which that took.
-        problem: why it is the old one; empty if it is not.
+        prompt: the new prompt, or the old one after a problem.
+        seconds: seconds that it took.
+        problem: why it is the old prompt; empty if it is not.
     """
 
     prompt: str
@@ -69,15 +69,15 @@ class Expansion(NamedTuple):
 
 
 class PromptExpansion:
-    """Has prompts rewritten, within bounds.
+    """Expands prompts within bounds.
 
-    A prompt's expansion follows from the prompt alone, not from a seed: each image of a request is the one
-    that its seed gives alone.
+    An expansion depends on the prompt alone, not on a seed. So each image of a request is the one that its
+    seed gives alone.
 
     Args:
         config: the bounds.
-        ask: the language model.
-        max_chars: of a prompt.
+        ask: calls the language model.
+        max_chars: longest prompt, in characters.
     """
 
     def __init__(self, config: PromptExpanderConfig, ask: Ask, max_chars: int) -> None:
@@ -86,12 +86,12 @@ class PromptExpansion:
         self._max_chars = max_chars
 
     async def expand(self, prompt: str, *, editing: bool, request_id: str = "") -> Expansion:
-        """Rewrite a prompt; whatever goes wrong, there is one to go on with.
+        """Returns the expansion of a prompt. Never raises: after a problem it holds the old prompt.
 
         Args:
-            prompt: as it was sent.
+            prompt: the prompt as sent.
             editing: whether there are source images.
-            request_id: of the request that it belongs to.
+            request_id: id of the request.
         """
         began = time.monotonic()
         request = ExpansionRequest(
@@ -119,10 +119,10 @@ class PromptExpansion:
         return Expansion(prompt if problem else expanded, time.monotonic() - began, problem)
 
     def _checked(self, prompt: str, answer: str) -> str:
-        """The new prompt, if it is one.
+        """Returns the new prompt.
 
         Raises:
-            ExpansionError: it is not.
+            ExpansionError: the answer is not usable as a prompt.
         """
         expanded = THINKING.sub("", answer).strip()
         if not expanded or "<think>" in expanded:
@@ -135,7 +135,7 @@ class PromptExpansion:
 
 
 def by_deployment(expand: Callable[[ExpansionRequest], AsyncGenerator[Event | str, None]]) -> Ask:
-    """A way to ask our own chat model, by its deployment's method."""
+    """Returns a function that calls our own chat model, by its deployment's method."""
 
     async def ask(request: ExpansionRequest) -> str:
         answer = ""
@@ -157,16 +157,18 @@ class _Choice(BaseModel):
 
 
 class _Completion(BaseModel):
-    """What of an answer is looked at: https://platform.openai.com/docs/api-reference/chat/object."""
+    """The part of an answer that is read: https://platform.openai.com/docs/api-reference/chat/object."""
 
     choices: list[_Choice] = Field(min_length=1)
 
 
 def by_endpoint(config: EndpointConfig, outbound: Outbound) -> Ask:
-    """A way to ask a model behind OpenAI's API: https://platform.openai.com/docs/api-reference/chat/create.
+    """Returns a function that calls a model behind OpenAI's API.
+
+    https://platform.openai.com/docs/api-reference/chat/create
 
     Raises:
-        ValueError: the variable of the environment that is to hold the key is not set.
+        ValueError: the environment variable of the key is not set.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if config.key_env:
@@ -183,7 +185,7 @@ def by_endpoint(config: EndpointConfig, outbound: Outbound) -> Ask:
                 {"role": "user", "content": request.prompt},
             ],
             "max_tokens": request.max_tokens,
-            # What is most probable, and the same each time, as far as the endpoint can.
+            # The most probable answer, and always the same one, as far as the endpoint can.
             "temperature": 0,
             "seed": 0,
         }

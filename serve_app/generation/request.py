@@ -1,48 +1,72 @@
-"""What a request is in this server's own words, what is told of it while it is run, and what comes of it."""
+"""The request: one record from a route to the stages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import secrets
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    from deployments.types import Pixels, Progress
+from deployments.types import ImageRequest
 
-Stage = Literal["prior", "decoder"]
+if TYPE_CHECKING:
+    from deployments.config import ModelConfig
+    from deployments.types import Pixels
+
 Moderation = Literal["auto", "low"]
-"""How strictly a request has its images checked."""
+"""Strictness of the safety checker."""
+ImageFormat = Literal["png", "jpeg", "webp"]
+Source = bytes | str
+"""A source image as the client sent it: a file, or a URL of one."""
+
 MAX_SEED = 2**63 - 1
+MAX_DRAWN_SEED = 2**52
+"""Bound of drawn seeds. JavaScript holds integers below 2**53, and the seeds of further images follow."""
 MAX_PARTIAL_IMAGES = 3
 MAX_ID_CHARS = 512
-"""Of what clients call their requests and their users."""
+"""Longest request id and user id."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """File format of an image.
+
+    Attributes:
+        format: format of the file.
+        quality: quality of JPEG and WebP, 0 to 100. PNG is always lossless.
+    """
+
+    format: ImageFormat = "png"
+    quality: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One request in this server's own words. Parameters left out are None and get the model's defaults.
+class GenerationRequest:
+    """A request in this server's own words. A parameter that is None gets the model's default.
 
     Attributes:
-        model: its name or its family's, see `Generator.model`, or None for the default model.
         prompt: what to paint.
+        model: name of a model, or of its family; None for the default model. See `Generator.model`.
         size: width and height in pixels, legal for the family.
-        crop: width and height of the middle of each image, which alone is kept; None keeps all of it.
-        n: how many images; image i has the seed `seed` + i; after the largest comes 0.
+        crop: width and height of the middle of each image to keep; None keeps all of it.
+        n: number of images. Image i has the seed `seed` + i.
         steps: denoising steps.
         guidance_scale: classifier-free guidance.
-        negative_prompt: what not to paint, where the family takes it.
-        cfg_normalization: whether guidance may not lengthen the velocity, likewise.
-        strength: how much of the source image is painted over, 0.01 to 1, likewise.
-        seed: of the first image, 0 to 2**63 - 1; None draws one.
+        negative_prompt: what not to paint; for families that take it.
+        cfg_normalization: whether guidance may not lengthen the velocity; for families that take it.
+        strength: share of the source image that is painted over, 0.01 to 1; for families that take it.
+        seed: seed of the first image, 0 to 2**63 - 1; None draws one.
         partial_images: previews of each image, 0 to 3.
-        sources: images to edit, already legal (see `serve_app.generation.images.decode_source`).
-        expand_prompt: whether the prompt is rewritten first.
-        moderation: how strictly images are checked, if they are.
-        blacken: whether an image that is flagged becomes a black one; else the request fails.
-        api: by which it came.
-        request_id: by which the client, or whoever asks for the status, knows it.
-        key_id: of the API key with which it was asked for; empty if there was none.
-        traceparent: of a job, that of the span that submitted it; see `deployments.observability.tracing`.
+        sources: images to edit.
+        encoding: file format of the images.
+        expand_prompt: whether to rewrite the prompt first.
+        moderation: strictness of the safety checker, if there is one.
+        blacken: whether a flagged image becomes a black one; otherwise the request fails.
+        start_within_s: seconds after which the request fails if no stage has begun; None for no limit.
+        api: name of the dialect of the request.
+        request_id: id by which the client knows the request.
+        key_id: id of the API key; empty without one.
+        traceparent: trace context of a job's submission; see `deployments.observability.tracing`.
     """
 
     prompt: str
@@ -57,10 +81,12 @@ class Generation:
     strength: float | None = None
     seed: int | None = None
     partial_images: int = 0
-    sources: tuple[Pixels, ...] = ()
+    sources: tuple[Source, ...] = field(default=(), repr=False)
+    encoding: Encoding = Encoding()
     expand_prompt: bool = False
     moderation: Moderation = "auto"
     blacken: bool = False
+    start_within_s: float | None = None
     api: str = ""
     request_id: str = ""
     key_id: str = ""
@@ -68,8 +94,12 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resolved(Generation):
-    """A generation whose parameters are all there: it makes the same images whenever it is run."""
+class ResolvedRequest(GenerationRequest):
+    """A request whose parameters are all set. It makes the same images whenever it runs.
+
+    Attributes:
+        pixels: the decoded source images.
+    """
 
     model: str
     size: tuple[int, int]
@@ -79,90 +109,50 @@ class Resolved(Generation):
     cfg_normalization: bool
     strength: float
     seed: int
+    pixels: tuple[Pixels, ...] = field(default=(), repr=False)
+
+    def unit(self, image: int) -> ImageRequest:
+        """Returns the stages' request for one image, counted from 0."""
+        width, height = self.size
+        return ImageRequest(
+            prompt=self.prompt,
+            width=width,
+            height=height,
+            seed=self.seed + image,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            cfg_normalization=self.cfg_normalization,
+            strength=self.strength,
+            previews=self.partial_images,
+            sources=self.pixels,
+            submitted_at=time.time(),
+            request_id=self.request_id,
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratedImage:
-    """One image of a generation.
+def resolve(
+    request: GenerationRequest, model: ModelConfig, pixels: tuple[Pixels, ...] = ()
+) -> ResolvedRequest:
+    """Returns the request with the model's defaults, a seed, and its decoded sources.
 
-    Attributes:
-        pixels: the image; black if it was flagged.
-        seed: makes it again, alone.
-        prompt: what was painted.
-        not_expanded: why that is the prompt that was sent, though it was to be expanded.
-        expansion_s: seconds that the expansion took.
-        risk: from 1 on it was flagged, see `SafetyCheck.risk`; None if it was not checked.
-        safety_s: seconds that the check took.
-        text_tokens: what the prior stage read of the prompt.
-        source_tokens: what it read of the source images.
-        generated_tokens: what it drew.
-        waiting_s: seconds for which it waited for a stage, loading included.
-        prior_s: seconds of the prior stage's work on it.
-        decoder_s: seconds of the decoder stage's.
+    Args:
+        request: the request.
+        model: its model.
+        pixels: its source images, decoded. The first one gives the size, if the request has none.
     """
-
-    pixels: Pixels
-    seed: int
-    prompt: str
-    not_expanded: str = ""
-    expansion_s: float = 0
-    risk: float | None = None
-    safety_s: float = 0
-    text_tokens: int = 0
-    source_tokens: int = 0
-    generated_tokens: int = 0
-    waiting_s: float = 0
-    prior_s: float = 0
-    decoder_s: float = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageProgress:
-    """How far one image of a generation has come.
-
-    Attributes:
-        image: which, from 0.
-        stage: where it is.
-        progress: of that stage.
-    """
-
-    image: int
-    stage: Stage
-    progress: Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartialImage:
-    """What one image of a generation is going to look like.
-
-    Attributes:
-        image: which, from 0.
-        index: which of its previews, from 0.
-        pixels: smaller than the image.
-    """
-
-    image: int
-    index: int
-    pixels: Pixels
-
-
-@dataclass(eq=False, kw_only=True)
-class RunningUnit:
-    """One image that is being made.
-
-    Attributes:
-        model: by its name.
-        request_id: of the generation.
-        began: on the clock of `time.monotonic`.
-        progress: None while it waits for a stage.
-        working_since: when the stage began with it.
-    """
-
-    model: str
-    request_id: str
-    began: float
-    progress: StageProgress | None = None
-    working_since: float = 0
-
-
-Report = Callable[[StageProgress | PartialImage | GeneratedImage], None]
+    defaults, given = model.defaults, vars(request)
+    size = (defaults.width, defaults.height)
+    if pixels:
+        size = (pixels[0].shape[1], pixels[0].shape[0])
+    missing = {
+        "size": size,
+        "steps": defaults.steps,
+        "guidance_scale": model.guidance_scale(editing=bool(pixels)),
+        "negative_prompt": "",
+        "cfg_normalization": False,
+        "strength": defaults.strength,
+        "seed": secrets.randbelow(MAX_DRAWN_SEED),
+    }
+    filled_in = {name: value for name, value in missing.items() if given[name] is None}
+    return ResolvedRequest(**given | filled_in | {"model": model.name, "sources": (), "pixels": pixels})

@@ -1,4 +1,4 @@
-"""Whether images are fit to be shown: those that users send, and those that are made for them."""
+"""The safety check of source images, previews and results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from deployments.observability import tracing
 from deployments.observability.log import FAULT
 from deployments.types import CheckRequest, Event
-from serve_app.errors import NO_RETRY, ReplicaDied, RequestError
+from serve_app.errors import Failed, ReplicaDied
 
 if TYPE_CHECKING:
     from deployments.types import Pixels
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 NAME = "safety checker"
-"""By which it is needed and unloaded, as models are by theirs, in which there are no blanks."""
+"""Name for loading and unloading. It has a blank, which names of models have not."""
 VIOLATION = "content_policy_violation"
-"""The code of errors over what was flagged."""
+"""Code of the errors for flagged images."""
 
 Check = Callable[[CheckRequest], AsyncGenerator[Event | float, None]]
 
 
 class SafetyCheck:
-    """Asks the safety checker.
+    """Calls the safety checker.
 
     Args:
-        config: from where on an image is flagged, and what becomes of those that cannot be checked.
+        config: its thresholds, and the policy for images that cannot be checked.
         check: the checker's method.
     """
 
@@ -40,20 +40,20 @@ class SafetyCheck:
         self._config = config
         self._check = check
 
-    def looks(self, moderation: Moderation) -> bool:
-        """Whether images are checked at all."""
+    def enabled_for(self, moderation: Moderation) -> bool:
+        """Returns whether images are checked at this strictness."""
         return self._threshold(moderation) is not None
 
     async def risk(self, pixels: Pixels, moderation: Moderation, request_id: str = "") -> float | None:
-        """How unsafe an image is, in parts of what is flagged: from 1 on it is. None if it was not checked.
+        """Returns an image's score relative to the threshold: 1 or more is flagged, None is unchecked.
 
         Args:
             pixels: the image.
-            moderation: how strictly it is checked.
-            request_id: of the request that it belongs to.
+            moderation: strictness of the check.
+            request_id: id of the request.
 
         Raises:
-            RequestError: 500, it could not be checked, and is not to be shown then.
+            Failed: it could not be checked, and `on_failure` is `closed`.
         """
         threshold = self._threshold(moderation)
         if threshold is None:
@@ -65,18 +65,16 @@ class SafetyCheck:
             logger.exception("an image could not be checked", extra=FAULT)
             if self._config.on_failure == "open":
                 return None
-            raise RequestError(
-                "The image could not be checked by the safety checker; the server's log says why.",
+            raise Failed(
+                "The safety checker could not check the image; the server's log says why.",
                 code="safety_check_failed",
-                status=500,
-                headers=NO_RETRY,
             ) from error
 
     def _threshold(self, moderation: Moderation) -> float | None:
         return self._config.low_threshold if moderation == "low" else self._config.threshold
 
     async def _score(self, pixels: Pixels, request_id: str) -> float:
-        """From 0 to 1; it is asked for once more if the checker's replica dies."""
+        """Returns the score, 0 to 1. Calls the checker once more if its replica dies."""
         request = CheckRequest(pixels=pixels, request_id=request_id, traceparent=tracing.traceparent())
         try:
             return await self._ask(request)

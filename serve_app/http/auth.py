@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import jwt
 
 from serve_app.errors import RequestError
+from serve_app.http.errors import ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -29,21 +30,21 @@ OPEN_PATHS = re.compile(
     r"/(|playground/[^/]*|health|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
     r"|storage/upload/[^/]*\.upload)"
 )
-"""What anybody may ask. The playground asks for the key itself; the names of files cannot be guessed, and
-whoever was given one may hand it on; to upload takes a signature."""
+"""Paths that need no key. The playground asks for the key itself. Names of files cannot be guessed, and may
+be shared. An upload needs a signature."""
 SCHEMES = (b"bearer", b"key")
 SIGNING_KEY = re.compile(r"([^.]+)\.([^.]+)")
-"""A key by which tokens may be signed: the id that they name, and the secret that signs them."""
+"""A key that may sign tokens: the id that the tokens name, and the secret that signs them."""
 MAX_TOKEN_BYTES = 4096
 NO_TIMES: jwt.types.Options = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
-"""A library would take milliseconds for seconds."""
+"""The times are milliseconds, and the library would read seconds."""
 
 
 class Keys:
-    """The keys that are let in.
+    """The valid keys.
 
     Raises:
-        ValueError: a variable of the environment that is to hold a key is not set.
+        ValueError: the environment variable of a key is not set.
     """
 
     def __init__(self, config: AuthConfig) -> None:
@@ -58,17 +59,16 @@ class Keys:
                     self._signers[match[1]] = (key.id, match[2])
             else:
                 raise ValueError(
-                    f"auth.api_keys: {key.id}: the environment has no {key.secret_env}, which is to hold the "
-                    "key"
+                    f"auth.api_keys: {key.id}: the environment variable {key.secret_env} is not set"
                 )
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """The id of the key that a request shows.
+        """Returns the id of a request's key.
 
         Raises:
-            RequestError: 401, it shows none that is known.
+            ProtocolError: 401, it has no valid key.
         """
-        presented = _presented(headers)
+        presented = presented_keys(headers)
         for key in presented:
             if key_id := self._by_digest(key) or self._by_token(key):
                 return key_id
@@ -77,18 +77,18 @@ class Keys:
         raise _refusal("Send your API key as `Authorization: Bearer KEY`.", "missing_api_key")
 
     def _by_digest(self, key: bytes) -> str | None:
-        """All are compared, so that the time taken tells nothing."""
+        """Returns the id of a key. All keys are compared, so that the time reveals nothing."""
         digest = hashlib.sha256(key).digest()
         found = [key_id for key_id, known in self._digests.items() if hmac.compare_digest(digest, known)]
         return found[0] if found else None
 
     def _by_token(self, token: bytes) -> str | None:
-        """The key that has signed a token as Z.ai's clients do: a JWT whose times are milliseconds.
+        """Returns the id of the key that signed a token: a JWT with times in milliseconds, as Z.ai's are.
 
         https://docs.z.ai/guides/develop/http/introduction
 
         Raises:
-            RequestError: 401, it is too old.
+            ProtocolError: 401, it has expired.
         """
         if len(token) > MAX_TOKEN_BYTES:
             return None
@@ -105,15 +105,15 @@ class Keys:
 
 
 class Authentication:
-    """Lets requests with a key pass, before their body is read; refuses all others but for `OPEN_PATHS`.
+    """Middleware that rejects requests without a valid key before their body is read, except to `OPEN_PATHS`.
 
-    The key's id is in `request.state.key_id`; it is empty where no key was asked for and none was known.
+    The key's id is in `request.state.key_id`. It is empty without a valid key.
 
     Args:
-        app: what is guarded.
-        keys: that are let in.
-        open_to_all: whether whoever has no key may pass too.
-        respond: makes the answer to a refused request.
+        app: the application behind it.
+        keys: the valid keys.
+        open_to_all: whether requests without a key pass too.
+        respond: makes the answer to a rejected request.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Authentication:
         self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
+        """Passes the request on, or rejects it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -147,7 +147,8 @@ class Authentication:
         await self._app(scope, receive, send)
 
 
-def _presented(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+def presented_keys(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    """Returns the keys and tokens in a request's headers."""
     keys = []
     for name, value in headers:
         if name == b"authorization":
@@ -159,5 +160,5 @@ def _presented(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
     return keys
 
 
-def _refusal(message: str, code: str) -> RequestError:
-    return RequestError(message, code=code, status=401, headers={"WWW-Authenticate": "Bearer"})
+def _refusal(message: str, code: str) -> ProtocolError:
+    return ProtocolError(message, code=code, status=401, headers={"WWW-Authenticate": "Bearer"})

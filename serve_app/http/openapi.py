@@ -1,4 +1,4 @@
-"""The OpenAPI document: https://spec.openapis.org/oas/v3.1.0. What FastAPI makes of the routes, made true."""
+"""The OpenAPI document: https://spec.openapis.org/oas/v3.1.0. FastAPI's document of the routes, corrected."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ KEYS = {
     "subscription_key": {"type": "apiKey", "in": "header", "name": "Ocp-Apim-Subscription-Key"},
 }
 UNAUTHORIZED = {
-    "description": "There is no key, or it is not known.",
+    "description": "The API key is missing or invalid.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}},
 }
 
 
 def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
-    """The document of an application and its routers."""
+    """Returns the document of an application and its routers."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Duplicate Operation ID")  # mended below
+        warnings.filterwarnings("ignore", "Duplicate Operation ID")  # corrected below
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     for route in (route for router in routers for route in router.routes):
-        if isinstance(route, APIRoute) and route.openapi_extra:  # once more: FastAPI makes bounds decimals
+        if isinstance(route, APIRoute) and route.openapi_extra:  # again: FastAPI turns bounds into decimals
             for method in route.methods or ():
                 document["paths"][route.path][method.lower()] |= route.openapi_extra
     for path, operations in document["paths"].items():

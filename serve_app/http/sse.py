@@ -1,112 +1,94 @@
-"""Answers that tell how the work gets on: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+"""Server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.responses import StreamingResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable
+    from collections.abc import AsyncGenerator
 
     from starlette.types import Receive, Scope, Send
 
 KEEP_ALIVE_S = 15.0
-"""Proxies cut connections on which nothing comes for a minute or so."""
+"""Seconds of silence after which a comment is sent. Proxies close silent connections after a minute or so."""
 
-Item = TypeVar("Item")
 Event = tuple[str, dict[str, Any]]
-"""Its name and its data."""
-AllSent = Callable[[], Coroutine[Any, Any, None]]
-"""Waits until all that was told is sent."""
+"""Name and data of an event."""
 
 
-class _Begun:
-    """Told by the work when nothing can be wrong with the request any more."""
+class _End:
+    """Follows the last item of a stream."""
 
 
-BEGUN = _Begun()
+_END = _End()
 
 
-class EventStream(StreamingResponse, Generic[Item]):
-    """Does work and sends an event for everything it tells. The work ends with the connection.
+class EventStream(StreamingResponse):
+    """Sends the events of a generator. The generator ends with the connection. Make it by `begin`."""
 
-    Make it by `begin`.
-    """
-
-    def __init__(
-        self,
-        working: asyncio.Task[None],
-        told: asyncio.Queue[Item | _Begun | None],
-        render: Callable[[Item], Awaitable[Event]],
-        render_error: Callable[[Exception], Event],
-    ) -> None:
+    def __init__(self, items: asyncio.Queue[Event | _End | None], pump: asyncio.Task[None]) -> None:
         super().__init__(
-            self._events(),
+            self._chunks(),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._working = working
-        self._told = told
-        self._render = render
-        self._render_error = render_error
+        self._items = items
+        self._pump = pump
 
     @classmethod
-    async def begin(
-        cls,
-        work: Callable[[Callable[[Item | _Begun], None], AllSent], Coroutine[Any, Any, None]],
-        render: Callable[[Item], Awaitable[Event]],
-        render_error: Callable[[Exception], Event],
-    ) -> EventStream[Item]:
-        """Start the work; returns when it has told `BEGUN`. What it raises before is raised here.
+    async def begin(cls, events: AsyncGenerator[Event | None, None]) -> EventStream:
+        """Starts a generator in a task of its own; returns when it has yielded None for the first time.
 
         Args:
-            work: is given the function by which it tells, and one by which it can wait until all is sent.
-            render: the event for what was told.
-            render_error: the last event, for what the work raised.
+            events: yields events, and None to wait until everything before it is sent. It begins with None,
+                as soon as the request is accepted. An error before that is raised here.
         """
-        told: asyncio.Queue[Item | _Begun | None] = asyncio.Queue()
-        working = asyncio.create_task(work(told.put_nowait, told.join))
-        working.add_done_callback(lambda _: told.put_nowait(None))
+        items: asyncio.Queue[Event | _End | None] = asyncio.Queue()
+
+        async def run() -> None:
+            async with aclosing(events):
+                async for event in events:
+                    items.put_nowait(event)
+                    if event is None:
+                        await items.join()
+
+        pump = asyncio.create_task(run())
+        pump.add_done_callback(lambda _: items.put_nowait(_END))
         try:
-            if await told.get() is None:
-                await working
-            told.task_done()
-            return cls(working, told, render, render_error)
+            if isinstance(await items.get(), _End):
+                pump.result()
+                items.put_nowait(_END)  # a generator without items has an empty stream
+            items.task_done()
+            return cls(items, pump)
         except BaseException:
-            working.cancel()
+            pump.cancel()
             raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the work has ended or the client has gone."""
+        """Sends the events until the generator has ended or the client has disconnected."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._working.cancel()
+            self._pump.cancel()
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
+    async def _chunks(self) -> AsyncGenerator[bytes, None]:
         while True:
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
-                    item = await self._told.get()
+                    item = await self._items.get()
             except TimeoutError:
                 yield KEEPALIVE_COMMENT
                 continue
-            if item is None:
+            if isinstance(item, _End):
                 break
-            if not isinstance(item, _Begun):
-                yield _encoded(await self._render(item))
-            self._told.task_done()
-        if error := self._working.exception():
-            if not isinstance(error, Exception):
-                raise error
-            yield _encoded(self._render_error(error))
-
-
-def _encoded(event: Event) -> bytes:
-    name, data = event
-    return format_sse_event(event=name, data_str=json.dumps(data))
+            if item is not None:
+                name, data = item
+                yield format_sse_event(event=name, data_str=json.dumps(data))
+            self._items.task_done()
+        self._pump.result()

@@ -1,4 +1,4 @@
-"""A certificate of one's own, for clients that speak https only."""
+"""A self-signed certificate, for clients that speak https only."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 VALID = timedelta(days=365)
-LEFT = timedelta(days=30)
-"""What a certificate must be valid for still, not to be made anew."""
+RENEW_BEFORE = timedelta(days=30)
+"""Remaining validity below which a certificate is made again."""
 
 
 def self_signed(folder: Path, host: str) -> tuple[Path, Path]:
-    """The files of a certificate for this machine and of its key, which are made if there are none.
+    """Returns the files of a certificate for this machine and of its key; makes them if there are none.
 
-    Clients trust it as it is: it signs nothing but itself.
+    Clients trust the certificate itself: it signs nothing else.
 
     Args:
-        folder: where they are kept.
-        host: a name or an address by which clients reach the server, beside localhost.
+        folder: folder of the files.
+        host: a name or an address of the server, beside localhost.
 
     Raises:
         OSError: they cannot be written.
@@ -38,7 +38,11 @@ def self_signed(folder: Path, host: str) -> tuple[Path, Path]:
     with suppress(OSError, ValueError, x509.ExtensionNotFound):
         kept = x509.load_pem_x509_certificate(certificate.read_bytes())
         known = kept.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        if set(names) <= set(known) and kept.not_valid_after_utc - datetime.now(UTC) > LEFT and key.exists():
+        if (
+            set(names) <= set(known)
+            and kept.not_valid_after_utc - datetime.now(UTC) > RENEW_BEFORE
+            and key.exists()
+        ):
             return certificate, key
     private = ec.generate_private_key(ec.SECP256R1())
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The database: SQLite or PostgreSQL, brought up to date at the start, asked in threads of its own."""
+"""The database: SQLite or PostgreSQL. It is migrated at the start, and used from threads of its own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from sqlalchemy import Double, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
 from sqlalchemy.sql.functions import FunctionElement
 
 from deployments.observability.log import FAULT
-from serve_app.errors import RequestError
+from serve_app.errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,15 +33,15 @@ logger = logging.getLogger("ray.serve")
 
 THREADS = 4
 BUSY_S = 30
-"""How long one process waits while another one writes to SQLite's file."""
-ONE_AT_A_TIME = 5_494_110_027
-"""PostgreSQL's name for what `Database.one_at_a_time` holds: any number that nothing else uses."""
+"""Seconds that a process waits while another one writes to SQLite's file."""
+ADVISORY_LOCK = 5_494_110_027
+"""Number of the PostgreSQL lock of `Database.one_at_a_time`: any number that nothing else uses."""
 
 Result = TypeVar("Result")
 
 
-class now(FunctionElement[float]):  # noqa: N801 - a function of SQL, named as such
-    """Seconds since 1970 by the database's clock, which is one for all who share it."""
+class now(FunctionElement[float]):  # noqa: N801 - named as functions of SQL are
+    """Seconds since 1970 by the database's clock, which all its servers share."""
 
     type = Double()
     inherit_cache = True
@@ -57,11 +58,11 @@ def _postgresql_now(*_: object, **__: object) -> str:
 
 
 class Database:
-    """What jobs are kept in. Several processes may use one at a time.
+    """The database of jobs. Several processes may use it at the same time.
 
     Args:
-        url: SQLAlchemy's, of SQLite (`sqlite:///PATH`) or PostgreSQL (`postgresql://…`). What it leaves out,
-            the password say, PostgreSQL's client takes from the environment (`PGPASSWORD`, …).
+        url: SQLAlchemy's URL of SQLite (`sqlite:///PATH`) or PostgreSQL (`postgresql://…`). PostgreSQL's
+            client takes missing parts, such as the password, from the environment (`PGPASSWORD`, …).
 
     Raises:
         ValueError: the database cannot be used.
@@ -82,7 +83,7 @@ class Database:
             event.listen(self._engine, "begin", _begin_sqlite)
         self._reading = self._engine.execution_options(only_reads=True)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
-        # SQLite has its writers look again and again whether it is their turn.
+        # SQLite's writers poll for their turn; a lock spares that within this process.
         self._writing = threading.Lock() if self._is_sqlite else nullcontext()
         try:
             self._migrate()
@@ -92,19 +93,22 @@ class Database:
             raise ValueError(f"database.url: {shown} cannot be used: {reason}") from None
 
     def _migrate(self) -> None:
-        """Make the tables, or change them into what this version of the server needs."""
+        """Creates the tables, or migrates them to this version of the server."""
         config = alembic.config.Config()
         config.set_main_option("script_location", "serve_app.jobs:migrations")
         config.set_main_option("path_separator", "os")
         with self._transaction() as connection:
-            self.one_at_a_time(connection)
+            self._lock(connection)
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
 
-    def one_at_a_time(self, connection: Connection) -> None:
-        """Let no other transaction pass this point until this one has ended. SQLite's writers never do."""
+    def one_at_a_time(self, session: Session) -> None:
+        """Waits until no other transaction is past this point. Writers of SQLite run one at a time anyway."""
+        self._lock(session.connection())
+
+    def _lock(self, connection: Connection) -> None:
         if not self._is_sqlite:
-            connection.execute(text(f"SELECT pg_advisory_xact_lock({ONE_AT_A_TIME})"))
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
@@ -117,54 +121,59 @@ class Database:
             yield connection
 
     def close(self) -> None:
-        """Leave it; nothing is asked of it any more."""
+        """Closes all connections."""
         self._threads.shutdown()
         self._engine.dispose()
 
-    async def write(self, call: Callable[[Connection], Result]) -> Result:
-        """Run `call` in a thread and in a transaction, which takes effect as a whole or not at all.
+    async def write(self, call: Callable[[Session], Result]) -> Result:
+        """Runs `call` in a thread, in a transaction that takes effect as a whole or not at all.
 
         Raises:
-            RequestError: 503, the database cannot be reached.
+            Unavailable: the database cannot be reached.
         """
         return await self._run(call, self._transaction)
 
-    async def read(self, call: Callable[[Connection], Result]) -> Result:
-        """Likewise, for what changes nothing and waits for no writer."""
+    async def read(self, call: Callable[[Session], Result]) -> Result:
+        """Runs `call`, which changes nothing, in a thread. It waits for no writer.
+
+        Raises:
+            Unavailable: the database cannot be reached.
+        """
         return await self._run(call, self._snapshot)
 
-    async def _run(self, call: Callable[[Connection], Result], connected: Callable[[], Any]) -> Result:
+    async def _run(self, call: Callable[[Session], Result], connected: Callable[[], Any]) -> Result:
         def run() -> Result:
-            with connected() as connection:
-                result: Result = call(connection)
+            # What was loaded stays readable when the transaction has ended.
+            with connected() as connection, Session(connection, expire_on_commit=False) as session:
+                result = call(session)
+                session.flush()
                 return result
 
         running = asyncio.get_running_loop().run_in_executor(self._threads, run)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            # The thread goes on. Whoever stopped this is not to go on before it has taken effect.
+            # The thread goes on. The caller may go on only when the transaction has taken effect.
             await asyncio.wait([running])
             raise
         except DBAPIError as error:
-            # Its text holds the statement and what was to be stored, prompts among it.
+            # Its text holds the statement and its values, prompts among them.
             problem = type(error.orig).__name__
             logger.error("the database failed: %s", problem, extra=FAULT)  # noqa: TRY400
-            raise RequestError(
-                "The database of jobs cannot be used right now; try again in a moment.",
+            raise Unavailable(
+                "The database of jobs cannot be reached; try again in a moment.",
                 code="database_unavailable",
-                status=503,
-                headers={"Retry-After": "5"},
+                retry_after_s=5,
             ) from None
 
 
 def _prepare_sqlite(connection: DBAPIConnection, _: object) -> None:
-    connection.isolation_level = None  # else Python begins transactions by itself, and late
+    connection.isolation_level = None  # otherwise Python begins transactions by itself, and late
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # what was accepted survives a power cut
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """A transaction that read before it writes may find that it may not; so it takes the lock at once."""
+    """Begins a transaction. A writer takes the lock at once, since one that has read may not get it later."""
     reads = connection.get_execution_options().get("only_reads")
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

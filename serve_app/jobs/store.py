@@ -1,126 +1,66 @@
-"""Jobs: generations that are kept in the database until they have ended, and for a while after.
+"""The job store: jobs in the database until they have ended, and for a while after.
 
-A job is queued, then running, then succeeded, failed or cancelled. Whoever runs it holds a lease, which is
-renewed all the time; when that runs out, the job is anybody's again. Every step is one transaction that takes
-effect only if the job still is where it was, so that a job ends exactly once, whatever dies when.
+A job is queued, then running, then succeeded, failed or cancelled. Its runner holds a lease and renews it.
+When the lease runs out, another runner may take the job. Every step is one transaction that takes effect only
+if the job is still where it was. So a job ends exactly once, whatever dies when.
+
+The module is long because the steps belong together: each relies on the conditions of the others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-import secrets
-import time
-import uuid
+import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    Column,
-    Double,
-    Integer,
-    MetaData,
-    SmallInteger,
-    String,
-    Table,
-    Text,
-    and_,
-    case,
-    delete,
-    func,
-    insert,
-    literal,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import and_, func, or_, select
 
-from serve_app.errors import NO_RETRY, RequestError
+from deployments.observability.log import FAULT
+from serve_app.errors import Busy, Conflict, Failed, TimedOut
 from serve_app.jobs.database import now
+from serve_app.jobs.queries import (
+    belongs_to,
+    delete_jobs,
+    end_jobs,
+    first_job,
+    no_job,
+    one_job,
+    owned_by,
+    readable_jobs,
+    update_jobs,
+)
+from serve_app.jobs.records import StoredError, UnreadableRecord
+from serve_app.jobs.tables import Job
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Sequence
 
-    from sqlalchemy import ColumnElement, Connection, Row, Update
+    from sqlalchemy.orm import Session
 
+    from serve_app.generation.delivery import ImageRecord
     from serve_app.jobs.database import Database
+    from serve_app.jobs.records import LogLine, StoredPreview, StoredProgress
+    from serve_app.jobs.tables import Owner, State
 
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
-Priority = Literal["normal", "low"]
-PRIORITIES: tuple[Priority, ...] = ("normal", "low")
+logger = logging.getLogger("ray.serve")
 
 LEASE_S = 15
-"""After which a job whose runner is not heard of any more is begun again by somebody else."""
+"""Seconds without a renewal after which another runner may take a job."""
 MAX_ATTEMPTS = 5
-"""So often a job is begun: one over which its runner keeps dying is given up."""
-ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""Most times that a job is begun. A job whose runners keep dying is given up."""
 EXPIRED_AT_A_TIME = 200
-LOOK_AGAIN_S = 1.0
-
-_jobs = Table(
-    "jobs",
-    MetaData(),
-    Column("seq", BigInteger, primary_key=True),
-    Column("id", String),
-    Column("key_id", String),
-    Column("api", String),
-    Column("idempotency_key", String),
-    Column("fingerprint", String),
-    Column("model", String),
-    Column("priority", SmallInteger),
-    Column("request", JSON),
-    Column("sources", JSON),
-    Column("encoding", JSON),
-    Column("answer", JSON),
-    Column("webhook_url", Text),
-    Column("state", String),
-    Column("version", Integer),
-    Column("worker", String),
-    Column("lease_until", Double),
-    Column("attempts", Integer),
-    Column("cancelling", Boolean),
-    Column("progress", JSON),
-    Column("previews", JSON),
-    Column("log", JSON),
-    Column("images", JSON),
-    Column("error", JSON(none_as_null=True)),
-    Column("created_at", Double),
-    Column("start_by", Double),
-    Column("started_at", Double),
-    Column("ended_at", Double),
-    Column("expires_at", Double),
-    Column("webhook_attempts", Integer),
-    Column("webhook_at", Double),
-    Column("webhook_delivered_at", Double),
-)
-"""As the migrations make it."""
-_j = _jobs.c
-
-
-class Owner(NamedTuple):
-    """Whose a job is; to all others it is not there.
-
-    Attributes:
-        key_id: of the API key; empty if there was none.
-        api: the one by which it was submitted, in whose words it is answered.
-    """
-
-    key_id: str
-    api: str
+POLL_INTERVAL_S = 1.0
 
 
 class Counts(NamedTuple):
-    """How many jobs have not ended.
+    """Numbers of jobs that have not ended.
 
     Attributes:
-        queued: how many wait.
-        running: how many are made.
-        oldest_s: age of the oldest one that waits; 0 if there is none.
+        queued: jobs that wait.
+        running: jobs that run.
+        oldest_s: age of the oldest job that waits, in seconds; 0 if none waits.
     """
 
     queued: int
@@ -128,119 +68,23 @@ class Counts(NamedTuple):
     oldest_s: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewJob:
-    """What is submitted.
-
-    Attributes:
-        owner: whose it is.
-        fingerprint: equal for equal requests.
-        model: by its name.
-        request: the generation, but for its source images; all that was left out is filled in.
-        sources: the names of their files.
-        encoding: how the images become files.
-        answer: what the API keeps, to word its answers.
-        priority: those with a low one begin when there are no others.
-        start_within_s: seconds, above 0, after which it fails if it has not begun.
-        idempotency_key: a second job of this API key with the same one is the first.
-        webhook_url: is told when the job has ended.
-    """
-
-    owner: Owner
-    fingerprint: str
-    model: str
-    request: Mapping[str, Any]
-    sources: Sequence[str] = ()
-    encoding: Mapping[str, Any] = field(default_factory=dict)
-    answer: Mapping[str, Any] = field(default_factory=dict)
-    priority: Priority = "normal"
-    start_within_s: float | None = None
-    idempotency_key: str | None = None
-    webhook_url: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job as it is in the database; times in seconds since 1970. See `NewJob` for what is not said here.
-
-    Attributes:
-        id: a UUID of version 7, with 74 random bits.
-        seq: grows from job to job.
-        state: where it is.
-        version: grows with every change.
-        attempts: how often it was begun.
-        cancelling: whether it is to be cancelled; a running one takes a moment.
-        progress: of each image that has begun, its `stage`, and how much is `done` of which `total`.
-        previews: of each its `image`, its `index`, and the `name` of its file.
-        log: lines for people: `at` when, and the `message`.
-        images: of each its file's `name` and `bytes`, `width` and `height`, `seed`, and what it took.
-        error: why it failed, see `serve_app.generation.delivery.failure`.
-        position: how many jobs for its model are to begin before it; None if it is not queued.
-    """
-
-    id: str
-    seq: int
-    key_id: str
-    api: str
-    fingerprint: str
-    model: str
-    priority: Priority
-    request: dict[str, Any]
-    sources: list[str]
-    encoding: dict[str, Any]
-    answer: dict[str, Any]
-    state: State
-    version: int
-    attempts: int
-    cancelling: bool
-    progress: list[dict[str, Any] | None]
-    previews: list[dict[str, Any]]
-    log: list[dict[str, Any]]
-    images: list[dict[str, Any]]
-    error: dict[str, Any] | None
-    created_at: float
-    started_at: float | None
-    ended_at: float | None
-    expires_at: float | None
-    webhook_url: str | None
-    webhook_attempts: int
-    webhook_at: float | None
-    webhook_delivered_at: float | None
-    position: int | None
-
-    @property
-    def mark(self) -> str:
-        """Equal as long as nothing has changed."""
-        return f"{self.version}.{self.position or 0}"
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing about it will change any more."""
-        return self.state in ENDED
-
-    @property
-    def files(self) -> list[str]:
-        """The names of all files that are kept for it."""
-        return self.sources + [one["name"] for one in self.previews + self.images]
-
-
 @dataclass(kw_only=True)
-class Running:
-    """What is told of a running job, beside that it is running still."""
+class JobProgress:
+    """The news of a running job; see `Job` for the attributes."""
 
     id: str
-    progress: list[dict[str, Any] | None]
-    previews: list[dict[str, Any]]
-    log: list[dict[str, Any]]
+    progress: list[StoredProgress | None] = field(default_factory=list)
+    previews: list[StoredPreview] = field(default_factory=list)
+    log: list[LogLine] = field(default_factory=list)
 
 
 class JobStore:
     """Keeps the jobs.
 
     Args:
-        database: where.
-        max_jobs: so many that have not ended there may be.
-        ttl_s: seconds for which one is kept after it has ended, and after which one fails that has not begun.
+        database: the database.
+        max_jobs: most jobs that have not ended.
+        ttl_s: seconds for which an ended job is kept, and after which a job fails that has not begun.
     """
 
     def __init__(self, database: Database, *, max_jobs: int, ttl_s: float) -> None:
@@ -250,112 +94,93 @@ class JobStore:
         self._watched: dict[str, asyncio.Event] = {}
         self._is_watched = True
 
-    async def submit(self, new: NewJob) -> tuple[Job, bool]:
-        """Keep a job; returns it, and whether it is new: not if its idempotency key has one already.
+    async def submit(self, job: Job, start_within_s: float | None = None) -> tuple[Job, bool]:
+        """Enqueues a job.
+
+        Args:
+            job: the new job.
+            start_within_s: seconds after which it fails if it has not begun; None for `ttl_s`.
+
+        Returns:
+            The job, and whether it is new. With a known idempotency key, it is the job of that key.
 
         Raises:
-            RequestError: 409, that one was for another request; 429, there are too many jobs.
+            Conflict: the idempotency key was used for another request.
+            Busy: there are too many jobs.
         """
 
-        def call(connection: Connection) -> tuple[Job, bool]:
-            self._database.one_at_a_time(connection)
-            if known := self._known(connection, new):
+        def call(session: Session) -> tuple[Job, bool]:
+            self._database.one_at_a_time(session)
+            if known := self._known(session, job):
                 return known, False
-            self._check_room(connection)
-            job_id = _new_id()
-            values = {
-                "id": job_id,
-                **new.owner._asdict(),
-                "idempotency_key": new.idempotency_key,
-                "fingerprint": new.fingerprint,
-                "model": new.model,
-                "priority": PRIORITIES.index(new.priority),
-                "request": dict(new.request),
-                "sources": list(new.sources),
-                "encoding": dict(new.encoding),
-                "answer": dict(new.answer),
-                "webhook_url": new.webhook_url,
-                "webhook_attempts": 0,
-                "state": "queued",
-                "version": 0,
-                "attempts": 0,
-                "cancelling": False,
-                "progress": [],
-                "previews": [],
-                "log": [],
-                "images": [],
-                "created_at": now(),
-                "start_by": now() + min(new.start_within_s or self._ttl_s, self._ttl_s),
-            }
-            connection.execute(insert(_jobs).values(values))
-            return _one(connection, _j.id == job_id), True
+            self._check_room(session)
+            job.start_by = now() + min(start_within_s or self._ttl_s, self._ttl_s)
+            session.add(job)
+            session.flush()
+            return one_job(session, Job.id == job.id), True
 
         return await self._database.write(call)
 
-    async def known(self, new: NewJob) -> Job | None:
-        """The job that its idempotency key has already.
+    async def known(self, job: Job) -> Job | None:
+        """Returns the job that has the new job's idempotency key already.
 
         Raises:
-            RequestError: 409, that one was for another request.
+            Conflict: that job is of another request.
         """
-        return await self._database.read(lambda connection: self._known(connection, new))
+        return await self._database.read(lambda session: self._known(session, job))
 
-    def _known(self, connection: Connection, new: NewJob) -> Job | None:
+    def _known(self, session: Session, new: Job) -> Job | None:
         if new.idempotency_key is None:
             return None
-        mine = and_(_j.key_id == new.owner.key_id, _j.idempotency_key == new.idempotency_key)
-        job = _first(connection, mine)
+        job = first_job(session, Job.key_id == new.key_id, Job.idempotency_key == new.idempotency_key)
         if job and job.fingerprint != new.fingerprint:
-            raise RequestError(
-                "This Idempotency-Key was used for another request; take a new one for each.",
+            raise Conflict(
+                "This Idempotency-Key was used for another request; use a new one for each.",
                 param="Idempotency-Key",
                 code="idempotency_key_reused",
-                status=409,
-                headers=NO_RETRY,
             )
         return job
 
     async def check_room(self) -> None:
-        """Look whether there may be one more job.
+        """Checks that there may be one more job.
 
         Raises:
-            RequestError: 429, there are too many.
+            Busy: there are too many.
         """
         await self._database.read(self._check_room)
 
-    def _check_room(self, connection: Connection) -> None:
-        unfinished = select(func.count()).where(_j.state.in_(("queued", "running")))
-        if (connection.scalar(unfinished) or 0) >= self._max_jobs:
-            raise RequestError(
-                f"The server has {self._max_jobs} jobs that have not ended, which is as many as it may have; "
-                "try again later.",
+    def _check_room(self, session: Session) -> None:
+        unfinished = select(func.count(Job.seq)).where(Job.state.in_(("queued", "running")))
+        if (session.scalar(unfinished) or 0) >= self._max_jobs:
+            raise Busy(
+                f"The server has {self._max_jobs} jobs that have not ended, which is its limit; try again "
+                f"later.",
                 code="too_many_jobs",
-                status=429,
-                headers={"Retry-After": "30"},
+                retry_after_s=30,
             )
 
     async def get(self, owner: Owner, job_id: str) -> Job:
-        """A job of this owner.
+        """Returns a job.
 
         Raises:
-            RequestError: 404, it has none of that id.
+            NotFound: the owner has no such job.
         """
-        mine = _belongs(job_id, owner)
-        job = await self._database.read(lambda connection: _first(connection, mine))
+        mine = belongs_to(job_id, owner)
+        job = await self._database.read(lambda session: first_job(session, mine))
         if job is None:
-            raise _no_job()
+            raise no_job()
         return job
 
     async def watch(self, owner: Owner, job_id: str, seen: str = "") -> AsyncIterator[Job]:
-        """A job of this owner whenever it has changed, until it has ended or the server stops.
+        """Yields a job at every change, until it has ended or the server stops.
 
         Args:
-            owner: whose.
-            job_id: which.
-            seen: the `mark` of what is known of it already.
+            owner: the owner.
+            job_id: id of the job.
+            seen: the `mark` of the last change that the caller knows.
 
         Raises:
-            RequestError: 404, it has none of that id, or none any more.
+            NotFound: the owner has no such job.
         """
         while True:
             change = self._watched.setdefault(job_id, asyncio.Event())
@@ -364,19 +189,19 @@ class JobStore:
                 seen = job.mark
                 yield job
             if job.has_ended or not self._is_watched:
-                self._touch(job_id)
+                self._notify(job_id)
                 return
-            with suppress(TimeoutError):  # others change it too, and its place in the queue
-                async with asyncio.timeout(LOOK_AGAIN_S):
+            with suppress(TimeoutError):  # other servers change the job too, and its position
+                async with asyncio.timeout(POLL_INTERVAL_S):
                     await change.wait()
 
     def stop_watching(self) -> None:
-        """Let those who watch go, since the server stops only when all requests have ended."""
+        """Ends all `watch` calls, since the server stops only when all requests have ended."""
         self._is_watched = False
-        self._touch(*self._watched)
+        self._notify(*self._watched)
 
-    def _touch(self, *job_ids: str) -> None:
-        """Have those who watch these jobs look at them."""
+    def _notify(self, *job_ids: str) -> None:
+        """Wakes those who watch these jobs."""
         for job_id in job_ids:
             if change := self._watched.pop(job_id, None):
                 change.set()
@@ -384,338 +209,272 @@ class JobStore:
     async def page(
         self, owner: Owner, *, limit: int, after: str | None = None, state: State | None = None
     ) -> list[Job]:
-        """Jobs of this owner, the newest first: those that were submitted before `after`.
+        """Returns jobs, the newest first: those submitted before `after`. Unreadable ones are left out.
 
         Raises:
-            RequestError: 404, there is no `after`.
+            NotFound: there is no `after`.
         """
 
-        def call(connection: Connection) -> list[Job]:
-            wanted = [_is_of(owner)]
+        def call(session: Session) -> list[Job]:
+            wanted = [owned_by(owner)]
             if state:
-                wanted.append(_j.state == state)
+                wanted.append(Job.state == state)
             if after is not None:
-                last = _first(connection, _belongs(after, owner))
+                last = first_job(session, belongs_to(after, owner))
                 if last is None:
-                    raise _no_job()
-                wanted.append(_j.seq < last.seq)
-            rows = connection.execute(_select().where(*wanted).order_by(_j.seq.desc()).limit(limit))
-            return [_job(row) for row in rows]
+                    raise no_job()
+                wanted.append(Job.seq < last.seq)
+            newest_first = select(Job.seq).where(*wanted).order_by(Job.seq.desc())
+            found: list[Job] = []
+            while seqs := list(session.scalars(newest_first.limit(limit - len(found)))):
+                found += readable_jobs(session, seqs)
+                newest_first = newest_first.where(Job.seq < seqs[-1])
+            return found
 
         return await self._database.read(call)
 
     async def cancel(self, owner: Owner, job_id: str) -> Job:
-        """Cancel a job of this owner: a queued one at once, a running one when its runner hears of it.
+        """Cancels a job: a queued one at once, a running one when its runner learns of it.
 
         Raises:
-            RequestError: 404, it has none of that id; 409, the job has ended otherwise.
+            NotFound: the owner has no such job.
+            Conflict: the job has succeeded or failed.
         """
 
-        def call(connection: Connection) -> Job:
-            mine = _belongs(job_id, owner)
-            connection.execute(self._end("cancelled").where(mine, _j.state == "queued"))
-            asked = update(_jobs).where(mine, _j.state == "running")
-            connection.execute(asked.values(cancelling=True, version=_j.version + 1))
-            job = _first(connection, mine)
+        def call(session: Session) -> Job:
+            mine = belongs_to(job_id, owner)
+            session.execute(end_jobs(self._ttl_s, "cancelled").where(mine, Job.state == "queued"))
+            running = update_jobs(mine, Job.state == "running")
+            session.execute(running.values(cancelling=True, version=Job.version + 1))
+            job = first_job(session, mine)
             if job is None:
-                raise _no_job()
+                raise no_job()
             if job.state in ("succeeded", "failed"):
-                raise RequestError(
-                    f"The job has {job.state} already.", code="job_has_ended", status=409, headers=NO_RETRY
-                )
+                raise Conflict(f"The job has {job.state} already.", code="job_has_ended")
             return job
 
         job = await self._database.write(call)
-        self._touch(job_id)
+        self._notify(job_id)
         return job
 
     async def purge(self, owner: Owner, job_id: str) -> Job:
-        """Delete a job of this owner that has ended; returns what it was. Its webhook is not told any more.
+        """Deletes an ended job; returns it. Its webhook is not called any more.
 
         Raises:
-            RequestError: 404, it has none of that id; 409, the job has not ended.
+            NotFound: the owner has no such job.
+            Conflict: the job has not ended.
         """
 
-        def call(connection: Connection) -> Job:
-            job = _first(connection, _belongs(job_id, owner))
+        def call(session: Session) -> Job:
+            job = first_job(session, belongs_to(job_id, owner))
             if job is None:
-                raise _no_job()
+                raise no_job()
             if not job.has_ended:
-                raise RequestError(
-                    f"The job is {job.state}; cancel it first.",
-                    code="job_has_not_ended",
-                    status=409,
-                    headers=NO_RETRY,
-                )
-            connection.execute(delete(_jobs).where(_j.seq == job.seq))
+                raise Conflict(f"The job is {job.state}; cancel it first.", code="job_has_not_ended")
+            session.execute(delete_jobs(Job.seq == job.seq))
             return job
 
         return await self._database.write(call)
 
     async def claim(self, worker: str, models: Collection[str]) -> Job | None:
-        """Begin with the job of these models that is next, if there is one: it is `worker`'s to run."""
+        """Begins the next job of these models, if there is one; the worker holds its lease from now on."""
 
-        def call(connection: Connection) -> Job | None:
-            # Of its own leases, one that ran out is renewed when it can be: the work goes on.
-            left = and_(_j.state == "running", _j.lease_until < now(), _j.worker != worker)
-            free = or_(_j.state == "queued", left)
+        def call(session: Session) -> Job | None:
+            # A worker's own expired lease is renewed by `renew`: its work goes on.
+            left = and_(Job.state == "running", Job.lease_until < now(), Job.worker != worker)
+            free = or_(Job.state == "queued", left)
             following = (
-                select(_j.seq)
-                .where(free, _j.model.in_(models), ~_j.cancelling, _j.attempts < MAX_ATTEMPTS)
-                .where(or_(_j.start_by >= now(), _j.started_at.is_not(None)))
-                .order_by(_j.priority, _j.seq)
+                select(Job.seq)
+                .where(free, Job.model.in_(models), ~Job.cancelling, Job.attempts < MAX_ATTEMPTS)
+                .where(or_(Job.start_by >= now(), Job.started_at.is_not(None)))
+                .order_by(Job.priority, Job.seq)
                 .limit(1)
                 .with_for_update(skip_locked=True)
             )
-            seq = connection.scalar(following)
-            if seq is None:
-                return None
-            connection.execute(
-                update(_jobs)
-                .where(_j.seq == seq)
-                .values(
-                    state="running",
-                    worker=worker,
-                    lease_until=now() + LEASE_S,
-                    attempts=_j.attempts + 1,
-                    started_at=func.coalesce(_j.started_at, now()),
-                    version=_j.version + 1,
-                )
-            )
-            return _one(connection, _j.seq == seq)
-
-        if job := await self._database.write(call):
-            self._touch(job.id)
-        return job
-
-    async def renew(self, worker: str, running: Collection[Running]) -> set[str]:
-        """Tell how a worker's jobs get on, and that they do; returns those that it is to go on with."""
-
-        def call(connection: Connection) -> set[str]:
-            ours = and_(_j.worker == worker, _j.state == "running")
-            connection.execute(update(_jobs).where(ours).values(lease_until=now() + LEASE_S))
-            for one in running:
-                told = update(_jobs).where(ours, _j.id == one.id)
-                connection.execute(
-                    told.values(
-                        progress=one.progress, previews=one.previews, log=one.log, version=_j.version + 1
+            while (seq := session.scalar(following)) is not None:
+                session.execute(
+                    update_jobs(Job.seq == seq).values(
+                        state="running",
+                        worker=worker,
+                        lease_until=now() + LEASE_S,
+                        attempts=Job.attempts + 1,
+                        started_at=func.coalesce(Job.started_at, now()),
+                        version=Job.version + 1,
                     )
                 )
-            return set(connection.scalars(select(_j.id).where(ours, ~_j.cancelling)))
+                try:
+                    return one_job(session, Job.seq == seq)
+                except UnreadableRecord as error:
+                    ending = end_jobs(self._ttl_s, "failed", error=StoredError.of(error)).where(
+                        Job.seq == seq
+                    )
+                    job_id = session.scalar(ending.returning(Job.id))
+                    facts = FAULT | {"job": job_id}
+                    logger.error("job %s cannot be read and fails: %s", job_id, error.problem, extra=facts)  # noqa: TRY400
+            return None
+
+        if job := await self._database.write(call):
+            self._notify(job.id)
+        return job
+
+    async def renew(self, worker: str, news: Collection[JobProgress]) -> set[str]:
+        """Renews a worker's leases and stores the news of its jobs; returns the ids of jobs to go on with."""
+
+        def call(session: Session) -> set[str]:
+            ours = and_(Job.worker == worker, Job.state == "running")
+            session.execute(update_jobs(ours).values(lease_until=now() + LEASE_S))
+            for one in news:
+                session.execute(
+                    update_jobs(ours, Job.id == one.id).values(
+                        progress=one.progress, previews=one.previews, log=one.log, version=Job.version + 1
+                    )
+                )
+            return set(session.scalars(select(Job.id).where(ours, ~Job.cancelling)))
 
         mine = await self._database.write(call)
-        self._touch(*(one.id for one in running))
+        self._notify(*(one.id for one in news))
         return mine
 
     async def finish(
         self,
         worker: str,
-        told: Running,
+        news: JobProgress,
         state: State,
         *,
-        images: Sequence[Mapping[str, Any]] = (),
-        error: Mapping[str, Any] | None = None,
+        images: Sequence[ImageRecord] = (),
+        error: StoredError | None = None,
     ) -> bool:
-        """End a job that `worker` runs, as cancelled if and only if somebody asked for that.
+        """Ends a job of a worker. It ends as cancelled if and only if its owner asked for that.
 
         Returns:
-            Whether it did; else it is somebody else's by now, or it is to be cancelled.
+            Whether it ended. If not, it is another worker's by now, or it is to be cancelled.
         """
 
-        def call(connection: Connection) -> bool:
-            ours = and_(_j.id == told.id, _j.worker == worker, _j.state == "running")
-            ours = and_(ours, _j.cancelling if state == "cancelled" else ~_j.cancelling)
-            ending = self._end(state, images=list(images), error=error and dict(error), log=told.log)
-            return connection.execute(ending.where(ours)).rowcount == 1
+        def call(session: Session) -> bool:
+            ours = and_(Job.id == news.id, Job.worker == worker, Job.state == "running")
+            ours = and_(ours, Job.cancelling if state == "cancelled" else ~Job.cancelling)
+            ending = end_jobs(self._ttl_s, state, images=list(images), error=error, log=news.log)
+            return len(session.scalars(ending.where(ours).returning(Job.id)).all()) == 1
 
         done = await self._database.write(call)
-        self._touch(told.id)
+        self._notify(news.id)
         return done
 
     async def release(self, worker: str) -> None:
-        """Put what a worker runs back into the queue, to its old place."""
+        """Puts a worker's jobs back into the queue, to their old places."""
 
-        def call(connection: Connection) -> None:
-            ours = update(_jobs).where(_j.worker == worker, _j.state == "running", ~_j.cancelling)
-            connection.execute(
-                ours.values(
+        def call(session: Session) -> None:
+            session.execute(
+                update_jobs(Job.worker == worker, Job.state == "running", ~Job.cancelling).values(
                     state="queued",
                     worker=None,
                     lease_until=None,
-                    attempts=_j.attempts - 1,
+                    attempts=Job.attempts - 1,
                     progress=[],
-                    version=_j.version + 1,
+                    version=Job.version + 1,
                 )
             )
 
         await self._database.write(call)
 
-    async def tidy(self) -> list[Job]:
-        """End what nobody will: too late to start, cancelled when its runner died, begun too often.
+    async def reap(self) -> list[Job]:
+        """Ends jobs that no runner will end: too late to start, cancelled without a runner, begun too often.
 
         Returns:
-            What it has ended.
+            The jobs that it has ended, without unreadable ones.
         """
-        late = {
-            "message": "The job was not begun within the time that it was given for that.",
-            "code": "start_timeout",
-            "status": 504,
-            "param": None,
-        }
-        hopeless = {
-            "message": f"The server died {MAX_ATTEMPTS} times while it made this job; its log says why.",
-            "code": "interrupted",
-            "status": 500,
-            "param": None,
-        }
-        orphaned = and_(_j.state == "running", _j.lease_until < now())
+        late = TimedOut("The job was not begun within its time limit.", code="start_timeout")
+        hopeless = Failed(
+            f"The server died {MAX_ATTEMPTS} times while it made this job; its log says why.",
+            code="interrupted",
+        )
+        orphaned = and_(Job.state == "running", Job.lease_until < now())
 
-        def call(connection: Connection) -> list[Job]:
-            ended: list[str] = []
+        def call(session: Session) -> list[Job]:
+            ended: list[int] = []
             for ending, which in (
                 (
-                    self._end("failed", error=late),
-                    and_(_j.state == "queued", _j.start_by < now(), _j.started_at.is_(None)),
+                    end_jobs(self._ttl_s, "failed", error=StoredError.of(late)),
+                    and_(Job.state == "queued", Job.start_by < now(), Job.started_at.is_(None)),
                 ),
-                (self._end("cancelled"), and_(orphaned, _j.cancelling)),
-                (self._end("failed", error=hopeless), and_(orphaned, _j.attempts >= MAX_ATTEMPTS)),
+                (end_jobs(self._ttl_s, "cancelled"), and_(orphaned, Job.cancelling)),
+                (
+                    end_jobs(self._ttl_s, "failed", error=StoredError.of(hopeless)),
+                    and_(orphaned, Job.attempts >= MAX_ATTEMPTS),
+                ),
             ):
-                ended += connection.scalars(ending.where(which).returning(_j.id))
-            return [_one(connection, _j.id == job_id) for job_id in ended]
+                ended += session.scalars(ending.where(which).returning(Job.seq))
+            return readable_jobs(session, ended)
 
         ended = await self._database.write(call)
-        self._touch(*(job.id for job in ended))
+        self._notify(*(job.id for job in ended))
         return ended
 
     async def expire(self) -> list[Job]:
-        """Delete jobs that ended long ago, some at a time; returns them."""
+        """Deletes some of the jobs that have expired; returns them, without unreadable ones.
 
-        def call(connection: Connection) -> list[Job]:
-            old = _select().where(_j.expires_at < now()).limit(EXPIRED_AT_A_TIME)
-            jobs = [_job(row) for row in connection.execute(old)]
-            connection.execute(delete(_jobs).where(_j.seq.in_([job.seq for job in jobs])))
-            return jobs
+        The file store deletes the files of unreadable jobs when they are too old.
+        """
+
+        def call(session: Session) -> list[Job]:
+            expired = select(Job.seq).where(Job.expires_at < now()).limit(EXPIRED_AT_A_TIME)
+            seqs = list(session.scalars(expired))
+            old = readable_jobs(session, seqs)
+            session.execute(delete_jobs(Job.seq.in_(seqs)))
+            return old
 
         return await self._database.write(call)
 
     async def counts(self) -> Counts:
-        """How many jobs have not ended."""
+        """Returns the numbers of jobs that have not ended."""
 
-        def call(connection: Connection) -> Counts:
-            counted = select(_j.state, func.count(), now() - func.min(_j.created_at))
-            unfinished = counted.where(_j.state.in_(("queued", "running"))).group_by(_j.state)
-            rows = {state: (count, age) for state, count, age in connection.execute(unfinished)}
+        def call(session: Session) -> Counts:
+            counted = select(Job.state, func.count(Job.seq), now() - func.min(Job.created_at))
+            unfinished = counted.where(Job.state.in_(("queued", "running"))).group_by(Job.state)
+            rows = {state: (count, age) for state, count, age in session.execute(unfinished)}
             queued, oldest_s = rows.get("queued", (0, 0.0))
             return Counts(queued=queued, running=rows.get("running", (0, 0.0))[0], oldest_s=oldest_s)
 
         return await self._database.read(call)
 
-    async def next_webhook(self, *, within_s: float, most: int) -> Job | None:
-        """An ended job whose webhook is due; nobody else gets it for `within_s` seconds.
+    async def next_webhook(self, *, within_s: float, max_tries: int) -> Job | None:
+        """Returns an ended job whose webhook is due; no other server gets it for `within_s` seconds.
 
         Args:
-            within_s: how long to deliver may take.
-            most: how often it is tried.
+            within_s: seconds that a delivery may take.
+            max_tries: most tries of one webhook.
         """
 
-        def call(connection: Connection) -> Job | None:
+        def call(session: Session) -> Job | None:
             due = (
-                select(_j.seq)
-                .where(_j.webhook_at < now(), _j.webhook_attempts < most)
-                .order_by(_j.webhook_at)
+                select(Job.seq)
+                .where(Job.webhook_at < now(), Job.webhook_attempts < max_tries)
+                .order_by(Job.webhook_at)
                 .limit(1)
                 .with_for_update(skip_locked=True)
             )
-            seq = connection.scalar(due)
-            if seq is None:
-                return None
-            trying = update(_jobs).where(_j.seq == seq)
-            connection.execute(
-                trying.values(webhook_at=now() + within_s, webhook_attempts=_j.webhook_attempts + 1)
-            )
-            return _one(connection, _j.seq == seq)
+            while (seq := session.scalar(due)) is not None:
+                session.execute(
+                    update_jobs(Job.seq == seq).values(
+                        webhook_at=now() + within_s, webhook_attempts=Job.webhook_attempts + 1
+                    )
+                )
+                try:
+                    return one_job(session, Job.seq == seq)
+                except UnreadableRecord as error:
+                    given_up = "a webhook is given up, since its job cannot be read: %s"
+                    logger.error(given_up, error.problem, extra=FAULT)  # noqa: TRY400
+                    session.execute(update_jobs(Job.seq == seq).values(webhook_at=None))
+            return None
 
         return await self._database.write(call)
 
     async def note_webhook(self, job_id: str, *, again_in_s: float | None, delivered: bool) -> None:
-        """Note how a webhook's delivery went, and when to try again; None, never."""
+        """Notes the outcome of a delivery, and the seconds to the next try; None for no further one."""
         values = {
             "webhook_at": None if again_in_s is None else now() + again_in_s,
             "webhook_delivered_at": now() if delivered else None,
         }
         await self._database.write(
-            lambda connection: connection.execute(update(_jobs).where(_j.id == job_id).values(values))
+            lambda session: session.execute(update_jobs(Job.id == job_id).values(values))
         )
-
-    def _end(self, state: State, **values: Any) -> Update:
-        """What ending a job sets; which one is to be added."""
-        return update(_jobs).values(
-            state=state,
-            worker=None,
-            lease_until=None,
-            ended_at=now(),
-            expires_at=now() + self._ttl_s,
-            webhook_at=case((_j.webhook_url.is_not(None), now())),
-            version=_j.version + 1,
-            **values,
-        )
-
-
-def _new_id() -> str:
-    """https://www.rfc-editor.org/rfc/rfc9562#name-uuid-version-7, which Python has from 3.14 on."""
-    version, variant = 7 << 76, 2 << 62
-    time_ms = time.time_ns() // 1_000_000 << 80
-    return str(uuid.UUID(int=time_ms | version | secrets.randbits(12) << 64 | variant | secrets.randbits(62)))
-
-
-def _select() -> Any:
-    """All of a job, its position too."""
-    other = _jobs.alias()
-    ahead = (
-        select(func.count())
-        .select_from(other)
-        .where(other.c.state == "queued", other.c.model == _j.model)
-        .where(
-            or_(
-                other.c.priority < _j.priority,
-                and_(other.c.priority == _j.priority, other.c.seq < _j.seq),
-            )
-        )
-        .scalar_subquery()
-    )
-    return select(_jobs, case((_j.state == "queued", ahead), else_=literal(None)).label("position"))
-
-
-def _first(connection: Connection, *which: ColumnElement[bool]) -> Job | None:
-    row = connection.execute(_select().where(*which)).first()
-    return _job(row) if row else None
-
-
-def _one(connection: Connection, which: ColumnElement[bool]) -> Job:
-    return _job(connection.execute(_select().where(which)).one())
-
-
-def _job(row: Row[Any]) -> Job:
-    values = dict(row._mapping)
-    for name in ("idempotency_key", "worker", "lease_until", "start_by"):  # nobody else's business
-        del values[name]
-    return Job(**values | {"priority": PRIORITIES[values["priority"]]})
-
-
-def _is_of(owner: Owner) -> ColumnElement[bool]:
-    return and_(_j.key_id == owner.key_id, _j.api == owner.api)
-
-
-def _belongs(job_id: str, owner: Owner) -> ColumnElement[bool]:
-    """The job of this id, if it is this owner's.
-
-    Raises:
-        RequestError: 404, it is no id.
-    """
-    if not ID.fullmatch(job_id):  # PostgreSQL takes not just any text
-        raise _no_job()
-    return and_(_j.id == job_id, _is_of(owner))
-
-
-def _no_job() -> RequestError:
-    return RequestError("There is no such job.", code="job_not_found", status=404)

@@ -1,4 +1,4 @@
-"""Tells those who asked for it when their jobs have ended: at least once, and again until they take it."""
+"""Webhooks: calls to the URLs of ended jobs, at least once each, and again until they succeed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve_app.errors import RequestError
-from serve_app.jobs.store import Job
+from deployments.observability.log import FAULT
+from serve_app.background import Periodic
+from serve_app.errors import RequestError, Unavailable
+from serve_app.jobs.tables import Job
 from serve_app.observability import metrics
 from serve_app.outbound import OutboundError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from serve_app.background import Background
     from serve_app.jobs.signing import Signer
     from serve_app.jobs.store import JobStore
     from serve_app.outbound import Outbound
@@ -25,18 +28,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 PAUSES_S = (5, 15, 60, 120, 300, 600, 1200, 1800, 3600)
-"""After each try that failed; there is one more try than pauses, and the last one comes some two hours after
-the first."""
-TRIES = len(PAUSES_S) + 1
-AT_ONCE = 16
-LOOK_S = 1.0
+"""Seconds between a failed try and the next one. The last try comes some two hours after the first."""
+MAX_TRIES = len(PAUSES_S) + 1
+MAX_CONCURRENCY = 16
+POLL_INTERVAL_S = 1.0
 GONE = 410
-"""An answer that means: never again."""
+"""Status by which a receiver asks for no further tries."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What is posted."""
+    """The body and the headers of a call."""
 
     body: bytes
     headers: Mapping[str, str]
@@ -44,18 +46,19 @@ class Message:
 
 Sign = Callable[[bytes], Awaitable[bytes]]
 Compose = Callable[[Job, int, Sign], Awaitable[Message]]
+"""Makes the message of an ended job; gets the job, the time in seconds since 1970, and a function that
+signs."""
 
 
 class Webhooks:
-    """Delivers what is due. Where it stands is in the job, so that a restart forgets nothing.
+    """Delivers due messages. Their state is in the jobs, so that a restart loses nothing.
 
     Args:
-        store: of the jobs.
-        outbound: the way out.
+        store: keeps the jobs.
+        outbound: sends the messages.
         signer: signs the messages.
-        compose: for each API, makes its message from an ended job, the time in seconds since 1970 and a
-            function that signs.
-        timeout_s: for which one try may last.
+        compose: makes the messages, by name of the dialect.
+        timeout_s: seconds that one try may take.
     """
 
     def __init__(
@@ -74,43 +77,49 @@ class Webhooks:
         self._sending: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def delivering(self) -> AsyncIterator[None]:
-        """Within the block messages are delivered; those under way at its end are sent again some time."""
-        delivering = asyncio.create_task(self._deliver())
+    async def run_in_background(self, background: Background) -> AsyncIterator[None]:
+        """Delivers messages within the block. Unfinished deliveries are repeated after a restart."""
+        deliver = Periodic(
+            name="deliver webhooks", run=self._begin, interval_s=POLL_INTERVAL_S, expected=(Unavailable,)
+        )
         try:
-            yield
+            async with background.run([deliver]):
+                yield
         finally:
-            for task in (delivering, *self._sending):
+            for task in self._sending:
                 task.cancel()
 
-    async def _deliver(self) -> None:
-        while True:
-            with suppress(RequestError):  # the database may be there again a moment later
-                while len(self._sending) < AT_ONCE and (job := await self._next()):
-                    sending = asyncio.create_task(self._send(job))
-                    self._sending.add(sending)
-                    sending.add_done_callback(self._sending.discard)
-            await asyncio.sleep(LOOK_S)
+    async def _begin(self) -> None:
+        """Begins the deliveries that are due."""
+        while len(self._sending) < MAX_CONCURRENCY and (job := await self._next()):
+            sending = asyncio.create_task(self._send(job))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
 
     async def _next(self) -> Job | None:
-        return await self._store.next_webhook(within_s=self._lease_s, most=TRIES)
+        return await self._store.next_webhook(within_s=self._lease_s, max_tries=MAX_TRIES)
 
     async def _send(self, job: Job) -> None:
-        """Try once. A failure is anything but a 2xx."""
+        """Tries once. Any status but a 2xx is a failure."""
         try:
             message = await self._compose[job.api](job, int(time.time()), self._signer.sign)
             status = await self._outbound.post(job.webhook_url or "", message.body, message.headers)
             delivered, outcome = 200 <= status < 300, f"was answered with status {status}"
         except OutboundError as error:
             status, delivered, outcome = 0, False, error.problem
-        except RequestError:
-            return  # the database is away: it is tried again when the lease is over
+        except Unavailable:
+            return  # the database is away: the next try comes when the lease expires
+        except RequestError as error:
+            status, delivered, outcome = 0, False, f"has no message ({error.code})"
+        except Exception:
+            logger.exception("job %s: its webhook's message cannot be made", job.id, extra=FAULT)
+            status, delivered, outcome = 0, False, "has no message"
         again = None
-        if not delivered and status != GONE and job.webhook_attempts < TRIES:
+        if not delivered and status != GONE and job.webhook_attempts < MAX_TRIES:
             again = PAUSES_S[job.webhook_attempts - 1]
         metrics.WEBHOOKS.add(outcome="delivered" if delivered else "given_up" if again is None else "failed")
         if not delivered:
-            # Its URL may hold a secret, so the log has none.
+            # The log does not hold the URL, which may contain a secret.
             then = "which was the last try" if again is None else f"and is tried again in {again} s"
             facts = {"event": "webhook", "job": job.id, "outcome": outcome}
             logger.warning("job %s: its webhook %s, %s", job.id, outcome, then, extra=facts)

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 REQUESTS = Counter(
     "requests",
-    "HTTP requests but for probes; `model` is empty where there is none. `outcome`: `succeeded`, `refused` "
-    "(4xx), `rejected` (429, or 503 while stopping), `failed` (other 5xx, broken streams) or `cancelled` ("
-    "the client has gone).",
+    "HTTP requests, without probes. `model` is empty if there is none. `outcome`: `succeeded`, `refused` "
+    "(4xx), `rejected` (429, or 503 while stopping), `failed` (other 5xx, broken streams) or `cancelled` "
+    "(the client disconnected).",
     "api",
     "route",
     "model",
     "outcome",
 )
 REQUEST_SECONDS = Histogram(
-    "request_seconds", "Their durations, of those that wait for images.", "api", "outcome"
+    "request_seconds", "Durations of requests that wait for images.", "api", "outcome"
 )
-ERRORS = Counter("errors", "Answers that are errors, by `code` as OpenAI's envelope has it.", "code")
+ERRORS = Counter("errors", "Errors in answers, by the `code` of OpenAI's envelope.", "code")
 IMAGES = Counter(
     "images",
     "Images of requests and of jobs. `outcome`: `made`, `flagged`, `refused` (the prompt is too long for the "
@@ -35,48 +35,54 @@ IMAGES = Counter(
     "model",
     "outcome",
 )
-MEGAPIXELS = Counter("megapixels", "Megapixels of those that were made.", "api", "model")
+MEGAPIXELS = Counter("megapixels", "Megapixels of finished images.", "api", "model")
 PART_SECONDS = Histogram(
     "part_seconds",
-    "Where an image's time goes, by `part`: `waiting` for a stage (loading included), `prior`, "
-    "`decoder`, `safety`, `encoding`, `storing`; and of a request `expansion`.",
+    "Durations of the parts of an image, by `part`: `waiting` for a stage (loading included), `prior`, "
+    "`decoder`, `safety`, `encoding`, `storing`; and of a request, `expansion`.",
     "model",
     "part",
 )
-WORKING_SECONDS = Counter("working_seconds", "The same seconds, added up.", "model", "part")
-RETRIES = Counter(
-    "retries", "Images that a stage was asked for again, since its replica had died.", "model", "stage"
-)
-PENDING = Gauge("pending", "Images of requests that are not finished, in one ingress replica.")
+WORKING_SECONDS = Counter("working_seconds", "Sum of `part_seconds`.", "model", "part")
+RETRIES = Counter("retries", "Images that a stage made again because its replica had died.", "model", "stage")
+PENDING = Gauge("pending", "Unfinished images of requests, in one ingress replica.")
 JOBS = Gauge(
-    "jobs", "Jobs that are `queued` or `running`, by `state`; every ingress replica says the same.", "state"
+    "jobs",
+    "Jobs that are `queued` or `running`, by `state`. Every ingress replica reports the same number.",
+    "state",
 )
-OLDEST_JOB_SECONDS = Gauge("oldest_job_seconds", "Age of the oldest job that is queued; likewise.")
-JOBS_ENDED = Counter("jobs_ended", "Jobs that have ended.", "api", "model", "state")
+OLDEST_JOB_SECONDS = Gauge(
+    "oldest_job_seconds", "Age of the oldest queued job. Every ingress replica reports the same number."
+)
+JOBS_ENDED = Counter("jobs_ended", "Ended jobs.", "api", "model", "state")
 WEBHOOKS = Counter(
     "webhooks",
-    "Tries to deliver a webhook, by `outcome`: `delivered`, `failed` or, the last one, `given_up`.",
+    "Tries to deliver a webhook, by `outcome`: `delivered`, `failed` or, for the last try, `given_up`.",
     "outcome",
 )
 FILES_BYTES = Gauge(
-    "files_bytes", "Bytes of all files in the file store; every ingress replica says the same."
+    "files_bytes", "Bytes of all files in the file store. Every ingress replica reports the same number."
+)
+
+BACKGROUND_FAILURES = Counter(
+    "background_failures", "Failed runs of the periodic `task` of an ingress replica.", "task"
 )
 
 ALL: tuple[Metric, ...] = tuple(
     metric for module in (globals(), vars(stages)) for metric in module.values() if isinstance(metric, Metric)
 )
-"""Every one that there is."""
+"""All metrics of both planes."""
 
 
 def note_part(model: str, name: str, seconds: float) -> None:
-    """Count the seconds of a part of the work."""
+    """Counts the seconds of a part of the work."""
     PART_SECONDS.observe(seconds, model=model, part=name)
     WORKING_SECONDS.add(seconds, model=model, part=name)
 
 
 @contextmanager
 def part(model: str, name: str) -> Iterator[None]:
-    """The block is a part of the work: its seconds count, if it does not fail, and it is a span."""
+    """Counts the seconds of the block as a part of the work, unless it fails, and traces it as a span."""
     began = time.monotonic()
     with tracing.span(name):
         yield

@@ -1,13 +1,14 @@
-"""A line of the log, a span and a count for every request, with all that explains it but what was asked for.
+"""A log line, a span and a count for every HTTP request.
 
-Serve writes the line as JSON to its own files and, without the fields, to the terminal. There is never a
-prompt, an image, a key or a path in any of them: of a path its route, of a key its id.
+Serve writes the line as JSON to its files and, without the fields, to the terminal. No line holds a prompt,
+an image, a key or a path. It has the id of the key, and the route of the path.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -18,58 +19,71 @@ from serve_app.observability import metrics
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from fastapi import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from serve_app.generation.request import GeneratedImage, Resolved
-    from serve_app.jobs.store import Job
+    from serve_app.generation.events import GeneratedImage
+    from serve_app.generation.request import ResolvedRequest
+    from serve_app.jobs.records import StoredError
+    from serve_app.jobs.tables import Job
 
 logger = logging.getLogger("ray.serve")
 
 DESCRIPTION = ("model", "size", "n", "steps")
-"""What may be told of a generation."""
+"""Facts of a request that the log may hold."""
 PROBES = ("/health", "/livez", "/readyz", "/v1/internal/status")
-"""Asked every few seconds: logged for who wants to see all."""
+"""Routes that are polled every few seconds. Their lines have level DEBUG."""
+
+_facts: ContextVar[dict[str, Any] | None] = ContextVar("facts", default=None)
+"""Facts for the line of the current HTTP request; None outside of one."""
 
 
-def note_generation(request: Request, generation: Resolved) -> None:
-    """Have the request's line say what is made, and by which model."""
-    request.state.log |= {name: getattr(generation, name) for name in DESCRIPTION}
-    request.state.log["sources"] = len(generation.sources)
+def note(**facts: Any) -> None:
+    """Adds facts to the line of the current HTTP request, if there is one."""
+    if (current := _facts.get()) is not None:
+        current.update(facts)
 
 
-def note_job(request: Request, job: Job) -> None:
-    """Have it say likewise what is to be made, by a job."""
-    request.state.log |= _describe(job)
+def note_request(request: ResolvedRequest) -> None:
+    """Adds the description of a request to the line."""
+    note(**{name: getattr(request, name) for name in DESCRIPTION}, sources=len(request.pixels))
 
 
-def note_images(request: Request, made: list[GeneratedImage]) -> None:
-    """Have it say, too, how long each part took: of several images, the longest times."""
-    log = request.state.log
-    for name in ("waiting_s", "prior_s", "decoder_s"):
-        log[name] = round(max(getattr(image, name) for image in made), 3)
+def note_job(job: Job) -> None:
+    """Adds the description of a submitted job to the line."""
+    note(**_describe(job))
+
+
+def note_images(made: list[GeneratedImage]) -> None:
+    """Adds the seconds of each part of the work to the line: of several images, the longest ones."""
+    facts = [image.facts for image in made]
+    note(
+        **{
+            name: round(max(getattr(one, name) for one in facts), 3)
+            for name in ("waiting_s", "prior_s", "decoder_s")
+        }
+    )
     for name in ("expansion_s", "safety_s"):
-        if seconds := max(getattr(image, name) for image in made):
-            log[name] = round(seconds, 3)
-    if problem := made[0].not_expanded:
-        log["not_expanded"] = problem
+        if seconds := max(getattr(one, name) for one in facts):
+            note(**{name: round(seconds, 3)})
+    if problem := facts[0].not_expanded:
+        note(not_expanded=problem)
 
 
-def note_error(request: Request, code: str) -> None:
-    """Have it say what went wrong, which a stream's status does not."""
-    request.state.log["error"] = code
+def note_error(code: str) -> None:
+    """Adds the code of an error to the line. The status of a stream does not show it."""
+    note(error=code)
 
 
-def note_job_end(job: Job, outcome: str, seconds: float, failure: Mapping[str, Any] | None) -> None:
-    """A job has ended, or is no longer run here: write its line, and say so in its span.
+def note_job_end(job: Job, outcome: str, seconds: float, failure: StoredError | None) -> None:
+    """Writes the line of a job that has ended, or that another server runs from now on; completes its span.
 
     Args:
-        job: which.
-        outcome: its state, or that it was handed on.
-        seconds: that it took here.
-        failure: why it failed, see `serve_app.generation.delivery.failure`.
+        job: the job.
+        outcome: its state, or `handed on`.
+        seconds: seconds that it took here.
+        failure: why it failed.
     """
-    error = failure["code"] if failure else ""
+    error = failure.code if failure else ""
     facts = _describe(job) | {
         "event": "job",
         "api": job.api,
@@ -79,18 +93,18 @@ def note_job_end(job: Job, outcome: str, seconds: float, failure: Mapping[str, A
         "attempt": job.attempts,
         "key_id": job.key_id,
     }
-    level = logging.ERROR if failure and failure["status"] >= 500 else logging.INFO
+    level = logging.ERROR if failure and failure.is_fault else logging.INFO
     logger.log(level, "job %s %s in %.3f s", job.id, outcome, seconds, extra=facts | _trace_id())
     tracing.note(error=error, model=job.model, outcome=outcome)
 
 
 def _describe(job: Job) -> dict[str, Any]:
-    facts = {name: job.request[name] for name in DESCRIPTION}
+    facts = {name: getattr(job.request, name) for name in DESCRIPTION}
     return facts | {"job": job.id, "sources": len(job.sources)}
 
 
 def _outcome(status: int, facts: Mapping[str, Any]) -> str:
-    """Of a request, as the metrics have it."""
+    """Returns the outcome of a request for the metrics."""
     if not status:
         return "cancelled"
     if status == HTTPStatus.TOO_MANY_REQUESTS or facts.get("error") == "stopping":
@@ -101,21 +115,21 @@ def _outcome(status: int, facts: Mapping[str, Any]) -> str:
 
 
 def _trace_id() -> dict[str, str]:
-    """By which a line leads to its trace, if there is one."""
+    """Returns the field that links a line to its trace, if there is one."""
     traceparent = tracing.traceparent()
     return {"trace_id": traceparent.split("-")[1]} if traceparent else {}
 
 
 LEVELS = {"failed": logging.ERROR, "rejected": logging.WARNING}
-"""Of outcomes that somebody should look at; all others are INFO."""
+"""Levels of the outcomes that an operator should see; all others have INFO."""
 
 
 class Requests:
-    """Writes the lines, and traces and counts the requests.
+    """Middleware that logs, traces and counts the requests.
 
     Args:
-        app: what answers.
-        api_of: the API that a path belongs to.
+        app: the application behind it.
+        api_of: returns the name of a path's dialect.
     """
 
     def __init__(self, app: ASGIApp, api_of: Callable[[Scope], str]) -> None:
@@ -123,7 +137,7 @@ class Requests:
         self._api_of = api_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and tell how it ended."""
+        """Passes the request on, and reports how it ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["path"].removeprefix(scope.get("root_path", "")) in PROBES:
@@ -141,7 +155,7 @@ class Requests:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
         facts: dict[str, Any] = {}
-        scope.setdefault("state", {})["log"] = facts
+        token = _facts.set(facts)
         status = 0
 
         async def noted(message: Message) -> None:
@@ -156,10 +170,11 @@ class Requests:
             status = 500
             raise
         finally:
-            self._tell(scope, facts, status, time.monotonic() - began)
+            _facts.reset(token)
+            self._report(scope, facts, status, time.monotonic() - began)
 
-    def _tell(self, scope: Scope, facts: dict[str, Any], status: int, seconds: float) -> None:
-        """Count a request that has ended, and tell the log and its span."""
+    def _report(self, scope: Scope, facts: dict[str, Any], status: int, seconds: float) -> None:
+        """Counts a request that has ended, writes its line and completes its span."""
         method, route = scope["method"], getattr(scope.get("route"), "path", "no route")
         api, outcome = self._api_of(scope), _outcome(status, facts)
         facts |= {
@@ -170,7 +185,7 @@ class Requests:
             "status": status,
             "outcome": outcome,
             "seconds": round(seconds, 3),
-            "key_id": scope["state"].get("key_id", ""),
+            "key_id": scope.get("state", {}).get("key_id", ""),
         }
         level = LEVELS.get(outcome, logging.INFO)
         if route not in PROBES:

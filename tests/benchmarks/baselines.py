@@ -1,8 +1,8 @@
-"""What people put around `GlmImagePipeline` today, for `tests.benchmarks.server` to compare with.
+"""Common servers around `GlmImagePipeline`, as baselines for `tests.benchmarks.server`.
 
     python -m tests.benchmarks.baselines plain|batched CHECKPOINT PORT
 
-Both answer `POST /generate` with `{"prompt", "seed"}` by a PNG in base64: 512x512, 4 steps.
+Both accept `{"prompt", "seed"}` at `POST /generate`, and return a PNG in base64: 512x512, 4 steps.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def png(image: Image) -> str:
 
 
 def plain(folder: str, port: int) -> None:
-    """FastAPI, one image at a time."""
+    """Serves one image at a time with FastAPI."""
     loaded, lock, app = pipeline(folder), threading.Lock(), FastAPI()
 
     @app.post("/generate")

@@ -1,8 +1,9 @@
-"""The decoder and upstream's pipeline with the same prior tokens, in one run.
+"""Compares the decoder with upstream's pipeline in one run, with the same prior tokens.
 
     python -m tests.benchmarks.decoder [--pairs 9] [--threads 2]
 
-Run by `make benchmark`. The checkpoint is `python -m deployments.families.glm_image.tiny --preset benchmark`.
+`make benchmark` runs this. The checkpoint is made by
+`python -m deployments.families.glm_image.tiny --preset benchmark`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def upstream(pipeline: GlmImagePipeline, request: ImageRequest) -> None:
 
 
 class Busy:
-    """When the device works: between the beginning and the end of a model's run."""
+    """Records the times at which the device works: from the start to the end of each model's pass."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.spans: list[tuple[float, float]] = []
@@ -77,7 +78,7 @@ class Busy:
 
 
 def idle_between(busy: Busy, decoder: Decoder, units: list[ImageRequest]) -> tuple[float, float]:
-    """Units in a row through a stage's thread: seconds in all, and seconds idle between two of them."""
+    """Runs units in a stage's thread. Returns the total seconds, and the idle seconds between units."""
     busy.spans.clear()
     ends: list[int] = []
     with ThreadPoolExecutor(1) as thread:
@@ -93,7 +94,7 @@ def idle_between(busy: Busy, decoder: Decoder, units: list[ImageRequest]) -> tup
 
 
 def cancel(busy: Busy, decoder: Decoder) -> tuple[float, float]:
-    """Seconds from cancelling in the middle of a step until the device is idle, and of a step."""
+    """Cancels during a step. Returns the seconds until the device is idle, and the seconds of a step."""
     steps: list[float] = []
     cancelled_at = 0.0
     passes = 0
@@ -118,7 +119,7 @@ def cancel(busy: Busy, decoder: Decoder) -> tuple[float, float]:
         return busy.spans[-1][1] - cancelled_at, statistics.median(np.diff(steps))
     finally:
         hook.remove()
-    raise AssertionError("it was not cancelled")
+    raise AssertionError("the unit was not cancelled")
 
 
 def main() -> None:

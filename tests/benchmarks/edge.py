@@ -1,7 +1,7 @@
-"""What the edge adds to a generation: the key, parsing, admission, the file, the log.
+"""Measures the time that the edge adds to a generation: key, parsing, admission, file and log.
 
-Pairs of requests to two ingresses on one Ray: the server's, and a bare one, which makes the same two calls of
-the same stages and encodes the same PNG. The stages answer at once. Run by `make benchmark`, or:
+Sends pairs of requests to two ingresses on one Ray: the server's, and a bare one. The bare one calls the same
+stages and encodes the same PNG. The stages answer immediately. `make benchmark` runs this, or:
 
     python -m tests.benchmarks.edge [--pairs 200]
 """
@@ -24,7 +24,8 @@ from ray import serve
 from deployments.types import ImageRequest, Pixels, PriorTokens
 from serve_app.app import Ingress
 from serve_app.config import AppConfig
-from serve_app.generation.images import Encoding, encode
+from serve_app.generation.images import encode
+from serve_app.generation.request import Encoding
 from tests.serve.conftest import tiny_model
 
 KEY = "the-key"
@@ -35,7 +36,7 @@ PIXELS: Pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=
 
 
 class Stage:
-    """Either one, without a model."""
+    """A prior and decoder stage without a model."""
 
     async def generate(self, _: ImageRequest) -> AsyncIterator[PriorTokens]:
         yield TOKENS
@@ -49,7 +50,7 @@ bare_app = FastAPI()
 
 @serve.ingress(bare_app)
 class Bare:
-    """As little as there can be between HTTP and the stages."""
+    """A minimal ingress between HTTP and the stages."""
 
     def __init__(self, prior: Any, decoder: Any) -> None:
         self._prior = prior.options(stream=True)

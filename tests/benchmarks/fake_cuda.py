@@ -1,9 +1,9 @@
-"""An H100 that does not exist: torch's compiler generates code for it, and nothing is executed.
+"""A simulated H100: torch's compiler generates code for it, and nothing is executed.
 
-`install` makes this process believe in the device. `tensors` makes tensors there that have no contents. Torch
-stays patched, so use this only in a process of its own.
+`install` makes torch report the device in this process. `tensors` creates tensors on it without contents.
+Torch remains patched, so use this only in a separate process.
 
-The CPU build of torch is enough, with triton beside it. A CUDA build works too, without a GPU.
+The CPU build of torch suffices, with triton installed. A CUDA build works too, without a GPU.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ PROPERTIES = SimpleNamespace(
     gcnArchName="",
     uuid="0",
 )
-"""The answers to what torch and triton ask about the device."""
+"""Device properties that torch and triton query."""
 
 GUARD_REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
 """The symbol of `c10::impl::device_guard_impl_registry`, an array with an entry for each kind of device."""
 
 
 def install() -> None:
-    """Makes torch and triton believe that the device exists.
+    """Makes torch and triton report the device as present.
 
     Raises:
-        RuntimeError: triton is missing, or this build of torch is of an unknown kind.
+        RuntimeError: triton is missing, or this build of torch is not supported.
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(
@@ -71,17 +71,17 @@ def install() -> None:
 
 
 def tensors() -> fake_tensor.FakeTensorMode:
-    """Returns a context in which new tensors have a shape and a device, and no contents."""
+    """Returns a context in which new tensors have a shape and a device, but no contents."""
     return fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _register_device_guard() -> None:
-    """Lets torch switch to the device and back, which does nothing.
+    """Registers a device guard for CUDA that does nothing.
 
-    Indexing a tensor in Python, for one, switches to its device. A CPU build cannot switch to CUDA devices.
-    It takes over what it does for the meta device.
+    Indexing a tensor in Python, for example, switches to its device. A CPU build cannot switch to CUDA
+    devices, so it uses the guard of the meta device.
     """
-    torch._C._ensureCUDADeviceGuardSet()  # the same for a CUDA build without a GPU
+    torch._C._ensureCUDADeviceGuardSet()  # for a CUDA build without a GPU
     if torch.version.cuda is not None:
         return
     kinds = torch._C._autograd.DeviceType
@@ -97,7 +97,7 @@ def _register_device_guard() -> None:
 
 
 def _patch_torch() -> None:
-    import torch._dynamo  # its tables are of torch's functions, which are still torch's own
+    import torch._dynamo  # before patching, because it builds tables of torch's functions
 
     answers = {
         "is_available": True,
@@ -128,7 +128,7 @@ def _patch_torch() -> None:
     _replace(torch.Tensor, pin_memory=lambda self, *_: self)
     _replace(torch.nn.functional, scaled_dot_product_attention=_attention)
     _replace(fake_tensor, init_gpu_context=_returns(None))
-    # Torch knows the contents of small constants. It must not copy these to the device.
+    # Torch must not copy the contents of small constants to the device.
     _replace(fake_tensor.FakeTensorMode, avoid_device_init=True)
 
 
@@ -159,7 +159,7 @@ def _patch_inductor() -> None:
     _replace(_triton, has_triton=_returns(True), has_triton_stable_tma_api=_returns(True))
     _replace(scheduler, has_triton=_returns(True))
     _replace(triton_helpers, set_driver_to_gpu=_returns(None))
-    # Both run examples on the device. They look for attention in parts, and time products that are padded.
+    # Both run examples on the device: one searches for attention patterns, and one times padded products.
     _replace(fuse_attention, _sfdp_init=_returns(None))
     _replace(pad_mm, _pad_mm_init=_returns(None))
     folder = joint_graph.UniformValueConstantFolder
@@ -188,7 +188,7 @@ def _patch_triton() -> None:
 
 
 class _OnCPU(TorchDispatchMode):
-    """Computes on the CPU what is to be computed on the device: the compiler folds constants."""
+    """Runs operators on the CPU when the compiler folds constants."""
 
     def __torch_dispatch__(
         self, operator: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -207,7 +207,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Replaces `scaled_dot_product_attention` by one kernel. Without a GPU, torch would decompose it."""
+    """Replaces `scaled_dot_product_attention` with one kernel. Without a GPU, torch would decompose it."""
     if attn_mask is not None or enable_gqa:
         raise NotImplementedError("Attention with a mask or with grouped queries is not supported here.")
     attention = torch.ops.aten._scaled_dot_product_flash_attention
@@ -221,5 +221,5 @@ def _replace(owner: Any, **attributes: Any) -> None:
 
 
 def _returns(answer: Any) -> Callable[..., Any]:
-    """Returns a function with a constant result. It is a new one: Dynamo must not take it for another."""
+    """Returns a new function with a constant result. Dynamo would confuse a shared function."""
     return lambda *_, **__: answer

@@ -1,7 +1,7 @@
-"""Records the code that torch's compiler generates, and describes what it launches. Nothing is executed.
+"""Records the code that torch's compiler generates, and lists its launches. Nothing is executed.
 
-A recorder sees every graph that the code under test hands to `torch.compile`, with the options that it
-passes. It also sees the operators that run outside of these graphs.
+A recorder receives every graph that the code under test passes to `torch.compile`, with its options. It also
+receives the operators that run outside of these graphs.
 """
 
 from __future__ import annotations
@@ -42,26 +42,27 @@ KINDS = {
     HeuristicType.SPLIT_SCAN: "reduction",
     HeuristicType.TEMPLATE: "template",
 }
-"""Kinds of Triton kernels. A template is the compiler's own kernel for attention or a product."""
+"""Kinds of Triton kernels. A template is the compiler's kernel for attention or a product."""
 LOOKUPS = ("embedding", "index", "index_select", "gather")
 """Operators that read as much of their first argument as they return."""
 NOT_LAUNCHED = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_unsafe_view", "_reshape_alias", "detach", "detach_", "alias", "lift_fresh"),
 )
-"""Operators that launch nothing, beside those that torch declares as views."""
+"""Operators that launch nothing, in addition to those that torch declares as views."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, as it is launched once.
+    """One launch of a kernel.
 
     Attributes:
+        name: name of the kernel or operator.
         kind: `pointwise`, `reduction`, `handwritten`, `attention`, `product` or `operator`. The first three
             are Triton kernels, and attention may be one.
-        moved: bytes that it reads and writes at least. None if this is not known.
-        configurations: number of ways to run a Triton kernel, of which its first run chooses one by timing.
-            None for all others.
+        moved: minimum of bytes that it reads and writes. None if unknown.
+        configurations: number of configurations of a Triton kernel. Its first run chooses one by timing. None
+            for other kinds.
     """
 
     name: str
@@ -76,8 +77,8 @@ class Code:
 
     Attributes:
         name: the compiled function or module, or `uncompiled`.
-        launches: those of one call, in order.
-        calls: how often the pass calls it.
+        launches: launches of one call, in order.
+        calls: number of calls in the pass.
     """
 
     name: str
@@ -89,9 +90,9 @@ class Recorder:
     """Replaces torch's compiler in this process. Until a pass is recorded, graphs run uncompiled.
 
     Args:
-        without: names of the compiler's options that are removed from those that the code passes.
-        assembles: whether Triton kernels are compiled to machine code, in all configurations. A kernel for
-            which this fails raises Triton's exception.
+        without: names of compiler options to remove from those that the code passes.
+        assembles: whether Triton kernels are compiled to machine code, in all configurations. A failure
+            raises Triton's exception.
     """
 
     def __init__(self, *, without: frozenset[str] = frozenset(), assembles: bool = False) -> None:
@@ -103,7 +104,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Code]]:
-        """Records one pass, whose graphs are compiled anew. The list is filled at its end."""
+        """Records one pass, and compiles its graphs again. Fills the list at the end of the block."""
         codes: list[Code] = []
         torch._dynamo.reset()
         recorded = _Pass()
@@ -114,7 +115,7 @@ class Recorder:
     def _compile(
         self, module: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any], **_: Any
     ) -> Callable[..., Any]:
-        """Takes a graph, as Inductor does, and returns a function that runs it uncompiled."""
+        """Records a graph in place of Inductor, and returns a function that runs it uncompiled."""
         recorded = self._pass
         if recorded is None:
             return module.forward
@@ -142,7 +143,7 @@ class Recorder:
             raise _Generated
 
         with (
-            mock.patch.object(compile_fx, "compile_fx", self._compile_original),  # it calls itself
+            mock.patch.object(compile_fx, "compile_fx", self._compile_original),  # `compile_fx` is recursive
             mock.patch.object(GraphLowering, "compile_to_module", stop),
             config.patch(compile_threads=1),
             contextlib.suppress(_Generated),
@@ -157,15 +158,15 @@ def _name() -> str:
 
 
 class _Generated(BaseException):
-    """Leaves the compiler once there is code. The compiler's own handlers catch `Exception`."""
+    """Raised to leave the compiler after code generation. The compiler itself catches `Exception`."""
 
 
 def _describe(source: str, nodes: Iterable[BaseSchedulerNode], *, assembles: bool) -> list[Launch]:
-    """Lists what the generated code launches.
+    """Lists the launches of generated code.
 
     Args:
-        source: the generated module.
-        nodes: the scheduler's. Each becomes one launch, in this order.
+        source: source of the generated module.
+        nodes: nodes of the scheduler. Each becomes one launch, in this order.
         assembles: whether the kernels are compiled to machine code.
     """
     reader = _Reader()
@@ -191,7 +192,7 @@ class _Reader(ast.NodeVisitor):
 
     Attributes:
         kernels: source of each Triton kernel, by name.
-        launches: names of what is launched, in order.
+        launches: names of launched kernels and operators, in order.
     """
 
     def __init__(self) -> None:
@@ -216,7 +217,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _kind(name: str) -> str:
-    """Tells the kind by a name, such as `extern_kernels.mm` or `torch.ops.aten.add.Tensor`."""
+    """Returns the kind for a name, such as `extern_kernels.mm` or `torch.ops.aten.add.Tensor`."""
     if "attention" in name:
         return "attention"
     return "product" if any(part in PRODUCTS for part in name.split(".")) else "operator"
@@ -230,14 +231,14 @@ def _kind_of_kernel(name: str, kernel: Any) -> str:
 
 
 def _is_launched(node: BaseSchedulerNode) -> bool:
-    # An operator with several results is a node, and so is each of them.
+    # An operator with several results has a node, and each result has one too.
     return not isinstance(node, NopKernelSchedulerNode) and not isinstance(node.node, ir.MultiOutput)
 
 
 def _moved(node: BaseSchedulerNode) -> int | None:
-    """Counts the bytes that a node reads and writes at least: every element once.
+    """Counts the minimum of bytes that a node reads and writes: every element once.
 
-    They are not known for attention over a cache, of which parts are skipped, and for handwritten kernels.
+    Returns None for attention over a cache, which skips parts of it, and for handwritten kernels.
     """
     if node.is_template() or isinstance(node.node, ir.UserDefinedTritonKernel):
         return None
@@ -247,7 +248,7 @@ def _moved(node: BaseSchedulerNode) -> int | None:
     for accesses in (node.read_writes.reads, node.read_writes.writes):
         by_buffer: dict[str, int] = {}
         for access in accesses:
-            # Other kinds only keep kernels in order.
+            # Other kinds of dependencies only order kernels.
             if isinstance(access, MemoryDep) and access.name not in V.graph.removed_buffers:
                 by_buffer[access.name] = by_buffer.get(access.name, 0) + _accessed(access)
         # Parts of a buffer may overlap.
@@ -262,7 +263,7 @@ def _moved_by_operator(operator: Any) -> int:
 
 
 def _accessed(access: MemoryDep) -> int:
-    """Counts the bytes of an access. If the place depends on contents, each index counts."""
+    """Counts the bytes of an access. If the position depends on data, every index counts."""
     used = access.index.free_symbols
     sizes = [
         size
@@ -273,13 +274,13 @@ def _accessed(access: MemoryDep) -> int:
 
 
 def _whole(buffer: str) -> int:
-    # A kernel that changes a buffer gives it another name.
+    # A buffer has another name after a kernel has modified it.
     found = V.graph.try_get_buffer(V.graph.scheduler.mutation_real_name.get(buffer, buffer))
     return 0 if found is None else _size(found.get_size(), found.get_dtype())
 
 
 def _size(shape: Iterable[Any], dtype: torch.dtype) -> int:
-    """Counts the bytes of a tensor. A dynamic length is the one of the recorded pass."""
+    """Counts the bytes of a tensor. Dynamic lengths have their values of the recorded pass."""
     return math.prod(V.graph.sizevars.optimization_hint(length) for length in shape) * dtype.itemsize
 
 
@@ -287,7 +288,7 @@ class _Pass(TorchDispatchMode):
     """A pass that is being recorded.
 
     Attributes:
-        graphs: those that were compiled in it.
+        graphs: graphs that the pass compiled.
         launches: operators on the device outside of the graphs.
     """
 

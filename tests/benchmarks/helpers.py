@@ -1,8 +1,8 @@
-"""What the safety checker and the prompt expander add to a request when they work, and when they do not.
+"""Measures the time that the safety checker and the prompt expander add to a request, used and unused.
 
-Requests in turn to two ingresses on one Ray: one without helpers, and one with them. The stages answer at
-once; the classifier is of ViT-Base's size and the chat model of 34 million parameters, both with random
-weights and on the CPU. Run by `make benchmark`, or:
+Sends requests in turn to two ingresses on one Ray: one without helpers, and one with both. The stages answer
+immediately. The classifier has ViT-Base's size, and the chat model 34 million parameters. Both have random
+weights and run on the CPU. `make benchmark` runs this, or:
 
     python -m tests.benchmarks.helpers [--rounds 100]
 """
@@ -21,8 +21,7 @@ from ray import serve
 from deployments.config import ChatModelConfig, ClassifierConfig
 from deployments.helpers.chat_model import tiny as chat_model
 from deployments.helpers.image_classifier import tiny as image_classifier
-from deployments.stages.prompt_expansion import PromptExpander
-from deployments.stages.safety import SafetyChecker
+from deployments.stages.models import PromptExpander, SafetyChecker
 from serve_app.app import Ingress
 from serve_app.cluster.status import HELPER
 from serve_app.config import AppConfig
@@ -39,7 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "the image is checked": ("helped", {}),
     f"the prompt is expanded, {TOKENS} tokens": ("helped", UNCHECKED | {"enable_prompt_expansion": True}),
 }
-"""By what they are called: which ingress is asked, and for what else."""
+"""The ingress and additional request fields of each case, by name."""
 
 
 def main() -> None:
@@ -70,7 +69,7 @@ def main() -> None:
             }
             stages = {"m": {stage: deployed(Stage, stage) for stage in ("prior", "decoder")}}
             if name == "helped":
-                # Random weights flag by chance; here nothing is to be flagged.
+                # Random weights could flag images. This threshold prevents it.
                 config["safety_checker"] = {"classifier": classifier.model_dump(), "threshold": 1}
                 config["prompt_expander"] = {"chat_model": chat.model_dump(), "max_tokens": TOKENS}
                 stages[safety.NAME] = {HELPER: deployed(SafetyChecker, "safety-checker", classifier)}

@@ -1,9 +1,9 @@
-"""Many jobs of one client: what the server takes to accept one, and to tell of one while they run.
+"""Measures the server's times for submitting a job and for reading its status, with many jobs of one client.
 
     python -m tests.benchmarks.jobs [--jobs 500] [--database URL]
 
-Run by `make benchmark`, on the tiny checkpoint. The times are the server's own, from its log: they begin when
-the request has come in and end when the answer has gone out.
+`make benchmark` runs this on the tiny checkpoint. The times are from the server's log: from the arrival of a
+request until its response is sent.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MODEL = {"min_replicas": 1}
 
 
 def milliseconds(running: Running, method: str, route: str) -> list[float]:
-    """What the requests to a route took in the server, sorted."""
+    """Returns the sorted durations of requests to a route, from the server's log."""
     (ingress,) = running.replicas("glm-image:Ingress")
     logs = Path(ingress.environ()["RAY_TMPDIR"]) / "ray/session_latest/logs/serve"
     lines = itertools.chain.from_iterable(file.read_text().splitlines() for file in logs.glob("*.log"))
@@ -40,7 +40,7 @@ def show(what: str, times: list[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--jobs", type=int, default=500)
-    parser.add_argument("--database", help="URL; an SQLite file if not given")
+    parser.add_argument("--database", help="URL of the database (default: an SQLite file)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

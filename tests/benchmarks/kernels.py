@@ -1,19 +1,19 @@
-"""The kernels that torch's compiler generates for the released model on an H100, without one.
+"""Counts the kernels that torch's compiler generates for the released model on an H100. No GPU is needed.
 
     python -m tests.benchmarks.kernels [--part NAME] [--without OPTION] [--launches] [--assemble] [--json]
 
-Counts the launches and the bytes of both stages' passes. It is the measure until a GPU says more. The stages'
-own code runs, with the options that it gives to the compiler, on tensors without contents. Generated code is
-read and not executed. Run by `make benchmark`.
+Counts the launches and the bytes of both stages' passes, as an estimate until a GPU measures them. The
+stages' own code runs on tensors without contents, with its own compiler options. Generated code is read but
+not executed. `make benchmark` runs this.
 
-A pass of the DiT is the first of a step and of a unit, so it includes what later passes reuse. "Uncompiled"
-are operators outside of the compiled code, one launch each.
+A pass of the DiT is the first of a step and of a unit, so it includes work that later passes reuse.
+"Uncompiled" lists operators outside of the compiled code, one launch each.
 
-Bytes are those that a kernel must read and write: every element once. They are not counted for attention over
-the cache, where they depend on the requests' lengths.
+Bytes are the minimum that a kernel must read and write: every element once. They are not counted for
+attention over the cache, where they depend on the requests' lengths.
 
-If a kernel has several configurations, its first run chooses one by timing. For a sum, each adds in another
-order, and replicas could round differently. So there must be one.
+If a kernel has several configurations, its first run chooses one by timing. Configurations of a sum add in
+different orders, so replicas could round differently. Sums must therefore have one configuration.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ SIDE = 1024
 """Side of the image and of the source image, in pixels."""
 LATENT_SIDE = SIDE // 8
 QUOTED_TOKENS = 32
-"""Glyph tokens of a text in quotation marks."""
+"""Number of glyph tokens of a text in quotation marks."""
 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Skips filling models with random weights."""
+    """Skips filling models with random weights within the block."""
 
     def ready(model: torch.nn.Module, _: torch.device) -> torch.nn.Module:
         return model.eval().requires_grad_(requires_grad=False)
@@ -69,7 +69,7 @@ def without_weights() -> Iterator[None]:
 
 @cache
 def prior() -> GPULanguageModel:
-    """The prior's language model, whose passes run directly instead of in a CUDA graph."""
+    """Returns the prior's language model. Its passes run directly instead of in a CUDA graph."""
     with without_weights():
         model, _ = models.prior(fake_cuda.DEVICE, vision_layers=1)
     with mock.patch.object(CUDAGraphs, "capture", lambda _, run: run):
@@ -94,10 +94,10 @@ def upstream_dit(*, compiled: bool) -> GlmImageTransformer2DModel:
 
 
 def dit_pass(dit: GlmImageTransformer2DModel, *, text: int = 1, mode: str | None = None) -> Pass:
-    """A pass of the DiT over one image.
+    """Returns a pass of the DiT over one image.
 
     Args:
-        dit: ours, or upstream's.
+        dit: our DiT or upstream's.
         text: number of glyph tokens. A prompt without text in quotation marks has one.
         mode: `write` for the pass over a source image, `read` for a pass that attends to it.
     """
@@ -142,7 +142,7 @@ PARTS: dict[str, Callable[[], Pass]] = {
     "upstream-dit": lambda: dit_pass(upstream_dit(compiled=False)),
     "upstream-dit-compiled": lambda: dit_pass(upstream_dit(compiled=True)),
 }
-"""Makes the pass of each part."""
+"""Functions that create the pass of each part."""
 
 
 def record(part: str, recorder: Recorder) -> list[Code]:
@@ -176,7 +176,7 @@ def show(part: str, name: str, calls: int, launches: list[Launch]) -> None:
 
 
 def describe(part: str, codes: list[Code], *, lists_launches: bool) -> None:
-    """Prints a line for each code and one for the whole pass."""
+    """Prints a line for each code, and one for the whole pass."""
     whole: list[Launch] = []
     for code in codes:
         whole += code.launches * code.calls
@@ -189,9 +189,11 @@ def describe(part: str, codes: list[Code], *, lists_launches: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", action="append", choices=PARTS, help="repeat it for several; default: all")
+    parser.add_argument(
+        "--part", action="append", choices=PARTS, help="part to record; may be repeated (default: all)"
+    )
     parser.add_argument("--without", action="append", default=[], help="compiler option to leave out")
-    parser.add_argument("--launches", action="store_true", help="list them")
+    parser.add_argument("--launches", action="store_true", help="list every launch")
     parser.add_argument("--assemble", action="store_true", help="compile the Triton kernels to machine code")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each code")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""How soon stages load, go and answer; and what refusing costs. Over HTTP, on the tiny checkpoint.
+"""Measures how fast stages load, unload and answer, and the cost of rejected requests.
 
     python -m tests.benchmarks.lifecycle [--rounds 20]
 
-Run by `make benchmark`. A stage's load is the time of a first request to a server of which only that stage is
-cold, less the time of the same request when all is warm.
+`make benchmark` runs this, over HTTP with the tiny checkpoint. The load time of a stage is
+the time of a first request for which only that stage is cold. The time of a warm request is subtracted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def first_requests(client: Client, model: str, rounds: int) -> float:
-    """Seconds of a request that finds the stages which do not stay loaded cold; the median."""
+    """Returns the median seconds of requests that load the stages with a short idle timeout."""
 
     def is_cold() -> bool:
         states = [stage["state"] for stage in client.stages(model).values()]
@@ -58,7 +58,7 @@ def cold_starts(folder: Path, rounds: int) -> None:
         tiny_model("both", prior=BRIEF, decoder=BRIEF),
     ]
     firsts = {}
-    for model in models:  # one server each: the stages that stay loaded are not to be in the others' way
+    for model in models:  # one server each, so that loaded stages do not compete with others
         with served(config_file(folder, [model])) as running, Client(running) as client:
             firsts[model["name"]] = first_requests(client, model["name"], rounds)
             warm = statistics.median(seconds(lambda: client.ask().raise_for_status()) for _ in range(9))
@@ -81,7 +81,7 @@ def unloads(client: Client, rounds: int) -> None:
 
 
 def probes(client: Client, work: Callable[[], Any]) -> dict[str, list[float]]:
-    """Milliseconds of each probe, again and again until the work is done."""
+    """Sends probes until the work is done, and returns their milliseconds by path."""
     times: dict[str, list[float]] = {path: [] for path in PROBES}
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)
@@ -111,7 +111,7 @@ def refusals(client: Client, rounds: int) -> None:
         client.ask().raise_for_status()
         lines = len(client.running.log)
         with ThreadPoolExecutor(asked) as pool:
-            # They take seconds, so that none makes room meanwhile.
+            # Images of this size take seconds, so no place becomes free meanwhile.
             answers = [pool.submit(client.ask, seed=seed, size="1024x1024") for seed in range(asked)]
             ended = as_completed(answers)
             for _ in range(REFUSED):

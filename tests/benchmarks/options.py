@@ -1,9 +1,9 @@
-"""Costs and effects of each option of `decoder.acceleration` on this machine's CPU.
+"""Measures costs and effects of each option of `decoder.acceleration` on this machine's CPU.
 
     python -m tests.benchmarks.options [--steps 20] [--side 512]
 
-The model is the tiny checkpoint with random weights. Read the differences; times of a GPU differ in kind, and
-`python -m tests.gpu.window` measures them.
+The model is the tiny checkpoint with random weights. The relative times do not apply to GPUs.
+`python -m tests.gpu.window` measures those.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"step_cache": 0.1},
 )
 TILED_SIDE, TILED_STEPS = 1536, 2
-"""The VAE's tiles have 1024 pixels a side, so that smaller images have one."""
+"""Size for tiling. The VAE's tiles have 1024 pixels per side, so smaller images have only one."""
 
 
 def unit(side: int, steps: int) -> ImageRequest:
-    """A square image from random prior tokens."""
+    """Returns a decoder request for a square image with random prior tokens."""
     tokens = np.random.default_rng(0).integers(0, 256, (side // 32, side // 32))
     return ImageRequest(
         prompt="A red boat at dawn",
@@ -46,7 +46,7 @@ def unit(side: int, steps: int) -> ImageRequest:
 
 
 def paint(request: ImageRequest, options: dict[str, Any]) -> tuple[Pixels, float]:
-    """Returns the pixels and the seconds of the second of two equal units."""
+    """Decodes a unit twice, and returns the pixels and the seconds of the second run."""
     stage = {"device": "cpu", "dtype": "float32", "cpu_threads": 1}
     model = ModelConfig(
         name="tiny",
@@ -66,7 +66,7 @@ def paint(request: ImageRequest, options: dict[str, Any]) -> tuple[Pixels, float
 def main() -> None:
     """Prints a row for each option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--side", type=int, default=512, help="of the images, in pixels")
+    parser.add_argument("--side", type=int, default=512, help="side of the images, in pixels")
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

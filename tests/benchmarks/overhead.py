@@ -1,7 +1,7 @@
-"""What the whole path adds to the two engines: HTTP, Ray, parsing, PNG file and URL.
+"""Measures the time that the server adds to the two engines: HTTP, Ray, parsing, PNG file and URL.
 
-Pairs of the same request, sent to a server on this machine and given to the engines in this process,
-both up to the encoded PNG. Run by `make benchmark`, or:
+Runs pairs of the same request on a server on this machine and on the engines in this process. Both end with
+the encoded PNG. `make benchmark` runs this, or:
 
     python -m tests.benchmarks.overhead [--pairs 31]
 """
@@ -24,7 +24,8 @@ from deployments.families.glm_image.decoder import Decoder
 from deployments.families.glm_image.prior import PriorEngine
 from deployments.stages.calls import Call
 from deployments.types import ImageRequest
-from serve_app.generation.images import Encoding, encode
+from serve_app.generation.images import encode
+from serve_app.generation.request import Encoding
 from tests.serve.conftest import served
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ REQUEST = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 2, "see
 
 
 def direct() -> Callable[[], None]:
-    """The engines of `CONFIG` in this process, with its number of threads."""
+    """Returns a function that runs the engines of `CONFIG` in this process, with its number of threads."""
     model = ModelConfig.model_validate(
         yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]["models"][0]
     )

@@ -1,8 +1,9 @@
-"""The prior engine and upstream's `generate` on the same weights, in one run.
+"""Compares the prior engine with upstream's `generate` in one run, with the same weights.
 
     python -m tests.benchmarks.prior [--runs 5] [--threads 2]
 
-Run by `make benchmark`. The checkpoint is `python -m deployments.families.glm_image.tiny --preset benchmark`.
+`make benchmark` runs this. The checkpoint is made by
+`python -m deployments.families.glm_image.tiny --preset benchmark`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Upstream:
         self._pipeline = GlmImagePipeline(None, processor, None, weights, None, None, None)
 
     def __call__(self, *requests: ImageRequest) -> None:
-        """One request, or a batch of requests of one size, which upstream pads."""
+        """Runs one request, or a batch of requests of one size, which upstream pads."""
         first = requests[0]
         self._pipeline.generate_prior_tokens(
             [one.prompt for one in requests],
@@ -76,7 +77,7 @@ class Upstream:
 
 
 class Ours:
-    """The engine, driven by this thread as upstream is: two threads' worth of OpenMP would slow both."""
+    """Our engine, run by this thread like upstream. A second thread with OpenMP would slow down both."""
 
     def __init__(self, model: ModelConfig) -> None:
         self._engine = PriorEngine.load(model)
@@ -85,7 +86,7 @@ class Ours:
         self.arriving(list(requests), every_s=0)
 
     def arriving(self, requests: list[ImageRequest], every_s: float) -> tuple[float, float]:
-        """Submit one request after the other; seconds until the first one and until all are done."""
+        """Submits requests at an interval. Returns the seconds until the first and the last have ended."""
         began = time.perf_counter()
         futures: list[Future[PriorTokens]] = []
         first = 0.0
@@ -117,7 +118,7 @@ def main() -> None:
     upstream(request(0))
     ours(request(0))
 
-    # Alternating, so that a machine whose speed drifts does so for both.
+    # Runs alternate, so that changes of the machine's speed affect both.
     alone, padded, mixed_alone = [], [], []
     together: dict[int, list[float]] = {1: [], 2: [], 4: [], 8: []}
     arrivals = []
@@ -142,9 +143,9 @@ def main() -> None:
     row("upstream, padded batch of 8", 8, statistics.median(padded))
     for count, times in together.items():
         row(f"here, {count} at once", count, statistics.median(times))
-    firsts, alls = zip(*arrivals, strict=True)
+    firsts, totals = zip(*arrivals, strict=True)
     mixed = statistics.median(mixed_alone)
-    every = statistics.median(alls)
+    every = statistics.median(totals)
     print("8 of mixed sizes, 2 of them edits, one every 0.5 s:")
     print(f"  all after {every:.2f} s, upstream one after the other {mixed:.2f} s, ratio {mixed / every:.2f}")
     print(f"  the first one after {statistics.median(firsts) / one:.2f} times upstream's own")

@@ -1,9 +1,9 @@
-"""This server against what people write today, over HTTP, on the same checkpoint, one after the other.
+"""Compares this server with common alternatives, over HTTP, with the same checkpoint, one after the other.
 
     python -m tests.benchmarks.server [--requests 48]
 
-Run by `make benchmark`. The baselines are in `tests/benchmarks/baselines.py`: a plain FastAPI process around
-`GlmImagePipeline` with a lock, and LitServe around it with dynamic batching. 512x512, 4 steps.
+`make benchmark` runs this. The baselines are in `tests/benchmarks/baselines.py`: a plain FastAPI process
+around `GlmImagePipeline` with a lock, and LitServe with dynamic batching. 512x512, 4 steps.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
-AT_ONCE = 8
+MAX_CONCURRENCY = 8
 MODEL = "glm-image"
 PROMPT = "A red boat at dawn"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one server: seconds for one request, images a minute, seconds to the first of eight images."""
+    """Figures of a server: seconds of a request, images per minute, seconds to the first of eight images."""
 
     one: float
     images_per_min: float
@@ -70,7 +70,7 @@ def baseline(kind: str, folder: Path) -> Iterator[Callable[[int], str]]:
                     ask(0)
                     break
                 except httpx.TransportError:
-                    assert process.poll() is None, "it has ended"
+                    assert process.poll() is None, "the baseline has ended"
                     time.sleep(0.2)
             yield ask
         finally:
@@ -79,7 +79,7 @@ def baseline(kind: str, folder: Path) -> Iterator[Callable[[int], str]]:
 
 @contextmanager
 def ours(folder: Path, decoders: int) -> Iterator[Callable[[int], str]]:
-    """One prior and several decoders, of one thread each: no thread ever waits for another one."""
+    """Serves one prior and several decoders with one thread each, so that no thread waits for another."""
     model = tiny_model(
         MODEL,
         checkpoint=str(folder),
@@ -117,7 +117,7 @@ def measure(ask: Callable[[int], str], requests: int) -> Result:
         began = time.perf_counter()
         alone[seed] = ask(seed)
         times.append(time.perf_counter() - began)
-    with ThreadPoolExecutor(AT_ONCE) as clients:
+    with ThreadPoolExecutor(MAX_CONCURRENCY) as clients:
         began = time.perf_counter()
         ends: list[float] = []
 
@@ -126,7 +126,7 @@ def measure(ask: Callable[[int], str], requests: int) -> Result:
             ends.append(time.perf_counter() - began)
             return image
 
-        together = list(clients.map(timed, range(AT_ONCE)))
+        together = list(clients.map(timed, range(MAX_CONCURRENCY)))
         first = min(ends)
         began = time.perf_counter()
         list(clients.map(ask, range(requests)))
@@ -150,8 +150,8 @@ def main() -> None:
     with baseline("batched", folder) as ask:
         batched = measure(ask, options.requests)
     with baseline("plain", folder) as ask:
-        plain = measure(ask, min(options.requests, 8))  # one after the other: more would tell no more
-    print(f"512x512, 4 steps, {options.requests} requests, {AT_ONCE} at a time")
+        plain = measure(ask, min(options.requests, 8))  # it serves one at a time; more add no information
+    print(f"512x512, 4 steps, {options.requests} requests, {MAX_CONCURRENCY} at a time")
     print(f"{'':26} {'one, s':>8} {'images/min':>11} {'first of 8, s':>14}  same bytes together")
     for name, result in (("plain FastAPI", plain), ("LitServe, batched", batched), ("here", here)):
         kept = "yes" if result.seeds_kept else "no"

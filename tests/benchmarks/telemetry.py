@@ -1,8 +1,8 @@
-"""What metrics and traces add to a generation, in the ingress and in both stages.
+"""Measures the time that metrics and traces add to a generation, in the ingress and in both stages.
 
-The server's own code but for the engines, which answer at once, and for HTTP and Ray's calls, whose noise is
-larger than what is looked for: all in one replica. Requests take turns that are counted, that are traced too,
-and that are neither. Run by `make benchmark`, or:
+Runs the server's own code in one replica. The engines answer immediately. There are no HTTP and Ray calls,
+whose noise would exceed the measured times. Requests alternate between no telemetry, metrics only, and
+metrics with traces. `make benchmark` runs this, or:
 
     python -m tests.benchmarks.telemetry [--rounds 500]
 """
@@ -25,14 +25,15 @@ import ray
 from ray import serve
 
 from deployments.observability import metrics, tracing
-from deployments.stages.decoder import DecoderStage
-from deployments.stages.prior import PriorStage
+from deployments.stages.models import DecoderStage, PriorStage
 from deployments.types import Pixels
 from serve_app.config import AppConfig
 from serve_app.files.store import FileStore
 from serve_app.generation.generator import Generator
 from serve_app.generation.image import Model
+from serve_app.generation.sources import SourceReader
 from serve_app.http.application import create_app
+from serve_app.http.services import Services
 from serve_app.jobs.database import Database
 from serve_app.outbound import Outbound
 from tests.benchmarks.edge import BODY, TOKENS
@@ -44,7 +45,7 @@ PIXELS: Pixels = np.zeros((512, 512, 3), dtype=np.uint8)
 
 @contextmanager
 def mute() -> Iterator[None]:
-    """Within the block nothing is counted or traced."""
+    """Disables metrics and traces within the block."""
     with ExitStack() as stack:
         for kind, method in (
             (metrics.Counter, "add"),
@@ -64,13 +65,13 @@ def mute() -> Iterator[None]:
 
 @contextmanager
 def counting() -> Iterator[None]:
-    """Within the block nothing is traced."""
+    """Disables traces within the block."""
     with mock.patch.object(tracing, "_provider", None):
         yield
 
 
 class Prior(PriorStage):
-    """Answers at once."""
+    """A prior stage that answers immediately."""
 
     def _load(self, _: Any) -> Any:
         def submit(*_: Any) -> Future[Any]:
@@ -82,26 +83,28 @@ class Prior(PriorStage):
 
 
 class Decoder(DecoderStage):
-    """Likewise."""
+    """A decoder stage that answers immediately."""
 
     def _load(self, _: Any) -> Any:
         return SimpleNamespace(fault=None, done=0, unit="steps", decode=lambda *_: PIXELS)
 
 
 class Bench:
-    """The replica."""
+    """The replica that runs all requests."""
 
     async def run(self, config: AppConfig, rounds: int) -> list[list[float]]:
-        """For each round the milliseconds of a request of each kind."""
+        """Returns the milliseconds of each kind of request, for each round."""
         (model,) = config.models
         stages: dict[Any, Any] = {cls: cls.__new__(cls) for cls in (Prior, Decoder)}
         for stage in stages.values():
-            await stage.__init__(model)  # as Serve does it
+            await stage.__init__(model)  # as Serve does
         served = Model(config=model, prior=stages[Prior].generate, decode=stages[Decoder].decode)
-        generator = Generator({model.name: served}, config.limits)
-        files, database = FileStore(config.storage), Database(config.database.url)
-        nobody: Any = None  # asks for the lifecycle
-        app = create_app(config, generator, nobody, files, database, Outbound(config.outbound))
+        files, outbound = FileStore(config.storage), Outbound(config.outbound)
+        sources = SourceReader(outbound, files, config.limits)
+        generator = Generator({model.name: served}, config.limits, sources)
+        database = Database(config.database.url)
+        lifecycle: Any = None  # not used by these requests
+        app = create_app(Services.of(config, generator, lifecycle, files, database, outbound))
         times: list[list[float]] = []
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
             for _ in range(rounds + 10):

@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from deployments.scaling import find_gate
+from deployments.scaling import find_registry
 from serve_app.app import build_app
 from serve_app.config import AppConfig
 from tests.faults.conftest import Client, first_refused
@@ -107,14 +107,14 @@ def test_a_server_whose_node_goes_and_comes_back_recovers_by_itself(client: Clie
     assert client.ask().status_code == 200
 
 
-def test_a_gate_that_dies_is_replaced_and_nobody_notices(client: Client) -> None:
-    old = find_gate("app")
+def test_a_demand_registry_that_dies_is_replaced_without_an_error(client: Client) -> None:
+    old = find_registry("app")
     assert old
     ray.kill(old)
     for path in ("/health", "/v1/internal/status"):
         assert client.get(path).status_code == 200
     assert client.ask().status_code == 200
-    until(lambda: find_gate("app") not in (None, old))
+    until(lambda: find_registry("app") not in (None, old))
     assert client.get("/v1/internal/unload").status_code == 200
     assert not client.running.replicas("m-")
     assert client.ask().status_code == 200

@@ -24,6 +24,7 @@ FILES = st.builds(_file, st.sampled_from(["PNG", "JPEG", "WEBP"]), st.integers(0
 schemathesis.openapi.format("binary", FILES)
 schemathesis.openapi.format("uri", FILES.map(_data_url))
 # An address, so that nothing is looked up. Nobody listens at this port, and a public one is not to be told.
+schemathesis.openapi.format("image-size", st.sampled_from(["auto", "512x512"]))
 schemathesis.openapi.format("webhook", st.just("http://127.0.0.1:9/hook"))
 
 

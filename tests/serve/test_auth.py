@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from serve_app.http.auth import _presented
+from serve_app.http.auth import presented_keys
 from tests.serve.conftest import Guarded
 
 OPEN = {
@@ -115,7 +115,7 @@ def test_without_a_key_nothing_of_a_body_is_read(guarded: Guarded) -> None:
 def test_a_header_of_nothing_much_is_read_at_once() -> None:
     """A regular expression could take hours over it."""
     for value in (b"Bearer" + b" " * 2**20, b"Bearer " + b"x " * 2**19, b" " * 2**20):
-        assert len(_presented([(b"authorization", value)])) <= 1
+        assert len(presented_keys([(b"authorization", value)])) <= 1
 
 
 def test_the_openai_client_says_what_is_wrong(guarded: Guarded) -> None:

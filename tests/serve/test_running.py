@@ -70,7 +70,7 @@ def test_who_lets_others_in_must_have_keys(host: str) -> None:
         ["make", "-s", "serve", f"HOST={host}"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode != 0
-    assert "auth.open does not hold, and there are no auth.api_keys; make one with" in run.stderr
+    assert "auth.open is ignored, and there are no auth.api_keys; make one with" in run.stderr
 
 
 def test_a_file_that_lets_others_in_must_have_keys(tmp_path: Path) -> None:

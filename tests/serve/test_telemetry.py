@@ -61,29 +61,31 @@ class Watched:
         return [line for line in lines if line.get("event") == event]
 
 
+def later(http: httpx.Client, answer: httpx.Response, url: str, done: str) -> Iterator[httpx.Response]:
+    """The answer, and the one when what it is about has ended."""
+    yield answer
+    until(lambda: f'"{done}"' in http.get(url).text, 120)
+    yield http.get(url)
+
+
+def post(http: httpx.Client, path: str, body: Any, **headers: str) -> httpx.Response:
+    return http.post(path, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+
 def images_by_every_route(http: httpx.Client, receiver: Receiver, sent: bytes) -> Iterator[httpx.Response]:
     """Ask for all that there is to be asked for, once at least; yields the answers."""
     data_url = f"data:image/png;base64,{base64.b64encode(sent).decode()}"
 
-    def later(answer: httpx.Response, url: str, done: str) -> Iterator[httpx.Response]:
-        """The answer, and the one when what it is about has ended."""
-        yield answer
-        until(lambda: f'"{done}"' in http.get(url).text, 120)
-        yield http.get(url)
-
-    def post(path: str, body: Any, **headers: str) -> httpx.Response:
-        return http.post(path, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
-
     traced = {"traceparent": f"00-{TRACE}-{CLIENT_SPAN}-01", "x_request_id": "traced"}
-    made = post("/v1/images/generations", BODY | {"n": 2, "enable_prompt_expansion": True}, **traced)
+    made = post(http, "/v1/images/generations", BODY | {"n": 2, "enable_prompt_expansion": True}, **traced)
     yield made
     yield http.get(made.json()["data"][0]["url"])
-    yield post("/v1/images/generations", BODY | {"stream": True, "partial_images": 1})
-    yield post("/v1/images/generations", BODY | {"response_format": "b64_json"})
-    yield post("/v1/images/generations", BODY | {"model": "broken"}, x_request_id="broken")
-    yield post("/v1/images/generations", BODY | {"size": "7x7"})
-    yield post("/v1/images/generations", BODY | {"caption": PROMPT})
-    yield post("/v1/images/generations", BODY, authorization=f"Bearer {KEY}x")
+    yield post(http, "/v1/images/generations", BODY | {"stream": True, "partial_images": 1})
+    yield post(http, "/v1/images/generations", BODY | {"response_format": "b64_json"})
+    yield post(http, "/v1/images/generations", BODY | {"model": "broken"}, x_request_id="broken")
+    yield post(http, "/v1/images/generations", BODY | {"size": "7x7"})
+    yield post(http, "/v1/images/generations", BODY | {"caption": PROMPT})
+    yield post(http, "/v1/images/generations", BODY, authorization=f"Bearer {KEY}x")
     yield http.post("/v1/images/generations", content=f'{{"prompt": "{PROMPT}')
     form = {"prompt": PROMPT, "size": "512x512", "num_inference_steps": "2"}
     yield http.post("/v1/images/edits", data=form, files={"image": ("a.png", sent)})
@@ -94,39 +96,43 @@ def images_by_every_route(http: httpx.Client, receiver: Receiver, sent: bytes) -
 
     hook = {"webhook_url": f"{receiver.url}/hook"}
     body = BODY | hook | {"images": [{"image_url": data_url}], "partial_images": 1}
-    job = post("/v1/images/jobs", body, x_request_id="submitted")
-    yield from later(job, job.headers["location"], "delivered")
+    job = post(http, "/v1/images/jobs", body, x_request_id="submitted")
+    yield from later(http, job, job.headers["location"], "delivered")
     yield http.get(job.headers["location"] + "/events")
     yield http.delete(job.headers["location"])
     yield http.get("/v1/images/jobs")
     yield http.post(job.headers["location"] + "/purge")
 
+    yield from images_by_hosted_apis(http, sent, data_url)
+    yield http.get("/v1/internal/unload?model=m")
+    yield http.post("/v1/internal/unload")
+
+
+def images_by_hosted_apis(http: httpx.Client, sent: bytes, data_url: str) -> Iterator[httpx.Response]:
     for kind, fields in (("", {}), ("/image-to-image", {"image_urls": [data_url]})):
-        yield post(f"/fal-ai/m{kind}", HOSTED | fields)
-        queued = post(f"/queue/fal-ai/m{kind}", HOSTED | fields)
-        yield from later(queued, queued.json()["status_url"], "COMPLETED")
+        yield post(http, f"/fal-ai/m{kind}", HOSTED | fields)
+        queued = post(http, f"/queue/fal-ai/m{kind}", HOSTED | fields)
+        yield from later(http, queued, queued.json()["status_url"], "COMPLETED")
     yield http.get(queued.json()["response_url"])
     yield http.get(queued.json()["status_url"] + "/stream")
     yield http.put(queued.json()["cancel_url"])
-    upload = post("/storage/upload/initiate", {"content_type": "image/png", "file_name": "a.png"})
+    upload = post(http, "/storage/upload/initiate", {"content_type": "image/png", "file_name": "a.png"})
     yield upload
     yield http.put(upload.json()["upload_url"], content=sent, headers={"Content-Type": "image/png"})
 
     zai = BODY | {"model": "m"}
-    yield post("/api/paas/v4/images/generations", zai)
-    task = post("/api/paas/v4/async/images/generations", zai)
-    yield from later(task, f"/api/paas/v4/async-result/{task.json()['id']}", "SUCCESS")
+    yield post(http, "/api/paas/v4/images/generations", zai)
+    task = post(http, "/api/paas/v4/async/images/generations", zai)
+    yield from later(http, task, f"/api/paas/v4/async-result/{task.json()['id']}", "SUCCESS")
 
     for kind, fields in (("glm-image", {}), (EDIT, {"image_urls": [data_url]})):
         path = f"/{kind}/v1/{kind}-request"
-        asked = post(path, HOSTED | fields)
+        asked = post(http, path, HOSTED | fields)
         named = {"request_id": asked.json()["request_id"]}
-        yield from later(asked, f"{path}-result?request_id={named['request_id']}", "COMPLETED")
-        yield post(f"{path}-result", named)
-    yield post(f"/v2/requests/status/{named['request_id']}", named)
+        yield from later(http, asked, f"{path}-result?request_id={named['request_id']}", "COMPLETED")
+        yield post(http, f"{path}-result", named)
+    yield post(http, f"/v2/requests/status/{named['request_id']}", named)
     yield http.get(f"/v2/requests/status/{named['request_id']}")
-    yield http.get("/v1/internal/unload?model=m")
-    yield http.post("/v1/internal/unload")
 
 
 @pytest.fixture(scope="module")

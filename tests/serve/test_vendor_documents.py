@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from serve_app.dialects import pixazo
-from serve_app.errors import RequestError, server_error
+from serve_app.errors import Busy, RequestError, server_error
 from tests.conftest import needs_node
 from tests.serve.conftest import ROOT, Vendors, until
 
@@ -457,7 +457,7 @@ def test_pixazos_example_of_an_unknown_edit(http: httpx.Client) -> None:
     ("error", "body"),
     [
         (
-            RequestError("busy", code="busy", status=429, headers={"Retry-After": "60"}),
+            Busy("busy", retry_after_s=60),
             {
                 "error": {
                     "code": "RATE_LIMIT_EXCEEDED",
@@ -472,4 +472,4 @@ def test_pixazos_example_of_an_unknown_edit(http: httpx.Client) -> None:
     ],
 )
 def test_pixazos_examples_of_errors_that_are_rare(error: RequestError, body: Any) -> None:
-    assert json.loads(bytes(pixazo.nested_error_response(error).body)) == body
+    assert json.loads(bytes(pixazo.error_response(error, {"path": SUBMIT}).body)) == body

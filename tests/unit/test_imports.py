@@ -1,6 +1,6 @@
-"""The planes stay apart: `deployments` knows nothing of `serve_app`, and `serve_app` loads no torch.
+"""The planes stay apart: `deployments` does not import `serve_app`, and `serve_app` loads no torch.
 
-And of `serve_app`, one module alone opens connections to elsewhere.
+Only some folders of `serve_app` know HTTP, and only one module opens connections.
 """
 
 import ast
@@ -18,7 +18,10 @@ CONNECTING = {"connect", "connect_ex", "create_connection", "open_connection", "
 
 
 def imported_names(file: Path) -> set[str]:
-    """Modules, and what is imported from them as `module.name`."""
+    """Returns the imported modules, and the names imported from modules as `module.name`.
+
+    Imports for annotations only are included.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -57,8 +60,8 @@ def test_engines_import_no_ray(package: str) -> None:
         assert "ray" not in imported_packages(file), file
 
 
-@pytest.mark.parametrize("package", ["generation", "jobs", "files"])
-def test_what_makes_images_knows_no_http(package: str) -> None:
+@pytest.mark.parametrize("package", ["generation", "jobs", "files", "cluster"])
+def test_the_makers_of_images_and_jobs_know_no_http(package: str) -> None:
     files = sorted((ROOT / "serve_app" / package).rglob("*.py"))
     assert files
     for file in files:
@@ -66,7 +69,26 @@ def test_what_makes_images_knows_no_http(package: str) -> None:
         assert not any(name.startswith("serve_app.http") for name in imported_names(file)), file
 
 
-def test_what_is_served_imports_no_trainer() -> None:
+WEB = {"fastapi", "starlette"}
+MAY_KNOW_HTTP = ("http/", "dialects/", "playground/", "app.py")
+
+
+def test_only_the_http_side_of_the_api_plane_imports_a_web_framework() -> None:
+    folder = ROOT / "serve_app"
+    importing = {
+        str(file.relative_to(folder)): {
+            name for name in imported_names(file) if name.partition(".")[0] in WEB
+        }
+        for file in sorted(folder.rglob("*.py"))
+    }
+    assert importing["http/application.py"]
+    elsewhere = {name: found for name, found in importing.items() if not name.startswith(MAY_KNOW_HTTP)}
+    telemetry = elsewhere.pop("observability/telemetry.py")
+    assert all(name.startswith("starlette.types.") for name in telemetry), "types of its middleware only"
+    assert {name: found for name, found in elsewhere.items() if found} == {}
+
+
+def test_the_server_imports_no_trainer() -> None:
     for plane in ("deployments", "serve_app"):
         for file in (ROOT / plane).rglob("*.py"):
             assert "training" not in imported_packages(file), file
@@ -76,14 +98,14 @@ def test_the_api_plane_loads_no_torch() -> None:
     modules = [
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
         for file in (ROOT / "serve_app").rglob("*.py")
-        if file.name != "__init__.py" and "migrations" not in file.parts  # Alembic's to run
+        if file.name != "__init__.py" and "migrations" not in file.parts  # only Alembic runs them
     ]
     assert "serve_app.app" in modules
     program = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 0
 
 
-def test_there_is_one_way_out() -> None:
+def test_one_module_opens_connections() -> None:
     files = sorted((ROOT / "serve_app").rglob("*.py"))
     assert [file.name for file in files if opens_connections(file)] == ["outbound.py"]
 
@@ -103,15 +125,15 @@ def test_there_is_one_way_out() -> None:
         "loop.create_connection(make, 'h', 80)",
     ],
 )
-def test_another_way_out_would_be_seen(tmp_path: Path, program: str) -> None:
+def test_another_way_to_open_a_connection_would_be_found(tmp_path: Path, program: str) -> None:
     file = tmp_path / "module.py"
     file.write_text(program)
     assert opens_connections(file)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_outside_of_a_familys_folder_one_map_alone_names_it(name: str) -> None:
-    """Apps and routes of hosted APIs are called glm-image, which is no family's name."""
+def test_outside_of_a_familys_folder_only_one_map_names_it(name: str) -> None:
+    """Apps and routes of hosted APIs are called `glm-image`, which is not the name of a family."""
     naming = {
         str(file.relative_to(ROOT))
         for plane in ("deployments", "serve_app")

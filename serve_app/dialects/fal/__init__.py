@@ -1,1 +1,15 @@
-"""The API of fal."""
+"""fal's API: https://docs.fal.ai/model-endpoints."""
+
+from serve_app.dialects.base import Dialect
+from serve_app.dialects.fal import routes, views
+from serve_app.dialects.fal.addresses import PATHS, Addresses
+from serve_app.dialects.fal.errors import error_response
+
+FAL = Dialect(
+    name=routes.API,
+    prefixes=PATHS,
+    routers=(routes.router,),
+    error_response=error_response,
+    webhooks={routes.API: views.compose},
+    middleware=Addresses,
+)

@@ -1,7 +1,7 @@
 """The OpenAI image API: https://platform.openai.com/docs/api-reference/images.
 
-`num_inference_steps`, `guidance_scale` and `seed` are this server's own, sent by the official clients
-through `extra_body`. A field that is not honoured is refused, by name.
+`num_inference_steps`, `guidance_scale` and `seed` are this server's own; the official clients send them
+through `extra_body`. A field that cannot be honoured is rejected by name.
 """
 
 from __future__ import annotations
@@ -11,80 +11,57 @@ import base64
 import json
 import logging
 import time
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 
 from deployments.families import PARAMETERS
 from deployments.observability.log import FAULT
 from serve_app.dialects.bodies import media_type
+from serve_app.dialects.openai.errors import error_response
+from serve_app.dialects.openai.openapi import ANSWERS, edit_body, generation_body
+from serve_app.dialects.openai.parse import parse_form, parse_json
 from serve_app.dialects.openai.schemas import (
-    ANSWERS,
     HINT,
     Bounds,
     Defaults,
     EditByReference,
     EditForm,
-    Error,
     GenerationRequest,
-    ImageRequest,
     ImagesResponse,
     Model,
     Models,
     Sizes,
-    edit_body,
-    error_type,
     errors,
-    generation_body,
     images_response,
     usage,
 )
-from serve_app.errors import InvalidParameter, RequestError, in_words, server_error
+from serve_app.errors import Invalid, RequestError, server_error
 from serve_app.generation import images
-from serve_app.generation.request import GeneratedImage, PartialImage, StageProgress
-from serve_app.http.sse import BEGUN, AllSent, Event, EventStream
+from serve_app.generation.events import GeneratedImage, PartialImage, StageProgress
+from serve_app.generation.generator import in_order
+from serve_app.http.sse import Event, EventStream
 from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator
 
     from deployments.config import ModelConfig
     from serve_app.config import Limits
-    from serve_app.dialects.openai.parse import Asked, RequestReader
-    from serve_app.generation.delivery import Delivery
+    from serve_app.dialects.openai.parse import Parsed
     from serve_app.generation.generator import Generator
+    from serve_app.http.services import Services
 
 logger = logging.getLogger("ray.serve")
 
-Told = PartialImage | GeneratedImage
-Fields = TypeVar("Fields", bound=ImageRequest)
-
 STARTED = int(time.time())
-OUR_NAMES_FOR = {
-    "steps": "num_inference_steps",
-    "sources": "image",
-    "expand_prompt": "enable_prompt_expansion",
-}
-"""Where this API's word for a parameter is not the server's own."""
 
 
-def error_response(error: RequestError | InvalidParameter) -> JSONResponse:
-    """The error in this API's envelope."""
-    error = in_words(error, OUR_NAMES_FOR)
-    return JSONResponse({"error": vars(error_body(error))}, error.status, error.headers)
-
-
-def error_body(error: RequestError | InvalidParameter) -> Error:
-    """What of an error is in the envelope."""
-    error = in_words(error, OUR_NAMES_FOR)
-    return Error(message=error.message, type=error_type(error.status), param=error.param, code=error.code)
-
-
-def router(generator: Generator, delivery: Delivery, reader: RequestReader, limits: Limits) -> APIRouter:
-    """The routes of this API."""
+def router(services: Services) -> APIRouter:
+    """Returns the routes of this API."""
     routes = APIRouter(prefix="/v1")
+    generator, limits = services.generator, services.config.limits
 
     @routes.post(
         "/images/generations",
@@ -93,9 +70,10 @@ def router(generator: Generator, delivery: Delivery, reader: RequestReader, limi
         responses=ANSWERS,
         openapi_extra=generation_body(generator, limits),
     )
-    async def generations(request: Request) -> ImagesResponse | EventStream[Told]:
-        """Make images from text."""
-        return await answer(request, await reader.json(request, GenerationRequest), "image_generation")
+    async def generations(request: Request) -> ImagesResponse | EventStream:
+        """Makes images from text."""
+        parsed = await parse_json(request, GenerationRequest, limits, limits.max_json_bytes)
+        return await _answer(services, request, parsed, "image_generation")
 
     @routes.post(
         "/images/edits",
@@ -104,82 +82,92 @@ def router(generator: Generator, delivery: Delivery, reader: RequestReader, limi
         responses=ANSWERS,
         openapi_extra=edit_body(generator, limits),
     )
-    async def edits(request: Request) -> ImagesResponse | EventStream[Told]:
-        """Make images from text and one to four images: a form with files, or JSON with URLs."""
-        asked: Asked[EditByReference] | Asked[EditForm]
+    async def edits(request: Request) -> ImagesResponse | EventStream:
+        """Makes images from text and one to four images: a form with files, or JSON with URLs."""
+        parsed: Parsed[EditByReference] | Parsed[EditForm]
         if media_type(request) == "application/json":
-            asked = await reader.json(request, EditByReference, limits.max_body_bytes)
+            parsed = await parse_json(request, EditByReference, limits, limits.max_body_bytes)
         else:
-            asked = await reader.form(request, EditForm)
-        with asked.naming_sources():
-            return await answer(request, asked, "image_edit")
-
-    async def answer(request: Request, asked: Asked[Any], kind: str) -> ImagesResponse | EventStream[Told]:
-        fields, order = asked.fields, asked.order
-        if fields.partial_images and not fields.stream:
-            raise RequestError("Previews come in a stream only: set stream to true.", param="partial_images")
-
-        async def make(tell: Callable[[Any], None], all_sent: AllSent) -> None:
-            def report(told: StageProgress | Told) -> None:
-                if not isinstance(told, StageProgress):
-                    tell(told)
-
-            async with generator.admitted(
-                order.generation, sources=order.sources, prepare=order.prepare
-            ) as ready:
-                telemetry.note_generation(request, ready)
-                tell(BEGUN)
-                telemetry.note_images(request, await generator.run(ready, report))
-                await all_sent()  # the place is taken, and the server not drained, until then
-
-        async def event(told: Told) -> Event:
-            height, width, _ = told.pixels.shape
-            file = await asyncio.to_thread(images.encode, told.pixels, order.encoding)
-            data = {
-                "b64_json": base64.b64encode(file).decode(),
-                "created_at": int(time.time()),
-                "size": f"{width}x{height}",
-                "quality": asked.quality or "auto",
-                "background": "opaque",
-                "output_format": order.encoding.format,
-            }
-            if isinstance(told, PartialImage):
-                return _event(f"{kind}.partial_image", data | {"partial_image_index": told.index})
-            return _event(
-                f"{kind}.completed", data | {"seed": told.seed, "usage": usage([vars(told)]).model_dump()}
-            )
-
-        if fields.stream:
-            return await EventStream.begin(make, event, partial(_error_event, request))
-        made = await delivery.make(request, order, inline=fields.response_format == "b64_json")
-        return images_response(made, asked.quality, order.encoding.format, time.time())
+            parsed = await parse_form(request, EditForm, limits)
+        return await _answer(services, request, parsed, "image_edit")
 
     @routes.get("/models")
     async def list_models() -> Models:
-        """The models that this server offers; the first one is the default."""
+        """Lists the models of this server. The first one is the default."""
         return Models(data=[_describe(generator, limits, model) for model in generator.models()])
 
     @routes.get("/models/{name}", responses=errors(404))
     async def get_model(name: str) -> Model:
-        """One model and what it can do."""
+        """Returns one model and its abilities."""
         return _describe(generator, limits, generator.model(name))
 
     return routes
 
 
-def _event(kind: str, data: dict[str, Any]) -> Event:
-    return kind, {"type": kind} | data
+async def _answer(
+    services: Services, request: Request, parsed: Parsed[Any], kind: str
+) -> ImagesResponse | EventStream:
+    """Makes the images of a request; answers with them, or with a stream of events of this kind."""
+    fields = parsed.fields
+    if fields.partial_images and not fields.stream:
+        raise Invalid("Previews come in a stream only; set stream to true.", param="partial_images")
+    if fields.stream:
+        return await EventStream.begin(_events(services.generator, request, parsed, kind))
+    base = None if fields.response_format == "b64_json" else services.base(request)
+    made = await services.delivery.make(parsed.request, base)
+    return images_response(made, parsed.quality, parsed.request.encoding.format, time.time())
+
+
+async def _events(
+    generator: Generator, request: Request, parsed: Parsed[Any], kind: str
+) -> AsyncGenerator[Event | None, None]:
+    """Yields the events of a stream; see `EventStream.begin`."""
+    is_accepted = False
+    try:
+        async with generator.admit(parsed.request) as running:
+            is_accepted = True
+            yield None
+            made: list[GeneratedImage] = []
+            async with aclosing(generator.run(running)) as events:
+                async for event in events:
+                    if isinstance(event, GeneratedImage):
+                        made.append(event)
+                    if not isinstance(event, StageProgress):
+                        yield await _rendered(event, parsed, kind)
+            telemetry.note_images(in_order(made))
+            yield None  # the request holds its place, and a drain waits, until all is sent
+    except Exception as error:
+        if not is_accepted:
+            raise
+        yield _error_event(request, error)
+
+
+async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], kind: str) -> Event:
+    encoding = parsed.request.encoding
+    height, width, _ = event.pixels.shape
+    file = await asyncio.to_thread(images.encode, event.pixels, encoding)
+    data: dict[str, Any] = {
+        "b64_json": base64.b64encode(file).decode(),
+        "created_at": int(time.time()),
+        "size": f"{width}x{height}",
+        "quality": parsed.quality or "auto",
+        "background": "opaque",
+        "output_format": encoding.format,
+    }
+    if isinstance(event, PartialImage):
+        name = f"{kind}.partial_image"
+        return name, {"type": name} | data | {"partial_image_index": event.index}
+    name = f"{kind}.completed"
+    tokens = usage([event.facts]).model_dump()
+    return name, {"type": name} | data | {"seed": event.facts.seed, "usage": tokens}
 
 
 def _error_event(request: Request, error: Exception) -> Event:
-    if isinstance(error, RequestError | InvalidParameter):
-        telemetry.note_error(request, error.code)
-        response = error_response(error)
-    else:
-        telemetry.note_error(request, "server_error")
+    if not isinstance(error, RequestError):
         logger.error("a stream failed", exc_info=error, extra=FAULT)
-        response = error_response(server_error())
-    return "error", json.loads(bytes(response.body))
+        error = server_error()
+    telemetry.note_error(error.code)
+    return "error", json.loads(bytes(error_response(error, request.scope).body))
 
 
 def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model:

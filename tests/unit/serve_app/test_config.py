@@ -1,4 +1,4 @@
-"""The shipped configurations are valid, misspelt keys are errors, and the README's reference is true."""
+"""The shipped configurations are valid, misspelt keys are errors, and the README's reference is correct."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.config import ModelConfig, StageConfig
+from deployments.config import ModelConfig, PriorConfig, StageConfig
 from serve_app.app import build_app
 from serve_app.config import AppConfig
 from training.demo.scenes import COLOURS, SHAPES, SIZES
@@ -24,9 +24,9 @@ MODEL = {"name": "m", "family": "glm_image", "checkpoint": "tiny", "prior": CPU,
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
-def test_a_shipped_configuration_is_valid_and_stays_on_this_machine(file: Path) -> None:
+def test_a_shipped_configuration_is_valid_and_listens_on_this_machine(file: Path) -> None:
     config = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
-    # In a cluster's pods a NetworkPolicy and keys keep others out, see tests/k8s.
+    # A NetworkPolicy and keys protect the pods of a cluster; see tests/k8s.
     is_clusters = file.stem.startswith("cluster")
     assert config.http_options.host == ("0.0.0.0" if is_clusters else "127.0.0.1")  # noqa: S104
     (application,) = config.applications
@@ -36,7 +36,7 @@ def test_a_shipped_configuration_is_valid_and_stays_on_this_machine(file: Path) 
     build_app(args)
 
 
-def test_what_make_serve_serves_is_the_demo_and_says_so() -> None:
+def test_make_serve_serves_the_demo_and_describes_it() -> None:
     (file,) = re.findall("^CONFIG = (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     args = yaml.safe_load((ROOT / file).read_text())["applications"][0]["args"]
     (model,) = AppConfig.model_validate(args).models
@@ -70,12 +70,25 @@ def test_a_mistake_in_a_model_is_named(change: dict[str, Any], where: str) -> No
         ModelConfig.model_validate(MODEL | change)
 
 
-def test_models_are_told_apart_by_name() -> None:
-    with pytest.raises(ValidationError, match="names must differ"):
+@pytest.mark.parametrize(("old", "new"), [("rows", "max_batch_size"), ("row_tokens", "max_sequence_length")])
+def test_an_old_key_of_the_prior_is_accepted_with_a_warning(old: str, new: str) -> None:
+    def prior(**fields: int) -> PriorConfig:
+        return AppConfig.model_validate(OPEN | {"models": [MODEL | {"prior": CPU | fields}]}).models[0].prior
+
+    with pytest.warns(FutureWarning, match=rf"prior\.{old} is now prior\.{new}; rename it"):
+        renamed = prior(**{old: 3000})
+    assert renamed == prior(**{new: 3000})
+    assert getattr(renamed, new) == 3000
+    with pytest.raises(ValidationError, match=f"{old} is the old name of {new}; remove {old}"):
+        prior(**{old: 3000, new: 3000})
+
+
+def test_two_models_cannot_have_one_name() -> None:
+    with pytest.raises(ValidationError, match="names must be unique"):
         AppConfig.model_validate(OPEN | {"models": [MODEL, MODEL]})
 
 
-def test_a_default_may_not_be_above_the_limits() -> None:
+def test_a_default_above_the_limits_is_an_error() -> None:
     with pytest.raises(ValidationError, match=r"default number of steps of m is above limits.max_steps"):
         AppConfig.model_validate(OPEN | {"models": [MODEL], "limits": {"max_steps": 49}})
 
@@ -93,7 +106,7 @@ def test_a_default_may_not_be_above_the_limits() -> None:
         ({"max_megapixel_steps": 52}, "default image's work of m is above limits.max_megapixel_steps"),
     ],
 )
-def test_a_request_that_is_allowed_must_be_possible(limits: dict[str, int], above: str) -> None:
+def test_limits_that_exclude_an_allowed_request_are_an_error(limits: dict[str, int], above: str) -> None:
     with pytest.raises(ValidationError, match=above):
         AppConfig.model_validate(OPEN | {"models": [MODEL], "limits": limits})
 
@@ -107,10 +120,10 @@ def test_a_request_that_is_allowed_must_be_possible(limits: dict[str, int], abov
         ({"api_keys": [{"id": "a", "sha256": "0" * 64, "secret_env": "A"}]}, "either sha256 or secret_env"),
         ({"api_keys": [{"id": "a", "sha256": "secret"}]}, "sha256"),
         ({"api_keys": [{"id": "a b", "secret_env": "A"}]}, "id"),
-        ({"api_keys": [{"id": "a", "secret_env": "A"}, {"id": "a", "secret_env": "B"}]}, "must differ"),
+        ({"api_keys": [{"id": "a", "secret_env": "A"}, {"id": "a", "secret_env": "B"}]}, "must be unique"),
     ],
 )
-def test_who_may_come_in_must_be_said(auth: dict[str, Any] | None, problem: str) -> None:
+def test_a_server_is_open_or_has_valid_keys(auth: dict[str, Any] | None, problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         AppConfig.model_validate({"models": [MODEL]} | ({} if auth is None else {"auth": auth}))
 
@@ -160,7 +173,7 @@ def test_a_configuration_that_asks_for_more_gpus_than_there_are_is_refused(
 def reference(
     model: type[BaseModel], prefix: str = "", described: set[tuple[object, ...]] | None = None
 ) -> list[str]:
-    """The rows of the README's table, from the code; what stages have in common is described once."""
+    """Returns the rows of the README's table. A key that stages share is described once."""
     rows: list[str] = []
     described = set() if described is None else described
     for name, field in model.model_fields.items():
@@ -185,7 +198,7 @@ def reference(
 
 
 def parts(annotation: object) -> tuple[object, ...]:
-    """Of a union; None is one of what need not be there."""
+    """Returns the parts of a union. None is a part of an optional one."""
     return tuple(None if one is type(None) else one for one in get_args(annotation))
 
 
@@ -194,7 +207,7 @@ def test_the_readme_lists_every_key_with_its_default() -> None:
 
 
 @pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
-def test_what_the_readme_configures_is_valid(block: str) -> None:
+def test_an_example_of_the_readme_is_valid(block: str) -> None:
     AppConfig.model_validate(OPEN | {"models": [MODEL]} | yaml.safe_load(block))
 
 

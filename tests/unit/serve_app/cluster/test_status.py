@@ -1,4 +1,4 @@
-"""What is told of a stage, from Serve's counts of its replicas and what these have reported."""
+"""The state of a stage, from Serve's counts of its replicas and from their reports."""
 
 import asyncio
 from types import SimpleNamespace
@@ -16,8 +16,8 @@ READY, LOADING = {"state": "ready", "done": 5}, {"state": "loading", "progress":
 FAILED = {"state": "failed", "reason": "no such folder"}
 
 
-class Gate:
-    """Answers as it was told; the error stands for a gate that has died."""
+class Registry:
+    """Returns given reports. None stands for a registry that has died."""
 
     def __init__(self, reports: list[dict[str, Any]] | None) -> None:
         self._reports = reports
@@ -36,11 +36,11 @@ class Serve:
         self.replicas: dict[str, int] = {}
         self.health = "HEALTHY"
         self.updating = False
-        self.asked = 0
+        self.reads = 0
         monkeypatch.setattr(serve, "status", self._status)
 
     def _status(self) -> Any:
-        self.asked += 1
+        self.reads += 1
         of_a_deployment: Any = DeploymentStatusOverview
         overview = of_a_deployment(self.health, "AUTOSCALING", self.replicas, "")
         deployments = {} if self.updating else {"d": overview}
@@ -55,16 +55,16 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Serve:
 def reader(
     reports: list[dict[str, Any]] | None, *, num_gpus: float = 0, autoscaling: bool = False
 ) -> StatusReader:
-    gate: Any = Gate(reports)
+    registry: Any = Registry(reports)
     deployments = {"m": {"prior": Deployment(name="d", num_gpus=num_gpus)}}
-    return StatusReader("app", deployments, gate, autoscaling=autoscaling)
+    return StatusReader("app", deployments, registry, autoscaling=autoscaling)
 
 
 @pytest.mark.parametrize(
     ("replicas", "reports", "expected"),
     [
         ({}, [], {"state": "unloaded"}),
-        ({}, [READY], {"state": "unloaded"}),  # of one that was killed
+        ({}, [READY], {"state": "unloaded"}),  # a replica that was killed
         ({"STARTING": 1}, [], {"state": "loading"}),
         ({"STARTING": 1}, [LOADING], LOADING),
         ({"RUNNING": 1}, [READY], {"state": "ready", "replicas": 1, "done": 5}),
@@ -87,7 +87,7 @@ def reader(
         ({"STOPPING": 1}, [READY], {"state": "unloading"}),
     ],
 )
-def test_a_stage_is_what_the_best_of_its_replicas_is(
+def test_a_stage_has_the_best_state_of_its_replicas(
     controller: Serve,
     replicas: dict[str, int],
     reports: list[dict[str, Any]] | None,
@@ -97,7 +97,7 @@ def test_a_stage_is_what_the_best_of_its_replicas_is(
     assert asyncio.run(reader(reports).read()) == {"m": {"prior": expected}}
 
 
-def test_a_stage_whose_processes_keep_dying_has_failed(controller: Serve) -> None:
+def test_a_stage_whose_processes_keep_dying_is_failed(controller: Serve) -> None:
     controller.health = "DEPLOY_FAILED"
     stage = asyncio.run(reader([]).read())["m"]["prior"]
     assert stage["state"] == "failed"
@@ -107,7 +107,7 @@ def test_a_stage_whose_processes_keep_dying_has_failed(controller: Serve) -> Non
 @pytest.mark.parametrize(
     ("autoscaling", "reason"), [(True, "waiting for a GPU node"), (False, "waiting for a GPU")]
 )
-def test_a_replica_that_says_nothing_for_long_has_no_gpu(
+def test_a_replica_without_a_report_waits_for_a_gpu(
     controller: Serve, monkeypatch: pytest.MonkeyPatch, autoscaling: bool, reason: str
 ) -> None:
     controller.replicas = {"STARTING": 1}
@@ -121,7 +121,7 @@ def test_a_replica_that_says_nothing_for_long_has_no_gpu(
     assert asyncio.run(read_twice()) == [{"state": "loading"}, {"state": "loading", "reason": reason}]
 
 
-def test_who_asks_again_and_again_does_not_wait_and_serve_is_asked_once_a_second(
+def test_a_polling_client_does_not_wait_and_serve_is_read_once_a_second(
     controller: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     controller.replicas = {"RUNNING": 1}
@@ -129,7 +129,7 @@ def test_who_asks_again_and_again_does_not_wait_and_serve_is_asked_once_a_second
 
     async def read() -> list[str]:
         states: list[str] = [(await stages.read())["m"]["prior"]["state"] for _ in range(10)]
-        assert controller.asked == 1
+        assert controller.reads == 1
         controller.replicas = {}
         monkeypatch.setattr(status, "MAX_AGE_S", 0)
         states.append((await stages.read())["m"]["prior"]["state"])
@@ -144,7 +144,7 @@ def test_replicas_are_counted_in_any_state(controller: Serve) -> None:
     assert asyncio.run(reader([]).replicas(["m"])) == 6
 
 
-def test_while_serve_makes_an_update_ready_the_last_word_holds(controller: Serve) -> None:
+def test_the_last_known_state_holds_while_serve_prepares_an_update(controller: Serve) -> None:
     controller.replicas = {"RUNNING": 1}
     stages = reader([READY])
 
@@ -155,7 +155,7 @@ def test_while_serve_makes_an_update_ready_the_last_word_holds(controller: Serve
         states.append((await stages.read(fresh=True))["m"]["prior"]["state"])
         controller.updating = True
         states.append((await stages.read(fresh=True))["m"]["prior"]["state"])
-        assert await stages.replicas(["m"]) > 0, "nobody has said that they are gone"
+        assert await stages.replicas(["m"]) > 0, "no report says that they are gone"
         return states
 
     assert asyncio.run(read()) == ["unloaded", "ready", "ready"]

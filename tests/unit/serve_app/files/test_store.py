@@ -1,4 +1,4 @@
-"""Files in a folder and on an S3 server: kept whole, for their time, and while there is room."""
+"""Files in a folder and on an S3 server: kept as a whole, for their time, and while there is room."""
 
 import asyncio
 import errno
@@ -6,26 +6,44 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import boto3
 import httpx
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 
 from serve_app.config import StorageConfig
-from serve_app.errors import RequestError
+from serve_app.errors import Failed, Full
 from serve_app.files.store import FileStore
 
 DATA = bytes(range(256)) * 10
 Make = Callable[..., FileStore]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place for files. Its stores share them, as the replicas of an ingress do.
+
+    Attributes:
+        make: makes a store.
+        names: lists the files.
+        tick_s: seconds after which a file is newer than another one. S3's clock has seconds only.
+    """
+
+    make: Make
+    names: Callable[[], set[str]]
+    tick_s: float
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, Any]]:
-    """The options of a bucket on moto's server."""
+    """Options for a bucket on moto's server."""
     with pytest.MonkeyPatch.context() as environment:
         for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
             environment.setenv(f"AWS_{name}", "testing")
@@ -40,30 +58,44 @@ def s3() -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(params=["folder", "s3"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "folder":
-        where: dict[str, Any] = {"url": str(tmp_path)}
-    else:
-        where = {"url": f"s3://files/{tmp_path.name}", "options": request.getfixturevalue("s3")}
-    return lambda **settings: FileStore(StorageConfig(**where, min_free_bytes=0, **settings))
+        return Place(partial(store, str(tmp_path)), lambda: {path.name for path in tmp_path.iterdir()}, 0.01)
+    options: dict[str, Any] = request.getfixturevalue("s3")
+    prefix = f"{tmp_path.name}/"
+
+    def names() -> set[str]:
+        listed = boto3.client("s3", **options).list_objects_v2(Bucket="files", Prefix=prefix)
+        return {item["Key"].removeprefix(prefix) for item in listed.get("Contents", ())}
+
+    return Place(partial(store, f"s3://files/{tmp_path.name}", options=options), names, 1.01)
 
 
-def test_what_is_deleted_is_gone_and_nothing_else(make: Make) -> None:
+def store(url: str, **settings: Any) -> FileStore:
+    return FileStore(StorageConfig.model_validate({"url": url, "min_free_bytes": 0} | settings))
+
+
+@pytest.fixture
+def make(place: Place) -> Make:
+    return place.make
+
+
+def test_only_the_given_files_are_deleted(make: Make) -> None:
     async def main() -> None:
-        store = make()
-        names = [await store.save(DATA, "png") for _ in range(3)]
-        await store.delete([names[0], names[1], names[1], "../escape.png", "none.png"])
-        assert [await store.size(name) for name in names] == [None, None, len(DATA)]
+        files = make()
+        names = [await files.save(DATA, "png") for _ in range(3)]
+        await files.delete([names[0], names[1], names[1], "../escape.png", "none.png"])
+        assert [await files.size(name) for name in names] == [None, None, len(DATA)]
 
     asyncio.run(main())
 
 
-def test_what_is_kept_can_be_read_again_whole_and_in_parts(make: Make) -> None:
+def test_a_file_can_be_read_as_a_whole_and_in_parts(make: Make) -> None:
     async def main() -> None:
-        store = make()
-        name = await store.save(DATA, "png")
+        files = make()
+        name = await files.save(DATA, "png")
         assert re.fullmatch(r"[0-9a-f]{32}\.png", name)
-        assert await store.save(DATA, "png") != name
+        assert await files.save(DATA, "png") != name
         another = make()  # another replica's
         assert await another.size(name) == len(DATA)
         assert await another.read(name, 0, len(DATA)) == DATA
@@ -75,40 +107,38 @@ def test_what_is_kept_can_be_read_again_whole_and_in_parts(make: Make) -> None:
 @pytest.mark.parametrize(
     "name", ["", "x.png", "../secret.png", "0" * 32 + ".png", "0" * 32 + ".part", "0" * 32 + ".png/..", "\0"]
 )
-def test_what_is_no_name_of_a_file_is_not_there(make: Make, name: str) -> None:
+def test_a_name_of_another_form_is_no_file(make: Make, name: str) -> None:
     assert asyncio.run(make().size(name)) is None
 
 
-def names(store: FileStore) -> set[str]:
-    return {path.rpartition("/")[2] for path in store._fs.find(store._root)}
-
-
-def test_files_go_when_they_are_too_old(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make(ttl_s=100)
-    name = asyncio.run(store.save(DATA, "png"))
+def test_files_are_deleted_when_they_are_too_old(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = place.make(ttl_s=100)
+    name = asyncio.run(files.save(DATA, "png"))
     now = time.time()
     with monkeypatch.context() as later:
         later.setattr("serve_app.files.store.time.time", lambda: now + 90)
-        store.sweep()
-    assert names(store) == {name}
+        asyncio.run(files.reap())
+    assert place.names() == {name}
+    assert files.kept_bytes == len(DATA)
     with monkeypatch.context() as later:
         later.setattr("serve_app.files.store.time.time", lambda: now + 102)
-        store.sweep()
-    assert names(store) == set()
+        asyncio.run(files.reap())
+    assert place.names() == set()
+    assert files.kept_bytes == 0
 
 
-def test_the_oldest_files_go_when_there_are_too_many(make: Make) -> None:
-    store = make(max_bytes=3 * len(DATA))
+def test_the_oldest_files_are_deleted_when_there_are_too_many(place: Place) -> None:
+    files = place.make(max_bytes=3 * len(DATA))
     kept: list[str] = []
     for _ in range(5):
-        kept.append(asyncio.run(store.save(DATA, "webp")))
-        time.sleep(0.01 if store._is_folder else 1.01)  # by S3's clock, which has seconds only, one is older
-    store.sweep()
-    assert names(store) == set(kept[2:])
+        kept.append(asyncio.run(files.save(DATA, "webp")))
+        time.sleep(place.tick_s)
+    asyncio.run(files.reap())
+    assert place.names() == set(kept[2:])
 
 
-def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
-    store = FileStore(StorageConfig(url=str(tmp_path), ttl_s=1, max_bytes=0, min_free_bytes=0))
+def test_other_files_in_the_folder_are_kept(tmp_path: Path) -> None:
+    files = store(str(tmp_path), ttl_s=1, max_bytes=0)
     (tmp_path / "sub").mkdir()
     others = [tmp_path / "mine.png", tmp_path / "sub" / ("0" * 32 + ".png"), tmp_path / ("0" * 31 + ".png")]
     unfinished, fresh = (tmp_path / (digit * 32 + ".part") for digit in "12")
@@ -116,111 +146,87 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
         path.write_bytes(DATA)
         os.utime(path, (0, 0))
     os.utime(fresh)
-    store.sweep()
+    asyncio.run(files.reap())
     assert all(path.exists() for path in (*others, fresh))
     assert not unfinished.exists()
 
 
-def test_files_are_swept_again_and_again(make: Make) -> None:
-    async def main() -> None:
-        store = make(max_bytes=0, ttl_s=1)
-        async with store.sweeping(), asyncio.timeout(20):
-            await store.save(DATA, "png")
-            while await asyncio.to_thread(names, store):  # noqa: ASYNC110 - nobody is told
-                await asyncio.sleep(0.02)
-
-    asyncio.run(main())
+@pytest.mark.parametrize(("ttl_s", "interval_s"), [(1, 0.25), (100, 25), (86_400, 60)])
+def test_files_are_reaped_several_times_within_their_life(
+    tmp_path: Path, ttl_s: int, interval_s: float
+) -> None:
+    assert store(str(tmp_path), ttl_s=ttl_s).reap_interval_s == interval_s
 
 
-def test_a_failure_does_not_end_the_sweeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = FileStore(StorageConfig(url=str(tmp_path), ttl_s=1))
-    times: list[int] = []
-
-    def sweep() -> None:
-        times.append(1)
-        raise RuntimeError("botocore's own kind")
-
-    monkeypatch.setattr(store, "sweep", sweep)
-
-    async def main() -> None:
-        async with store.sweeping(), asyncio.timeout(20):
-            while len(times) < 2:  # noqa: ASYNC110 - nobody is told
-                await asyncio.sleep(0.02)
-
-    asyncio.run(main())
-
-
-def test_what_cannot_be_written_is_not_worth_a_retry(tmp_path: Path) -> None:
-    store = FileStore(StorageConfig(url=str(tmp_path / "files"), min_free_bytes=0))
+def test_a_file_that_cannot_be_written_is_an_error_without_a_retry(tmp_path: Path) -> None:
+    files = store(str(tmp_path / "files"))
     (tmp_path / "files").rmdir()
     (tmp_path / "files").write_text("no folder")
-    with pytest.raises(RequestError) as caught:
-        asyncio.run(store.save(DATA, "png"))
-    assert caught.value.status == 500
-    assert caught.value.code == "storage_failed"
-    assert caught.value.headers["x-should-retry"] == "false"
+    with pytest.raises(Failed) as caught:
+        asyncio.run(files.save(DATA, "png"))
+    assert (caught.value.code, caught.value.retryable) == ("storage_failed", False)
 
 
-def test_a_file_that_is_swept_while_it_is_asked_for_is_not_there(make: Make) -> None:
+def test_a_file_that_was_deleted_has_no_bytes(make: Make) -> None:
     assert asyncio.run(make().read("0" * 32 + ".png", 0, 10)) is None
 
 
-def test_nobody_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = FileStore(StorageConfig(url=str(tmp_path), min_free_bytes=0))
+def test_a_file_appears_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    move = store._fs.mv
+    move = LocalFileSystem.mv
 
-    def observed(*paths: str) -> None:
+    def observed(*paths: Any) -> None:
         seen.append(sorted(path.suffix for path in tmp_path.iterdir()))
         move(*paths)
 
-    monkeypatch.setattr(store._fs, "mv", observed)
-    name = asyncio.run(store.save(DATA, "png"))
+    monkeypatch.setattr(LocalFileSystem, "mv", observed)
+    name = asyncio.run(store(str(tmp_path)).save(DATA, "png"))
     assert seen == [[".part"]]
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def refused(store: FileStore) -> None:
-    with pytest.raises(RequestError) as caught:
-        asyncio.run(store.save(DATA, "png"))
-    assert caught.value.status == 507
-    assert "b64_json" in caught.value.message
+def is_full(files: FileStore) -> None:
+    with pytest.raises(Full, match="b64_json") as caught:
+        asyncio.run(files.save(DATA, "png"))
+    assert not caught.value.retryable
 
 
-def test_what_is_to_be_left_of_the_disk_is_left(tmp_path: Path) -> None:
-    store = FileStore(StorageConfig(url=str(tmp_path), min_free_bytes=2**60))
-    refused(store)
-    with pytest.raises(RequestError):
-        asyncio.run(store.check_room())
+def test_the_reserve_of_the_disk_stays_free(tmp_path: Path) -> None:
+    files = store(str(tmp_path), min_free_bytes=2**60)
+    is_full(files)
+    with pytest.raises(Full):
+        asyncio.run(files.check_room())
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_leaves_no_half_of_a_file(
+def test_a_full_disk_leaves_no_part_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    store = FileStore(StorageConfig(url=str(tmp_path), min_free_bytes=0))
 
-    def fill(path: str, data: bytes) -> None:
+    def fill(_: LocalFileSystem, path: str, data: bytes) -> None:
         Path(path).write_bytes(data[:10])
         raise OSError(number, "full")
 
-    monkeypatch.setattr(store._fs, "pipe_file", fill)
-    refused(store)
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", fill)
+    is_full(store(str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_object_store_hands_out_files_itself_if_that_is_wanted(s3: dict[str, Any]) -> None:
+def test_an_object_store_serves_files_itself_if_configured(s3: dict[str, Any]) -> None:
     async def url(*, presigned: bool) -> str | None:
-        store = FileStore(StorageConfig(url="s3://files/signed", options=s3, presigned=presigned))
-        return await store.signed_url(await store.save(DATA, "png"))
+        files = store("s3://files/signed", options=s3, presigned=presigned)
+        name = await files.save(DATA, "png")
+        url = await files.url("http://here", name)
+        assert (await files.signed_url(name) is None) == (url == f"http://here/files/{name}")
+        return await files.signed_url(name)
 
     assert asyncio.run(url(presigned=False)) is None
     signed = asyncio.run(url(presigned=True))
     assert signed is not None
     assert "Signature=" in signed
     assert httpx.get(signed).content == DATA
-    with pytest.raises(ValidationError, match="nothing else signs"):
+    with pytest.raises(ValidationError, match="other stores cannot sign"):
         StorageConfig(url="file:///files", presigned=True)
-    with pytest.raises(ValidationError, match="signs at most"):
+    with pytest.raises(ValidationError, match="ttl_s is above 604800"):
         StorageConfig(url="s3://files", presigned=True, ttl_s=604_801)

@@ -1,4 +1,4 @@
-"""Names under which one image each may be stored."""
+"""Names under which one image each may be uploaded without a key."""
 
 import asyncio
 import io
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from serve_app.config import StorageConfig
-from serve_app.errors import InvalidParameter, RequestError
+from serve_app.errors import Conflict, InvalidParameter, Refused, TooLarge
 from serve_app.files import uploads as uploads_module
 from serve_app.files.store import FileStore
 from serve_app.files.uploads import VALID_S, Uploads
@@ -56,34 +56,34 @@ def take(uploads: Uploads, place: tuple[str, int, str], data: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_any_ingress_takes_what_another_one_has_let_in(make: Callable[[], Uploads], kind: str) -> None:
+def test_every_ingress_accepts_the_names_of_the_others_once(make: Callable[[], Uploads], kind: str) -> None:
     place = asyncio.run(make().name())
     take(make(), place, picture(kind))
-    with pytest.raises(RequestError, match="already") as caught:
+    with pytest.raises(Conflict, match="already") as caught:
         take(make(), place, picture(kind))
-    assert caught.value.status == 409
+    assert caught.value.retryable
 
 
-def test_a_name_is_good_for_an_hour(make: Callable[[], Uploads], clock: Clock) -> None:
+def test_a_name_is_valid_for_an_hour(make: Callable[[], Uploads], clock: Clock) -> None:
     uploads = make()
     place = asyncio.run(uploads.name())
     clock.now = NOW + VALID_S + 1
-    with pytest.raises(RequestError, match="not any more") as caught:
+    with pytest.raises(Refused, match="expired"):
         take(uploads, place, picture("PNG"))
-    assert caught.value.status == 403
-    with pytest.raises(RequestError, match="not valid"):
+    with pytest.raises(Refused, match="invalid"):
         take(uploads, (place[0], place[1] + 10, place[2]), picture("PNG"))
     clock.now = NOW + VALID_S
     take(uploads, place, picture("PNG"))
 
 
-def test_what_is_no_image_or_too_large_is_not_kept(make: Callable[[], Uploads], tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_or_too_large_is_not_kept(
+    make: Callable[[], Uploads], tmp_path: Path
+) -> None:
     uploads = make()
     place = asyncio.run(uploads.name())
     for other in (b"", b"GIF89a", b"RIFF....WAVE", b"<html>"):
         with pytest.raises(InvalidParameter, match="must be PNG"):
             take(uploads, place, other)
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(TooLarge, match="1000 bytes"):
         take(uploads, place, picture("PNG") + bytes(1000))
-    assert caught.value.status == 413
     assert list((tmp_path / "files").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Prompt expansion: what stands in quotation marks stays, and whatever goes wrong, there is a prompt."""
+"""Prompt expansion: quoted texts stay as they are, and any failure keeps the prompt."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from deployments.engines.prompts import quoted_texts
 from deployments.errors import LoadingFailed
 from deployments.types import ExpansionRequest
 from serve_app.config import EndpointConfig, OutboundConfig, PromptExpanderConfig
-from serve_app.errors import ReplicaDied, RequestError
+from serve_app.errors import Busy, ReplicaDied
 from serve_app.generation.prompt_expansion import Ask, Expansion, ExpansionError, PromptExpansion, by_endpoint
 from serve_app.outbound import Outbound
 
@@ -43,7 +43,7 @@ TEXT = st.text(alphabet="ab '\"“”「」", max_size=16)
 
 
 @given(TEXT, TEXT)
-def test_a_new_prompt_paints_the_same_text_or_is_not_taken(prompt: str, answer: str) -> None:
+def test_a_new_prompt_has_the_same_quoted_texts_or_is_rejected(prompt: str, answer: str) -> None:
     expansion = expand(prompt, answering(answer))
     if expansion.problem:
         assert expansion.prompt == prompt
@@ -68,7 +68,7 @@ def test_a_new_prompt_paints_the_same_text_or_is_not_taken(prompt: str, answer: 
         ("a boat", "A red boat" * 10, None),
     ],
 )
-def test_what_is_taken(prompt: str, answer: str, taken: str | None) -> None:
+def test_an_answer_is_a_new_prompt_or_is_rejected(prompt: str, answer: str, taken: str | None) -> None:
     expansion = expand(prompt, answering(answer), max_chars=60)
     assert expansion.prompt == (taken or prompt)
     assert bool(expansion.problem) == (taken is None)
@@ -79,19 +79,19 @@ def test_what_is_taken(prompt: str, answer: str, taken: str | None) -> None:
     [
         (ExpansionError("it is down"), "it is down"),
         (LoadingFailed("/secret/folder is missing"), "could not be loaded: …/folder is missing"),
-        (RequestError("The server is busy; try again later.", status=429), "busy"),
+        (Busy("The server is busy; try again later."), "busy"),
         (ReplicaDied(), "the language model failed"),
         (RuntimeError("a boat"), "the language model failed; the server's log says why"),
     ],
 )
-def test_a_failure_is_told_and_the_prompt_stays(error: Exception, problem: str) -> None:
+def test_a_failure_is_reported_and_the_prompt_stays(error: Exception, problem: str) -> None:
     expansion = expand("a boat", answering(error))
     assert expansion.prompt == "a boat"
     assert problem in expansion.problem
     assert "a boat" not in expansion.problem
 
 
-def test_it_is_bounded_in_time() -> None:
+def test_expansion_is_bounded_in_time() -> None:
     async def never(_: ExpansionRequest) -> str:
         await asyncio.Event().wait()
         return ""
@@ -102,7 +102,7 @@ def test_it_is_bounded_in_time() -> None:
     assert expansion.seconds >= 0.05
 
 
-def test_the_model_is_told_what_to_do_and_how_much_to_write() -> None:
+def test_the_model_gets_an_instruction_and_a_bound_on_its_answer() -> None:
     asked: list[ExpansionRequest] = []
 
     async def ask(request: ExpansionRequest) -> str:
@@ -119,7 +119,7 @@ def test_the_model_is_told_what_to_do_and_how_much_to_write() -> None:
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Something behind an address, which need not be a language model."""
+    """An HTTP server that need not be a language model."""
 
     daemon_threads = True
 
@@ -173,7 +173,7 @@ def asking(endpoint: Endpoint, *, allowed: bool = True, **config: str) -> Ask:
     return by_endpoint(EndpointConfig.model_validate(fields | config), outbound)
 
 
-def test_an_endpoint_is_asked_in_openais_words(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_is_called_by_openais_api(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPANDER_KEY", "key-40fe21")
     endpoint.answer("A red boat")
     assert expand("a boat", asking(endpoint, key_env="EXPANDER_KEY"), max_tokens=9).prompt == "A red boat"
@@ -185,7 +185,7 @@ def test_an_endpoint_is_asked_in_openais_words(endpoint: Endpoint, monkeypatch: 
     assert body["messages"][1]["content"] == "a boat"
 
 
-def test_without_a_key_none_is_sent_and_a_variable_that_is_not_set_is_an_error(endpoint: Endpoint) -> None:
+def test_no_key_is_sent_without_one_and_a_variable_that_is_not_set_is_an_error(endpoint: Endpoint) -> None:
     endpoint.answer("A red boat")
     expand("a boat", asking(endpoint))
     assert "Authorization" not in endpoint.asked[0][1]
@@ -193,7 +193,7 @@ def test_without_a_key_none_is_sent_and_a_variable_that_is_not_set_is_an_error(e
         asking(endpoint, key_env="NO_SUCH_KEY")
 
 
-def test_an_address_that_is_not_public_is_asked_only_if_it_is_allowed(endpoint: Endpoint) -> None:
+def test_an_address_that_is_not_public_is_called_only_if_it_is_allowed(endpoint: Endpoint) -> None:
     endpoint.answer("A red boat")
     expansion = expand("a boat", asking(endpoint, allowed=False))
     assert expansion.problem == "the language model's endpoint does not lead to a public address"
@@ -230,7 +230,7 @@ def set_body(body: bytes) -> Callable[[Endpoint], None]:
         (set_body(b" " * (2**20 + 1)), "has more than the 1048576 bytes allowed"),
     ],
 )
-def test_an_endpoint_that_fails_or_lies_costs_no_prompt(
+def test_a_failing_endpoint_keeps_the_prompt(
     endpoint: Endpoint, change: Callable[[Endpoint], None], problem: str
 ) -> None:
     change(endpoint)
@@ -240,7 +240,7 @@ def test_an_endpoint_that_fails_or_lies_costs_no_prompt(
     assert len(endpoint.asked) == 1
 
 
-def test_an_endpoint_that_is_down_costs_no_prompt(endpoint: Endpoint) -> None:
+def test_an_unreachable_endpoint_keeps_the_prompt(endpoint: Endpoint) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     outbound = Outbound(OutboundConfig(allow=(f"127.0.0.1:{port}",)))
@@ -248,7 +248,7 @@ def test_an_endpoint_that_is_down_costs_no_prompt(endpoint: Endpoint) -> None:
     assert "could not be reached" in expand("a boat", by_endpoint(config, outbound)).problem
 
 
-def test_one_of_the_two_ways_is_configured() -> None:
+def test_exactly_one_of_the_two_ways_is_configured() -> None:
     chat_model = {"checkpoint": "tiny", "device": "cpu"}
     for fields in ({}, {"endpoint": ENDPOINT, "chat_model": chat_model}):
         with pytest.raises(ValueError, match="give either chat_model or endpoint"):

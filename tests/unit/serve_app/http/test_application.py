@@ -1,70 +1,31 @@
-"""The HTTP application without Ray: the file store's part in answers, and all bodies together."""
+"""The HTTP application without Ray: files in answers, bounds on bodies, and the playground."""
 
 import asyncio
 import base64
 import io
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from fastapi import FastAPI
 from PIL import Image
 
-from deployments.config import ModelConfig
-from deployments.types import ImageRequest, Pixels, PriorTokens
-from serve_app.config import AppConfig
-from serve_app.files.store import FileStore
-from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model
+from deployments.types import ImageRequest
+from serve_app.background import Periodic
 from serve_app.http.application import create_app
-from serve_app.jobs.database import Database
-from serve_app.outbound import Outbound
-
-
-async def decode(request: ImageRequest) -> AsyncGenerator[Pixels, None]:
-    yield np.zeros((request.height, request.width, 3), dtype=np.uint8)
-
+from serve_app.http.services import Services
+from tests.unit.serve_app.http.conftest import client_of
 
 Make = Callable[..., FastAPI]
 
 
 @pytest.fixture
-def asked() -> list[ImageRequest]:
-    """What the prior stage was asked for."""
-    return []
-
-
-@pytest.fixture
-def make(model_config: Callable[..., ModelConfig], tmp_path: Path, asked: list[ImageRequest]) -> Make:
-    async def prior(request: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
-        asked.append(request)
-        yield PriorTokens(target=np.zeros((16, 16), dtype=np.int64))
-
-    def app(limits: dict[str, int] | None = None, description: str | None = None, **storage: Any) -> FastAPI:
-        model = model_config().model_copy(update={"description": description})
-        config = AppConfig.model_validate(
-            {
-                "models": [model.model_dump()],
-                "auth": {"open": True},
-                "limits": limits or {},
-                "storage": {"url": str(tmp_path / "files"), "min_free_bytes": 0} | storage,
-            }
-        )
-        generator = Generator({"m": Model(config=model, prior=prior, decode=decode)}, config.limits)
-        lifecycle: Any = None  # asked by routes that are not tested here
-        database = Database(f"sqlite:///{tmp_path}/jobs.db")
-        outbound = Outbound(config.outbound)
-        return create_app(config, generator, lifecycle, FileStore(config.storage), database, outbound)
-
-    return app
-
-
-def client_of(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here:80")
+def make(make_services: Callable[..., Services]) -> Make:
+    return lambda **config: create_app(make_services(**config))
 
 
 def ask(app: FastAPI, **fields: Any) -> httpx.Response:
@@ -79,27 +40,27 @@ def ask(app: FastAPI, **fields: Any) -> httpx.Response:
     return asyncio.run(post())
 
 
-def test_an_image_is_kept_and_handed_out(make: Make) -> None:
+def test_an_image_is_kept_and_served(make: Make) -> None:
     file = ask(make())
     assert file.content.startswith(b"\x89PNG")
     assert file.headers["content-type"] == "image/png"
 
 
-def test_a_full_disk_refuses_files_before_any_work_and_images_in_answers_come_all_the_same(
-    make: Make, tmp_path: Path, asked: list[ImageRequest]
+def test_a_full_disk_rejects_files_before_any_work_and_allows_images_in_answers(
+    make: Make, tmp_path: Path, requested: list[ImageRequest]
 ) -> None:
-    app = make(min_free_bytes=2**60)
+    app = make(storage={"min_free_bytes": 2**60})
     refused = ask(app)
     assert refused.status_code == 507
     assert refused.headers["x-should-retry"] == "false"
     assert refused.json()["error"]["code"] == "storage_full"
-    assert asked == []
+    assert requested == []
     made = ask(app, response_format="b64_json")
     assert base64.b64decode(made.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
     assert list((tmp_path / "files").iterdir()) == []
 
 
-def test_all_bodies_together_are_bounded_and_forgotten_when_their_requests_end(make: Make) -> None:
+def test_all_bodies_together_are_bounded_while_their_requests_last(make: Make) -> None:
     app = make(limits={"max_bodies_bytes": 4000})
     for _ in range(3):
         assert ask(app, user="x" * 500).status_code == 200
@@ -109,7 +70,7 @@ def test_all_bodies_together_are_bounded_and_forgotten_when_their_requests_end(m
     assert ask(app, prompt="x" * 3000).status_code == 200
 
 
-def test_the_playground_is_sent_compressed_and_once(make: Make) -> None:
+def test_the_playground_is_compressed_and_cached(make: Make) -> None:
     async def main() -> None:
         async with client_of(make()) as client:
             page = await client.get("/")
@@ -127,8 +88,8 @@ def test_the_playground_is_sent_compressed_and_once(make: Make) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("description", [None, "A demo, which knows circles alone."])
-def test_a_models_description_is_told(make: Make, description: str | None) -> None:
+@pytest.mark.parametrize("description", [None, "A demo that knows only circles."])
+def test_a_models_description_is_listed(make: Make, description: str | None) -> None:
     async def main() -> None:
         async with client_of(make(description=description)) as client:
             (model,) = (await client.get("/v1/models")).json()["data"]
@@ -151,8 +112,8 @@ def test_a_file_that_has_not_changed_is_not_sent_again(make: Make) -> None:
     asyncio.run(main())
 
 
-def test_browsers_ends_of_lines_are_those_of_all_others(make: Make, asked: list[ImageRequest]) -> None:
-    """In forms they come as CR and LF: https://www.rfc-editor.org/rfc/rfc7578#section-4.1."""
+def test_line_ends_of_browsers_become_plain_ones(make: Make, requested: list[ImageRequest]) -> None:
+    """Browsers send CR and LF in forms: https://www.rfc-editor.org/rfc/rfc7578#section-4.1."""
 
     async def main() -> None:
         picture = io.BytesIO()
@@ -164,7 +125,7 @@ def test_browsers_ends_of_lines_are_those_of_all_others(make: Make, asked: list[
                 assert answer.status_code == 200, answer.text
 
     asyncio.run(main())
-    assert [request.prompt for request in asked] == ["a\nb"] * 2
+    assert [request.prompt for request in requested] == ["a\nb"] * 2
 
 
 @pytest.mark.parametrize(
@@ -178,7 +139,7 @@ def test_browsers_ends_of_lines_are_those_of_all_others(make: Make, asked: list[
         ("GET", "/playground/", 404),
     ],
 )
-def test_of_the_playground_nothing_else_is_sent(make: Make, method: str, path: str, status: int) -> None:
+def test_only_files_of_the_playground_are_served(make: Make, method: str, path: str, status: int) -> None:
     async def main() -> None:
         async with client_of(make()) as client:
             answer = await client.request(method, path)
@@ -187,3 +148,50 @@ def test_of_the_playground_nothing_else_is_sent(make: Make, method: str, path: s
                 assert answer.json()["error"]["type"] == "invalid_request_error"
 
     asyncio.run(main())
+
+
+def test_the_periodic_tasks_run_as_long_as_the_application(
+    make_services: Callable[..., Services], tmp_path: Path
+) -> None:
+    reports: list[None] = []
+
+    async def report() -> None:
+        reports.append(None)
+
+    async def main() -> None:
+        task = Periodic(name="report demand", run=report, interval_s=0.01)
+        services = make_services(lifecycle=SimpleNamespace(reporting=task), storage={"ttl_s": 1})
+        app = create_app(services)
+        await services.files.save(b"data", "png")
+        async with app.router.lifespan_context(app), asyncio.timeout(20):
+            while list((tmp_path / "files").iterdir()) or len(reports) < 3:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0.02)
+            assert services.background.failing == []
+        ended = len(reports)
+        await asyncio.sleep(0.05)
+        assert len(reports) == ended
+
+    asyncio.run(main())
+
+
+def test_a_fault_is_an_error_without_details_and_is_raised_for_the_log(
+    make_services: Callable[..., Services], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = make_services()
+    app = create_app(services)
+
+    def fail() -> None:
+        raise RuntimeError("a secret")
+
+    async def get(*, raises: bool) -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=raises)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.get("/v1/models")
+
+    monkeypatch.setattr(services.generator, "models", fail)
+    answer = asyncio.run(get(raises=False))
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.json()["error"]["code"] == "server_error"
+    with pytest.raises(RuntimeError, match="a secret"):
+        asyncio.run(get(raises=True))

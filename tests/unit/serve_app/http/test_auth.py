@@ -1,15 +1,20 @@
-"""Keys, and the tokens that they sign as Z.ai's clients do."""
+"""API keys, and the tokens that Z.ai's clients sign with them."""
 
+import asyncio
 import hashlib
 import time
 from typing import Any
 
+import httpx
 import jwt
 import pytest
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from serve_app.config import AuthConfig
 from serve_app.errors import RequestError
-from serve_app.http.auth import Keys
+from serve_app.http.auth import Authentication, Keys
+from serve_app.http.errors import ProtocolError, headers_of, status_of
 
 ID, SECRET = "0123456789abcdef", "a-secret-of-thirty-two-bytes-or-more"
 
@@ -32,7 +37,7 @@ def identify(keys: Keys, key: str) -> str:
     return keys.identify([(b"authorization", f"Bearer {key}".encode())])
 
 
-def test_a_key_and_what_it_signs_are_its_own(keys: Keys) -> None:
+def test_a_key_is_known_by_itself_and_by_its_tokens(keys: Keys) -> None:
     assert identify(keys, f"{ID}.{SECRET}") == "signs"
     assert identify(keys, token()) == "signs"
     assert identify(keys, "plain") == "does-not"
@@ -60,40 +65,92 @@ def test_a_key_and_what_it_signs_are_its_own(keys: Keys) -> None:
     ],
     ids=lambda text: f"{text:.20}",
 )
-def test_what_is_not_signed_so_is_no_token(keys: Keys, wrong: str) -> None:
-    with pytest.raises(RequestError) as caught:
+def test_a_token_that_is_not_signed_by_a_key_is_rejected(keys: Keys, wrong: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
         identify(keys, wrong)
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
 
 
 @pytest.mark.parametrize("age_ms", [0, 1000, 10**9, float("nan")])
-def test_an_old_token_says_so(keys: Keys, age_ms: float) -> None:
-    with pytest.raises(RequestError) as caught:
+def test_an_expired_token_has_an_error_of_its_own(keys: Keys, age_ms: float) -> None:
+    with pytest.raises(ProtocolError) as caught:
         identify(keys, token(exp=time.time() * 1000 - age_ms))
     assert (caught.value.status, caught.value.code) == (401, "expired_token")
 
 
-def test_seconds_are_not_taken_for_milliseconds(keys: Keys) -> None:
-    with pytest.raises(RequestError) as caught:
+def test_the_times_of_a_token_are_milliseconds(keys: Keys) -> None:
+    with pytest.raises(ProtocolError) as caught:
         identify(keys, token(exp=int(time.time()) + 10**6))
     assert caught.value.code == "expired_token"
 
 
-def test_a_key_that_is_known_by_its_digest_signs_nothing() -> None:
+def test_a_key_known_by_its_digest_signs_no_tokens() -> None:
     digest = hashlib.sha256(f"{ID}.{SECRET}".encode()).hexdigest()
     keys = Keys(AuthConfig.model_validate({"api_keys": [{"id": "hash", "sha256": digest}]}))
     assert identify(keys, f"{ID}.{SECRET}") == "hash"
-    with pytest.raises(RequestError):
+    with pytest.raises(ProtocolError):
         identify(keys, token())
 
 
-def test_no_key_at_all_is_another_matter(keys: Keys) -> None:
-    with pytest.raises(RequestError) as caught:
+def test_a_missing_key_has_an_error_of_its_own(keys: Keys) -> None:
+    with pytest.raises(ProtocolError) as caught:
         keys.identify([(b"authorization", b"Basic abc")])
     assert caught.value.code == "missing_api_key"
 
 
-def test_a_variable_that_is_not_set_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_is_not_set_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MISSING", raising=False)
-    with pytest.raises(ValueError, match="the environment has no MISSING"):
+    with pytest.raises(ValueError, match="MISSING is not set"):
         Keys(AuthConfig.model_validate({"api_keys": [{"id": "a", "secret_env": "MISSING"}]}))
+
+
+@pytest.mark.parametrize("header", ["authorization", "ocp-apim-subscription-key"])
+def test_a_key_is_read_from_each_of_its_headers(keys: Keys, header: str) -> None:
+    values = ["Bearer plain", "bearer  plain", "Key plain"] if header == "authorization" else ["plain"]
+    for value in values:
+        assert keys.identify([(b"host", b"here"), (header.encode(), value.encode())]) == "does-not"
+
+
+def test_one_valid_key_of_several_is_enough(keys: Keys) -> None:
+    headers = [(b"authorization", b"Bearer wrong"), (b"ocp-apim-subscription-key", b"plain")]
+    assert keys.identify(headers) == "does-not"
+
+
+def rejecting(scope: Scope, error: RequestError) -> JSONResponse:
+    return JSONResponse({"code": error.code}, status_of(error), headers_of(error))
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "open_to_all", "answer"),
+    [
+        ("/v1/models", {}, False, (401, {"code": "missing_api_key"})),
+        ("/v1/models", {"Authorization": "Bearer wrong"}, False, (401, {"code": "invalid_api_key"})),
+        ("/v1/models", {"Authorization": "Bearer plain"}, False, (200, {"key_id": "does-not"})),
+        ("/v1/models", {}, True, (200, {"key_id": ""})),
+        ("/v1/models", {"Authorization": "Bearer wrong"}, True, (200, {"key_id": ""})),
+        ("/v1/models", {"Authorization": "Bearer plain"}, True, (200, {"key_id": "does-not"})),
+        ("/health", {}, False, (200, {"key_id": ""})),
+        ("/health/more", {}, False, (401, {"code": "missing_api_key"})),
+        ("/files/a.png", {}, False, (200, {"key_id": ""})),
+        ("/v1/files/a.png", {}, False, (401, {"code": "missing_api_key"})),
+    ],
+)
+def test_a_request_without_a_key_reaches_only_the_open_paths(
+    keys: Keys,
+    path: str,
+    headers: dict[str, str],
+    open_to_all: bool,
+    answer: tuple[int, dict[str, str]],
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse({"key_id": scope["state"]["key_id"]})(scope, receive, send)
+
+    async def main() -> httpx.Response:
+        guarded = Authentication(app, keys, open_to_all=open_to_all, respond=rejecting)
+        transport = httpx.ASGITransport(guarded)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.get(path, headers=headers)
+
+    answered = asyncio.run(main())
+    assert (answered.status_code, answered.json()) == answer
+    assert ("www-authenticate" in answered.headers) == (answered.status_code == 401)

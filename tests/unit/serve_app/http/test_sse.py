@@ -1,28 +1,25 @@
-"""Server-sent events of work that tells how it gets on."""
+"""Server-sent events: their order, their errors, and the end of the work behind them."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
 from serve_app.http import sse
-from serve_app.http.sse import BEGUN, AllSent, Event, EventStream
+from serve_app.http.sse import Event, EventStream
 
-Tell = Callable[[Any], None]
-
-
-async def render(told: str) -> Event:
-    return "told", {"text": told}
+Events = AsyncGenerator[Event | None, None]
 
 
-def render_error(error: Exception) -> Event:
-    return "error", {"error": str(error)}
+def event(text: str) -> Event:
+    return "said", {"text": text}
 
 
-async def sent(work: Callable[[Tell, AllSent], Any], leave_after: int | None = None) -> list[bytes]:
-    """The chunks of the body; the client leaves after so many of them."""
-    stream: EventStream[str] = await EventStream.begin(work, render, render_error)
+async def sent(events: Events, leave_after: int | None = None) -> list[bytes]:
+    """Returns the chunks of the body. The client leaves after some of them, if a number is given."""
+    stream = await EventStream.begin(events)
     chunks: list[bytes] = []
     gone = asyncio.Event()
 
@@ -41,68 +38,105 @@ async def sent(work: Callable[[Tell, AllSent], Any], leave_after: int | None = N
     return chunks
 
 
-def test_what_is_told_is_sent_in_its_order() -> None:
-    async def work(tell: Tell, _: AllSent) -> None:
-        for item in (BEGUN, "one", "two\nlines"):
-            tell(item)
+def test_events_are_sent_in_their_order() -> None:
+    async def events() -> Events:
+        yield None
+        yield event("one")
+        yield event("two\nlines")
 
-    assert asyncio.run(sent(work)) == [
-        b'event: told\ndata: {"text": "one"}\n\n',
-        b'event: told\ndata: {"text": "two\\nlines"}\n\n',
+    assert asyncio.run(sent(events())) == [
+        b'event: said\ndata: {"text": "one"}\n\n',
+        b'event: said\ndata: {"text": "two\\nlines"}\n\n',
     ]
 
 
-def test_work_can_wait_until_all_is_sent() -> None:
-    done: list[str] = []
+def test_the_answer_begins_with_the_first_barrier() -> None:
+    order: list[str] = []
 
-    async def work(tell: Tell, all_sent: AllSent) -> None:
-        tell(BEGUN)
-        tell("one")
-        tell("two")
-        await all_sent()
-        done.append("work")
-
-    async def slowly(message: str) -> tuple[str, dict[str, Any]]:
+    async def events() -> Events:
         await asyncio.sleep(0.01)
-        done.append(message)
-        return "told", {"text": message}
+        order.append("accepted")
+        yield None
+        yield event("one")
 
     async def main() -> None:
-        stream: EventStream[str] = await EventStream.begin(work, slowly, render_error)
+        stream = await EventStream.begin(events())
+        order.append("begun")
 
         async def send(message: Any) -> None:
-            if b"two" in message.get("body", b""):
-                done.append("sent")
+            if message["type"] == "http.response.start":
+                order.append("answered")
 
         await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send)  # type: ignore[arg-type]
 
     asyncio.run(main())
-    assert done == ["one", "two", "sent", "work"]
+    assert order == ["accepted", "begun", "answered"]
 
 
-def test_an_error_before_the_beginning_is_raised_and_one_after_it_is_the_last_event() -> None:
-    async def early(_: Tell, __: AllSent) -> None:
+def test_work_waits_at_a_barrier_until_all_is_sent() -> None:
+    order: list[str] = []
+
+    async def events() -> Events:
+        yield None
+        yield event("one")
+        yield event("two")
+        order.append("made")
+        yield None
+        order.append("released")
+
+    async def main() -> None:
+        stream = await EventStream.begin(events())
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0.01)
+            order.extend(text for text in ("one", "two") if text.encode() in message.get("body", b""))
+
+        await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert order == ["made", "one", "two", "released"]
+
+
+def test_an_error_before_the_first_barrier_is_raised_at_once() -> None:
+    async def events() -> Events:
         raise ValueError("early")
-
-    async def late(tell: Tell, _: AllSent) -> None:
-        tell(BEGUN)
-        tell("one")
-        raise ValueError("late")
+        yield
 
     with pytest.raises(ValueError, match="early"):
-        asyncio.run(sent(early))
-    assert asyncio.run(sent(late))[-1] == b'event: error\ndata: {"error": "late"}\n\n'
+        asyncio.run(sent(events()))
 
 
-def test_while_nothing_is_told_the_connection_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_error_breaks_the_answer_after_the_events_before_it() -> None:
+    chunks: list[bytes] = []
+
+    async def events() -> Events:
+        yield None
+        yield event("one")
+        raise ValueError("late")
+
+    async def main() -> None:
+        stream = await EventStream.begin(events())
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                chunks.append(message["body"])
+
+        await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="late"):
+        asyncio.run(main())
+    assert chunks == [b'event: said\ndata: {"text": "one"}\n\n']
+
+
+def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
 
-    async def work(tell: Tell, _: AllSent) -> None:
-        tell(BEGUN)
+    async def events() -> Events:
+        yield None
         await asyncio.sleep(0.1)
-        tell("one")
+        yield event("one")
 
-    *comments, last = asyncio.run(sent(work))
+    *comments, last = asyncio.run(sent(events()))
     assert len(comments) >= 2
     assert all(comment.startswith(b":") for comment in comments)
     assert b"one" in last
@@ -112,16 +146,38 @@ def test_while_nothing_is_told_the_connection_is_kept_alive(monkeypatch: pytest.
 def test_work_ends_when_the_client_leaves(leave_after: int) -> None:
     ended = []
 
-    async def work(tell: Tell, _: AllSent) -> None:
-        tell(BEGUN)
-        tell("one")
+    async def events() -> Events:
         try:
+            yield None
+            yield event("one")
             await asyncio.Future()
         finally:
             ended.append(True)
 
     async def leave() -> None:
-        assert len(await asyncio.wait_for(sent(work, leave_after), 5)) <= 1
+        assert len(await asyncio.wait_for(sent(events(), leave_after), 5)) <= 1
+        assert ended
+
+    asyncio.run(leave())
+
+
+def test_work_ends_when_the_client_leaves_before_the_answer_begins() -> None:
+    ended = []
+
+    async def events() -> Events:
+        try:
+            await asyncio.Future()
+            yield None
+        finally:
+            ended.append(True)
+
+    async def leave() -> None:
+        beginning = asyncio.create_task(EventStream.begin(events()))
+        await asyncio.sleep(0.01)
+        beginning.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await beginning
+        await asyncio.sleep(0)
         assert ended
 
     asyncio.run(leave())

@@ -1,4 +1,4 @@
-"""The certificate of one's own: kept, renewed in time, and trusted for what it names alone."""
+"""The self-signed certificate: kept, renewed in time, and trusted only for its names."""
 
 import socket
 import ssl
@@ -13,7 +13,7 @@ from serve_app.http import tls
 
 
 def shake_hands(certificate: Path, key: Path, name: str, trusted: Path) -> None:
-    """A client that trusts one certificate connects to a server by a name."""
+    """Connects a client that trusts one certificate to a server by a name."""
     server_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server_context.load_cert_chain(certificate, key)
     ours, theirs = socket.socketpair()
@@ -21,7 +21,7 @@ def shake_hands(certificate: Path, key: Path, name: str, trusted: Path) -> None:
     def serve() -> None:
         try:
             server_context.wrap_socket(theirs, server_side=True).close()
-        except OSError:  # the client has hung up
+        except OSError:  # the client disconnected
             theirs.close()
 
     serving = threading.Thread(target=serve)
@@ -47,7 +47,7 @@ def test_it_is_made_once_and_trusted_by_its_names(tmp_path: Path) -> None:
     assert certificate.read_bytes() == first
 
 
-def test_another_one_is_not_trusted(tmp_path: Path) -> None:
+def test_another_certificate_is_not_trusted(tmp_path: Path) -> None:
     certificate, key = tls.self_signed(tmp_path / "a", "localhost")
     other, _ = tls.self_signed(tmp_path / "b", "localhost")
     with pytest.raises(ssl.SSLCertVerificationError):
@@ -55,10 +55,11 @@ def test_another_one_is_not_trusted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("why", ["another host", "nearly expired", "broken", "no key"])
-def test_it_is_made_anew_when_it_does_not_do(
+def test_a_certificate_of_no_more_use_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    monkeypatch.setattr(tls, "VALID", tls.LEFT - timedelta(days=1) if why == "nearly expired" else tls.VALID)
+    if why == "nearly expired":
+        monkeypatch.setattr(tls, "VALID", tls.RENEW_BEFORE - timedelta(days=1))
     certificate, key = tls.self_signed(tmp_path, "localhost")
     first = certificate.read_bytes()
     monkeypatch.undo()

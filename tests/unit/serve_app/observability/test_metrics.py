@@ -1,4 +1,4 @@
-"""The metrics are documented, and named as Prometheus wants it: https://prometheus.io/docs/practices/naming."""
+"""The metrics are documented, and named by Prometheus's rules: https://prometheus.io/docs/practices/naming."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_the_readme_lists_every_metric() -> None:
 
 
 @pytest.mark.parametrize("metric", metrics.ALL, ids=lambda metric: metric.name)
-def test_its_name_says_what_it_is(metric: Metric) -> None:
+def test_a_metrics_name_shows_its_kind_and_unit(metric: Metric) -> None:
     assert re.fullmatch("ray_image_server_[a-z_]+", metric.exported_as)
     assert metric.exported_as.endswith("_total") == isinstance(metric, Counter)
     if isinstance(metric, Histogram):
@@ -31,16 +31,16 @@ def test_its_name_says_what_it_is(metric: Metric) -> None:
     assert not {"deployment", "replica", "application"} & set(metric.labels), "Serve adds these"
 
 
-def test_all_are_different() -> None:
+def test_all_metrics_have_different_names() -> None:
     assert len({metric.exported_as for metric in metrics.ALL}) == len(metrics.ALL) > 15
 
 
-def test_the_buckets_are_what_ray_takes() -> None:
+def test_the_buckets_are_positive_and_ascending() -> None:
     assert SECONDS[0] > 0
     assert list(SECONDS) == sorted(set(SECONDS))
 
 
-def test_nothing_more_is_nothing_and_what_has_other_labels_is_an_error() -> None:
+def test_an_amount_of_zero_is_ignored_and_a_missing_label_is_an_error() -> None:
     counter = Counter("unit_test_things", "Things.", "kind")
     counter.add(0, kind="none")
     counter.add(2, kind="some")

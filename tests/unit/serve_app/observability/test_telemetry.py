@@ -1,4 +1,4 @@
-"""The line of a request: what it says, and how loudly."""
+"""The log line of a request: its facts and its level."""
 
 import asyncio
 import logging
@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import ray.serve  # noqa: F401 - now, since it sets up the logger
 
+from serve_app.observability import telemetry
 from serve_app.observability.telemetry import Requests
 
 App = Callable[..., Awaitable[None]]
 
 
 def answering(status: int, **facts: str) -> App:
-    async def app(scope: dict[str, Any], _: Any, send: Any) -> None:
-        scope["state"]["log"] |= facts
+    async def app(_: Any, __: Any, send: Any) -> None:
+        telemetry.note(**facts)
         await send({"type": "http.response.start", "status": status, "headers": []})
 
     return app
@@ -46,22 +47,50 @@ async def left(*_: object) -> None:
         (answering(503, error="stopping"), "/readyz", "WARNING", "rejected"),
     ],
 )
-def test_its_level_says_whether_somebody_should_look(
+def test_the_level_of_a_line_shows_whether_an_operator_should_look(
     caplog: pytest.LogCaptureFixture, app: App, path: str, level: str, outcome: str
 ) -> None:
-    route = SimpleNamespace(path=path)
-    scope = {"type": "http", "method": "GET", "path": path, "headers": [], "route": route}
-
-    async def nowhere(_: Any) -> None:
-        pass
-
-    async def ask() -> None:
-        await Requests(app, lambda _: "openai")(scope, nowhere, nowhere)  # type: ignore[arg-type]
-
     caplog.set_level(logging.DEBUG, "ray.serve")
-    with suppress(RuntimeError, asyncio.CancelledError):
-        asyncio.run(ask())
+    run(app, path)
     (line,) = caplog.records
     assert line.levelname == level
     facts = vars(line)
     assert (facts["event"], facts["outcome"], facts["route"]) == ("request", outcome, path)
+
+
+def test_the_facts_of_concurrent_requests_do_not_mix(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Any, _: Any, send: Any) -> None:
+        telemetry.note(model=scope["path"])
+        await asyncio.sleep(0.01)
+        noting = asyncio.create_task(asyncio.to_thread(telemetry.note, n=len(scope["path"])))
+        await noting  # a task that the request starts has its facts
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    caplog.set_level(logging.DEBUG, "ray.serve")
+    run(app, "/a", "/bb")
+    assert {(line.__dict__["model"], line.__dict__["n"]) for line in caplog.records} == {
+        ("/a", 2),
+        ("/bb", 3),
+    }
+
+
+def test_a_note_outside_of_a_request_has_no_effect() -> None:
+    telemetry.note(model="m")
+
+
+def run(app: App, *paths: str) -> None:
+    """Sends requests at the same time. Their errors are the application's business."""
+
+    async def nowhere(_: Any) -> None:
+        pass
+
+    async def send(path: str) -> None:
+        route = SimpleNamespace(path=path)
+        scope = {"type": "http", "method": "GET", "path": path, "headers": [], "route": route}
+        await Requests(app, lambda _: "openai")(scope, nowhere, nowhere)  # type: ignore[arg-type]
+
+    async def main() -> None:
+        await asyncio.gather(*map(send, paths))
+
+    with suppress(RuntimeError, asyncio.CancelledError):
+        asyncio.run(main())

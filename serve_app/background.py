@@ -1,0 +1,93 @@
+"""Periodic background tasks. A failing one is logged, retried, and shown in `/health` and a metric."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deployments.observability.log import FAULT
+from serve_app.observability import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+logger = logging.getLogger("ray.serve")
+
+MAX_BACKOFF_S = 5.0
+FAILING_AFTER = 3
+"""Failures in a row from which a task counts as failing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Periodic:
+    """A periodic task.
+
+    Attributes:
+        name: its name in the log, in `/health` and in the metric.
+        run: runs it once.
+        interval_s: seconds between two runs. After failures the pause doubles, up to `MAX_BACKOFF_S`.
+        wake: starts the next run early when it is set.
+        expected: errors that are not logged, since they are logged where they occur.
+    """
+
+    name: str
+    run: Callable[[], Awaitable[object]]
+    interval_s: float
+    wake: asyncio.Event | None = None
+    expected: tuple[type[Exception], ...] = ()
+
+
+class Background:
+    """Runs periodic tasks, and knows which of them keep failing."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, int] = {}
+
+    @property
+    def failing(self) -> list[str]:
+        """Names of the tasks that have failed several times in a row."""
+        return sorted(name for name, failures in self._failures.items() if failures >= FAILING_AFTER)
+
+    @asynccontextmanager
+    async def run(self, tasks: Iterable[Periodic]) -> AsyncIterator[None]:
+        """Runs the tasks within the block."""
+        started = self.start(tasks)
+        try:
+            yield
+        finally:
+            await self.stop(started)
+
+    def start(self, tasks: Iterable[Periodic]) -> list[asyncio.Task[None]]:
+        """Starts the tasks; `stop` ends them."""
+        return [asyncio.create_task(self._repeat(task)) for task in tasks]
+
+    async def stop(self, started: Iterable[asyncio.Task[None]]) -> None:
+        """Ends started tasks, in the middle of a run if need be."""
+        tasks = list(started)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _repeat(self, task: Periodic) -> None:
+        failures = 0
+        while True:
+            if task.wake:
+                task.wake.clear()
+            try:
+                await task.run()
+                failures = 0
+            except task.expected:
+                failures += 1
+            except Exception:
+                failures += 1
+                logger.exception("%s failed and is tried again", task.name, extra=FAULT)
+            self._failures[task.name] = failures
+            if failures:
+                metrics.BACKGROUND_FAILURES.add(task=task.name)
+            backoff_s = task.interval_s * 2 ** min(max(failures - 1, 0), 10)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(backoff_s, max(task.interval_s, MAX_BACKOFF_S))):
+                    await (task.wake.wait() if task.wake else asyncio.Event().wait())

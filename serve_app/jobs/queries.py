@@ -1,0 +1,110 @@
+"""Queries of jobs, as SQLAlchemy expressions."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import and_, case, delete, func, literal, or_, select, update
+from sqlalchemy.orm import aliased, with_expression
+
+from serve_app.errors import NotFound
+from serve_app.jobs.database import now
+from serve_app.jobs.records import UnreadableRecord
+from serve_app.jobs.tables import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import ColumnElement, Delete, Select, Update
+    from sqlalchemy.orm import Session
+
+    from serve_app.jobs.tables import Owner, State
+
+ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def jobs() -> Select[Job]:
+    """Returns a query of jobs, with their positions."""
+    other = aliased(Job)
+    ahead = (
+        select(func.count(other.seq))
+        .where(other.state == "queued", other.model == Job.model)
+        .where(or_(other.priority < Job.priority, and_(other.priority == Job.priority, other.seq < Job.seq)))
+        .scalar_subquery()
+    )
+    position = case((Job.state == "queued", ahead), else_=literal(None))
+    return select(Job).options(with_expression(Job.position, position))
+
+
+def end_jobs(ttl_s: float, state: State, **values: Any) -> Update:
+    """Returns the update that ends jobs in a state; the caller adds which.
+
+    Args:
+        ttl_s: seconds for which they are kept.
+        state: their state.
+        values: further columns.
+    """
+    return update_jobs().values(
+        state=state,
+        worker=None,
+        lease_until=None,
+        ended_at=now(),
+        expires_at=now() + ttl_s,
+        webhook_at=case((Job.webhook_url.is_not(None), now())),
+        version=Job.version + 1,
+        **values,
+    )
+
+
+def update_jobs(*which: ColumnElement[bool]) -> Update:
+    """Returns an update of jobs that leaves loaded ones as they are: they are loaded again."""
+    return update(Job).where(*which).execution_options(synchronize_session=False)
+
+
+def delete_jobs(which: ColumnElement[bool]) -> Delete:
+    """Returns the deletion of jobs."""
+    return delete(Job).where(which).execution_options(synchronize_session=False)
+
+
+def first_job(session: Session, *which: ColumnElement[bool]) -> Job | None:
+    """Returns the first job that fulfils the conditions; None if there is none."""
+    return session.scalars(jobs().where(*which).execution_options(populate_existing=True)).first()
+
+
+def one_job(session: Session, which: ColumnElement[bool]) -> Job:
+    """Returns the only job that fulfils the condition."""
+    return session.scalars(jobs().where(which).execution_options(populate_existing=True)).one()
+
+
+def readable_jobs(session: Session, seqs: Sequence[int]) -> list[Job]:
+    """Returns the jobs of these numbers in their order, without unreadable ones."""
+    try:
+        found = {job.seq: job for job in session.scalars(jobs().where(Job.seq.in_(seqs)))}
+    except UnreadableRecord:
+        if len(seqs) == 1:
+            return []
+        middle = len(seqs) // 2
+        return readable_jobs(session, seqs[:middle]) + readable_jobs(session, seqs[middle:])
+    return [found[seq] for seq in seqs]
+
+
+def owned_by(owner: Owner) -> ColumnElement[bool]:
+    """Returns the condition for the jobs of an owner."""
+    return and_(Job.key_id == owner.key_id, Job.api == owner.api)
+
+
+def belongs_to(job_id: str, owner: Owner) -> ColumnElement[bool]:
+    """Returns the condition for the job of this id, if it is this owner's.
+
+    Raises:
+        NotFound: it is not a valid id; PostgreSQL does not take any text.
+    """
+    if not ID.fullmatch(job_id):
+        raise no_job()
+    return and_(Job.id == job_id, owned_by(owner))
+
+
+def no_job() -> NotFound:
+    """Returns the error for an unknown job."""
+    return NotFound("There is no such job.", code="job_not_found")

@@ -1,0 +1,194 @@
+"""Stored jobs: the typed records in the JSON columns of the tables.
+
+The records are an interface: a server reads what an older one has written, and servers of two versions may
+share a database while one replaces the other. So names and shapes in the database do not follow those in the
+code. A record without a `version` is of version 1.
+"""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+from serve_app.errors import (
+    Busy,
+    Conflict,
+    Failed,
+    Full,
+    Gone,
+    Invalid,
+    InvalidParameter,
+    NotFound,
+    RequestError,
+    TimedOut,
+    Unavailable,
+)
+from serve_app.generation.delivery import ImageRecord
+from serve_app.generation.events import Stage
+from serve_app.generation.request import Moderation, ResolvedRequest
+
+
+class StoredRequest(BaseModel):
+    """The request of a job, version 1. Its source images are files; see `Job.sources`.
+
+    Attributes are those of `ResolvedRequest`.
+    """
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    prompt: str
+    model: str
+    size: tuple[int, int]
+    n: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    crop: tuple[int, int] | None = None
+    negative_prompt: str = ""
+    cfg_normalization: bool = False
+    strength: float = 1
+    partial_images: int = 0
+    expand_prompt: bool = False
+    moderation: Moderation = "auto"
+    blacken: bool = False
+    traceparent: str = ""
+
+    @classmethod
+    def of(cls, request: ResolvedRequest, traceparent: str) -> "StoredRequest":
+        """Returns the stored form of a request.
+
+        Args:
+            request: the request.
+            traceparent: trace context of the submission.
+        """
+        return cls.model_validate(
+            {name: getattr(request, name) for name in cls.model_fields} | {"traceparent": traceparent}
+        )
+
+
+class StoredEncoding(BaseModel):
+    """The file format of a job's images, version 1; see `Encoding`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal["png", "jpeg", "webp"] = "png"
+    quality: int = 100
+
+
+class StoredProgress(BaseModel):
+    """The progress of one image, version 1: its stage, and how many of how many tokens or steps are done."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: Stage
+    done: int
+    total: int
+
+
+class StoredPreview(BaseModel):
+    """A preview, version 1: indexes of the image and of the preview, and the name of its file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image: int
+    index: int
+    name: str
+
+
+class LogLine(BaseModel):
+    """A line of a job's log, version 1: a time in seconds since 1970, and a message for people."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at: float
+    message: str
+
+
+_IMAGE_NAMES = {"risk": "unsafety", "generated_tokens": "drawn_tokens"}
+"""Stored names of an `ImageRecord`, version 1, where they differ."""
+
+
+def _image(stored: object) -> object:
+    """Returns the attributes of an image's record from its stored form. Missing facts have defaults."""
+    if not isinstance(stored, dict):
+        return stored
+    known = {_IMAGE_NAMES.get(one.name, one.name): one.name for one in fields(ImageRecord)}
+    given = {known[name]: value for name, value in stored.items() if name in known}
+    return {"prompt": ""} | given
+
+
+def _stored_image(image: ImageRecord) -> dict[str, Any]:
+    """Returns the stored form of an image's record."""
+    return {_IMAGE_NAMES.get(name, name): value for name, value in vars(image).items()}
+
+
+StoredImage = Annotated[ImageRecord, BeforeValidator(_image), PlainSerializer(_stored_image)]
+
+
+_KINDS: dict[int, type[RequestError]] = {
+    400: Invalid,
+    404: NotFound,
+    409: Conflict,
+    410: Gone,
+    429: Busy,
+    500: Failed,
+    503: Unavailable,
+    504: TimedOut,
+    507: Full,
+}
+"""Stored numbers of the kinds of errors. They were HTTP statuses when this format was made."""
+
+
+class StoredError(BaseModel):
+    """Why a job failed, version 1.
+
+    Attributes:
+        status: number of the error's kind.
+        code: see `RequestError`.
+        param: see `RequestError`.
+        message: see `RequestError`; None for an `InvalidParameter`.
+        problem: see `InvalidParameter`; None for other errors.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    status: int
+    code: str
+    param: str | None = None
+    message: str | None = None
+    problem: str | None = None
+
+    @classmethod
+    def of(cls, error: RequestError) -> "StoredError":
+        """Returns the stored form of an error."""
+        status = next((number for number, kind in _KINDS.items() if isinstance(error, kind)), 500)
+        if isinstance(error, InvalidParameter):
+            return cls(status=status, code=error.code, param=error.param, problem=error.problem)
+        return cls(status=status, code=error.code, param=error.param, message=error.message)
+
+    @property
+    def error(self) -> RequestError:
+        """The error. It is final: fetching the job again does not change it."""
+        if self.problem is not None:
+            return InvalidParameter(self.param or "", self.problem, code=self.code)
+        kind = _KINDS.get(self.status, Failed)
+        return kind(self.message or "", code=self.code, param=self.param, retryable=False)
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the server is at fault, and not the request."""
+        return self.status >= 500
+
+
+class UnreadableRecord(Failed):
+    """A stored record is not of a version that this server knows.
+
+    Attributes:
+        problem: what is wrong with the record, for the log.
+    """
+
+    CODE = "unreadable_job"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__("The job was stored by another version of the server.")
+        self.problem = problem

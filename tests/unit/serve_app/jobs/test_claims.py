@@ -1,0 +1,148 @@
+"""Claims of jobs on SQLite and on PostgreSQL: their order, the leases, and one end for each job."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from serve_app.jobs import store as store_module
+from serve_app.jobs.records import StoredProgress
+from serve_app.jobs.store import JobProgress, JobStore
+from tests.unit.serve_app.jobs.stored import BROKEN, IMAGE, MODELS, OWNER, claimed, no_news, submitted
+
+
+def test_jobs_begin_in_order_by_priority_and_model(store: JobStore) -> None:
+    async def main() -> None:
+        low = await submitted(store, priority="low")
+        first = await submitted(store)
+        other = await submitted(store, model="other")
+        second = await submitted(store)
+        positions = [(await store.get(OWNER, job.id)).position for job in (low, first, other, second)]
+        assert positions == [2, 0, 0, 1]
+        assert (await claimed(store, models=["other"])).id == other.id
+        assert [(await claimed(store)).id for _ in range(3)] == [first.id, second.id, low.id]
+        assert await store.claim("w", MODELS) is None
+
+    asyncio.run(main())
+
+
+def test_no_two_runners_claim_the_same_job(store: JobStore) -> None:
+    async def main() -> None:
+        ids = {(await submitted(store)).id for _ in range(5)}
+        found = await asyncio.gather(*(store.claim(f"w{i}", MODELS) for i in range(8)))
+        claimed_ids = [job.id for job in found if job]
+        while job := await store.claim("w", MODELS):  # a runner that lost a race may have got no job
+            claimed_ids.append(job.id)
+        assert sorted(claimed_ids) == sorted(ids)
+
+    asyncio.run(main())
+
+
+def test_a_running_job_shows_its_progress_and_ends_once(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        begun = await claimed(store)
+        assert (begun.state, begun.attempts, begun.position) == ("running", 1, None)
+        news = JobProgress(id=job.id, progress=[StoredProgress(stage="prior", done=1, total=2)])
+        assert await store.renew("w", [news]) == {job.id}
+        seen = await store.get(OWNER, job.id)
+        assert seen.progress == news.progress
+        assert seen.version > begun.version
+        assert await store.finish("w", no_news(job), "succeeded", images=[IMAGE])
+        ended = await store.get(OWNER, job.id)
+        assert (ended.state, ended.images, ended.error) == ("succeeded", [IMAGE], None)
+        assert ended.ended_at
+        assert ended.expires_at == pytest.approx(ended.ended_at + 100, abs=0.1)
+        assert not await store.finish("w", no_news(job), "failed", error=BROKEN)
+        assert await store.renew("w", [news]) == set()
+
+    asyncio.run(main())
+
+
+def test_a_job_of_a_dead_runner_is_begun_again_and_ended_by_the_new_runner_only(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        await submitted(store)
+        first = await claimed(store, "dead")
+        later = await submitted(store)
+        monkeypatch.setattr(store_module, "LEASE_S", 15)
+        again = await claimed(store, "alive")
+        assert (again.id, again.attempts) == (first.id, 2)
+        assert (await claimed(store, "alive")).id == later.id
+        assert await store.renew("dead", [no_news(first)]) == set()
+        late = [replace(IMAGE, name="late.png")]
+        assert not await store.finish("dead", no_news(first), "succeeded", images=late)
+        assert await store.finish("alive", no_news(first), "succeeded", images=[IMAGE])
+        assert (await store.get(OWNER, first.id)).images == [IMAGE]
+
+    asyncio.run(main())
+
+
+def test_a_running_job_is_not_claimed_by_another_runner(store: JobStore) -> None:
+    async def main() -> None:
+        await submitted(store)
+        await claimed(store)
+        assert await store.claim("another", MODELS) is None
+
+    asyncio.run(main())
+
+
+def test_a_runner_that_renews_late_does_not_begin_its_own_job_again(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        job = await submitted(store)
+        await claimed(store)
+        assert await store.claim("w", MODELS) is None
+        monkeypatch.setattr(store_module, "LEASE_S", 15)
+        assert await store.renew("w", []) == {job.id}
+        assert await store.claim("another", MODELS) is None
+
+    asyncio.run(main())
+
+
+def test_a_job_whose_runners_keep_dying_fails(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        job = await submitted(store)
+        for attempt in range(store_module.MAX_ATTEMPTS):
+            assert await store.reap() == []
+            await claimed(store, f"w{attempt}")
+        assert await store.claim("w", MODELS) is None
+        (ended,) = await store.reap()
+        assert (ended.id, ended.state) == (job.id, "failed")
+        assert ended.error
+        assert ended.error.code == "interrupted"
+
+    asyncio.run(main())
+
+
+def test_a_stopping_server_puts_its_jobs_back_to_their_places(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        await submitted(store)
+        await claimed(store, "stopping")
+        await store.release("stopping")
+        assert (await store.get(OWNER, job.id)).position == 0
+        again = await claimed(store, "w")
+        assert (again.id, again.attempts) == (job.id, 1), "a stop does not count as an attempt"
+
+    asyncio.run(main())
+
+
+def test_a_job_that_is_cancelled_when_its_runner_dies_is_not_begun_again(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        job = await submitted(store)
+        await claimed(store)
+        await store.cancel(OWNER, job.id)
+        assert await store.claim("w", MODELS) is None
+        (ended,) = await store.reap()
+        assert (ended.id, ended.state) == (job.id, "cancelled")
+
+    asyncio.run(main())

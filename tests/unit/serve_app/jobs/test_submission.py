@@ -1,0 +1,54 @@
+"""Submission of jobs: a rejected one leaves nothing behind."""
+
+import asyncio
+
+import pytest
+
+from serve_app.errors import Busy, Conflict, InvalidParameter, Unavailable
+from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make
+
+
+def test_a_draining_server_rejects_jobs(make: Make) -> None:
+    async def main() -> None:
+        server = make()
+        await server.generator.drain()
+        with pytest.raises(Unavailable):
+            await server.submit()
+
+    asyncio.run(main())
+
+
+def test_a_job_beyond_the_limit_leaves_no_file(make: Make) -> None:
+    async def main() -> None:
+        server = make(max_jobs=1)
+        await server.submit()
+        with pytest.raises(Busy):
+            await server.submit(sources=(SOURCE_FILE,))
+        assert server.kept == []
+
+    asyncio.run(main())
+
+
+def test_an_unreadable_source_is_rejected(make: Make) -> None:
+    async def main() -> None:
+        server = make()
+        with pytest.raises(InvalidParameter):
+            await server.submit(sources=(b"no image",))
+        assert server.kept == []
+
+    asyncio.run(main())
+
+
+def test_an_idempotency_key_names_the_first_job_and_keeps_its_sources_once(make: Make) -> None:
+    async def main() -> None:
+        server = make()
+        first, is_new = await server.try_to_submit(idempotency_key="i", sources=(SOURCE_FILE,))
+        assert is_new
+        again, is_new = await server.try_to_submit(idempotency_key="i", sources=(SOURCE_FILE,))
+        assert (again.id, is_new, again.request.seed) == (first.id, False, first.request.seed)
+        assert server.kept == first.sources
+        with pytest.raises(Conflict):
+            await server.try_to_submit(idempotency_key="i", steps=3, sources=(SOURCE_FILE,))
+        assert server.kept == first.sources
+
+    asyncio.run(main())
