@@ -26,10 +26,12 @@ slow: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that take long: faults, l
 soak: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that do the same over and over, and those of a whole cluster
 	$(BIN)/pytest -m soak
 
-check: .venv/dev.stamp ## Lint, check the formatting and the types
+check: .venv/dev.stamp ## Lint; check formatting, types, spelling and sentences
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/pytest -q tests/unit/test_words.py
 
 format: .venv/dev.stamp tests/playground/node_modules ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix
