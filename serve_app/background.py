@@ -90,4 +90,4 @@ class Background:
             backoff_s = task.interval_s * 2 ** min(max(failures - 1, 0), 10)
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(backoff_s, max(task.interval_s, MAX_BACKOFF_S))):
-                    await (task.wake.wait() if task.wake else asyncio.Event().wait())
+                    await (task.wake or asyncio.Event()).wait()

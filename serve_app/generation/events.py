@@ -46,9 +46,9 @@ class ImageFacts:
     """Everything about an image but its pixels.
 
     Attributes:
-        seed: makes the image again, alone.
+        seed: seed of this image. It gives the same image in a request of its own.
         prompt: the prompt that was painted.
-        not_expanded: why that is the prompt as sent although it was to be expanded; empty otherwise.
+        not_expanded: reason why the prompt was not expanded; empty otherwise.
         expansion_s: seconds that the prompt expansion took.
         risk: score of the safety checker relative to its threshold; 1 or more is flagged, None is unchecked.
         safety_s: seconds that the safety check took.

@@ -191,7 +191,7 @@ class Generator:
 
         Raises:
             NotFound: its model is gone.
-            Unavailable: the server is stopping, or the request was aborted.
+            Unavailable: the request was aborted.
             TimedOut: its deadline has passed.
         """
         async with self._run_within(request, self._limits.job_deadline_s) as running:
@@ -202,8 +202,6 @@ class Generator:
     async def _run_within(
         self, request: GenerationRequest, deadline_s: float
     ) -> AsyncIterator[RunningRequest]:
-        if self.draining:
-            raise stopping()
         model = self.model(request.model).name
         helpers = self._helpers(request)
         async with self._running.add(
@@ -216,7 +214,7 @@ class Generator:
         helpers = set()
         if self._safety and self._safety.enabled_for(request.moderation):
             helpers.add(safety.NAME)
-        if request.expand_prompt:
+        if request.expand_prompt and self._expansion:
             helpers.add(prompt_expansion.NAME)
         return frozenset(helpers)
 
@@ -325,7 +323,9 @@ class Generator:
         for source in request.pixels:
             if is_flagged(await self._risk(source, request)):
                 raise InvalidParameter(
-                    "sources", "was flagged by the safety checker; send another image", code=safety.VIOLATION
+                    "sources",
+                    "contains an image that the safety checker flagged; send another one",
+                    code=safety.VIOLATION,
                 )
 
 

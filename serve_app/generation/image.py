@@ -174,7 +174,7 @@ class Unit:
         self, stage: Stage, call: StageCall, request: ImageRequest
     ) -> AsyncGenerator[Event | Prior | Pixels, None]:
         """Calls a stage; yields its events in the request's terms, then its result."""
-        self.progress, called = None, time.time()
+        self.progress, called, result = None, time.time(), None
         with tracing.span(stage, kind="client"):
             async with aclosing(call(replace(request, traceparent=tracing.traceparent()))) as events:
                 async for event in events:
@@ -191,6 +191,8 @@ class Unit:
             if self.progress:
                 self._seconds[stage] = time.monotonic() - self._working_since
                 tracing.record("waiting", called, time.time() - self._seconds[stage])
+        if result is None:  # the stream has ended early
+            raise ReplicaDied
         yield result
 
     async def _may_be_shown(self, preview: Pixels) -> bool:
@@ -236,6 +238,6 @@ class Unit:
             ) from error
         except ReplicaDied as error:
             raise Failed(
-                "The model's process died twice over this request; the server's log says why.",
+                "The model's process died twice while making this image; the server's log says why.",
                 code="replica_died",
             ) from error

@@ -66,7 +66,6 @@ class GenerationRequest:
         api: name of the dialect of the request.
         request_id: id by which the client knows the request.
         key_id: id of the API key; empty without one.
-        traceparent: trace context of a job's submission; see `deployments.observability.tracing`.
     """
 
     prompt: str
@@ -90,7 +89,6 @@ class GenerationRequest:
     api: str = ""
     request_id: str = ""
     key_id: str = ""
-    traceparent: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ class RunningRequest:
             )
         if self.start_within_s is not None and not self._has_started:
             return TimedOut(
-                f"The request was not begun within {self.start_within_s:g} s.", code="start_timeout"
+                f"The request did not start within {self.start_within_s:g} s.", code="start_timeout"
             )
         return TimedOut(
             f"The request took longer than the {self.deadline_s:g} s allowed and was stopped. If "
@@ -149,7 +149,7 @@ class RunningRequests:
 
     @property
     def units(self) -> int:
-        """Number of images that are not finished."""
+        """Number of images of all running requests."""
         return sum(running.units for running in self._all)
 
     def needed(self) -> list[str]:

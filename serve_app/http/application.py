@@ -82,7 +82,7 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
 def _lifespan(
     services: Services, dialects: tuple[Dialect, ...]
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """Returns what runs around the application's life: the periodic tasks, the jobs and the webhooks."""
+    """Returns the application's lifespan, which runs the periodic tasks, the jobs and the webhooks."""
     compose = {api: make(services) for dialect in dialects for api, make in dialect.webhooks.items()}
     webhooks = Webhooks(
         services.jobs, services.outbound, services.signer, compose, services.config.outbound.timeout_s
@@ -147,15 +147,17 @@ def _add_error_handlers(app: FastAPI, routers: list[APIRouter], respond: Respond
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         """Answers Starlette's errors: no such route, no such method, a broken form."""
         headers = dict(error.headers or {})
-        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the first route's only
-            headers["Allow"] = ", ".join(sorted(_methods(routers, request.scope)))
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            # Starlette names the methods of the path's first route only.
+            methods = _methods(routers, request.scope)
+            headers |= {"Allow": ", ".join(sorted(methods))} if methods else {}
         message = f"{error.detail.rstrip('.')}."
         return answer(request, ProtocolError(message, status=error.status_code, headers=headers))
 
     @app.exception_handler(Exception)
     async def fault(request: Request, _: Exception) -> JSONResponse:
         """Answers a fault. Starlette raises it again afterwards, so that it is logged."""
-        return answer(request, server_error())
+        return respond(request.scope, server_error())
 
 
 def _methods(routers: list[APIRouter], scope: Scope) -> set[str]:

@@ -102,4 +102,4 @@ def too_slow(limit_s: float) -> ProtocolError:
 
 def too_many_bytes() -> Busy:
     """Returns the error for a body that does not fit beside those of the other requests."""
-    return Busy("The server holds too many large requests; try again in a moment.", retry_after_s=5)
+    return Busy("The server is receiving too many large requests; try again in a moment.", retry_after_s=5)

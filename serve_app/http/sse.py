@@ -30,7 +30,7 @@ _END = _End()
 
 
 class EventStream(StreamingResponse):
-    """Sends the events of a generator. The generator ends with the connection. Make it by `begin`."""
+    """Sends the events of a generator. The generator ends with the connection. Create it with `begin`."""
 
     def __init__(self, items: asyncio.Queue[Event | _End | None], pump: asyncio.Task[None]) -> None:
         super().__init__(

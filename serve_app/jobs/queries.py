@@ -38,7 +38,7 @@ def jobs() -> Select[Job]:
 
 
 def end_jobs(ttl_s: float, state: State, **values: Any) -> Update:
-    """Returns the update that ends jobs in a state; the caller adds which.
+    """Returns the update that ends jobs in a state; the caller adds the condition.
 
     Args:
         ttl_s: seconds for which they are kept.
@@ -98,7 +98,7 @@ def belongs_to(job_id: str, owner: Owner) -> ColumnElement[bool]:
     """Returns the condition for the job of this id, if it is this owner's.
 
     Raises:
-        NotFound: it is not a valid id; PostgreSQL does not take any text.
+        NotFound: it is not a valid id. PostgreSQL rejects some strings.
     """
     if not ID.fullmatch(job_id):
         raise no_job()

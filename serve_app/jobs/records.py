@@ -8,7 +8,7 @@ code. A record without a `version` is of version 1.
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from serve_app.errors import (
     Busy,
@@ -25,16 +25,22 @@ from serve_app.errors import (
 )
 from serve_app.generation.delivery import ImageRecord
 from serve_app.generation.events import Stage
-from serve_app.generation.request import Moderation, ResolvedRequest
+from serve_app.generation.request import Encoding, ImageFormat, Moderation, ResolvedRequest
 
 
-class StoredRequest(BaseModel):
+class StoredRecord(BaseModel):
+    """Base of the records. A record of a version that this server does not know is an error."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: Literal[1] = Field(default=1, exclude=True)
+
+
+class StoredRequest(StoredRecord):
     """The request of a job, version 1. Its source images are files; see `Job.sources`.
 
     Attributes are those of `ResolvedRequest`.
     """
-
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     prompt: str
     model: str
@@ -62,43 +68,44 @@ class StoredRequest(BaseModel):
             traceparent: trace context of the submission.
         """
         return cls.model_validate(
-            {name: getattr(request, name) for name in cls.model_fields} | {"traceparent": traceparent}
+            {name: getattr(request, name) for name in REQUEST_FIELDS} | {"traceparent": traceparent}
         )
 
 
-class StoredEncoding(BaseModel):
+REQUEST_FIELDS = tuple(name for name in StoredRequest.model_fields if name not in ("version", "traceparent"))
+"""Parameters of a request that are stored."""
+
+
+class StoredEncoding(StoredRecord):
     """The file format of a job's images, version 1; see `Encoding`."""
 
-    model_config = ConfigDict(frozen=True)
-
-    format: Literal["png", "jpeg", "webp"] = "png"
+    format: ImageFormat = "png"
     quality: int = 100
 
+    @property
+    def encoding(self) -> Encoding:
+        """The file format."""
+        return Encoding(self.format, self.quality)
 
-class StoredProgress(BaseModel):
+
+class StoredProgress(StoredRecord):
     """The progress of one image, version 1: its stage, and how many of how many tokens or steps are done."""
-
-    model_config = ConfigDict(frozen=True)
 
     stage: Stage
     done: int
     total: int
 
 
-class StoredPreview(BaseModel):
+class StoredPreview(StoredRecord):
     """A preview, version 1: indexes of the image and of the preview, and the name of its file."""
-
-    model_config = ConfigDict(frozen=True)
 
     image: int
     index: int
     name: str
 
 
-class LogLine(BaseModel):
+class LogLine(StoredRecord):
     """A line of a job's log, version 1: a time in seconds since 1970, and a message for people."""
-
-    model_config = ConfigDict(frozen=True)
 
     at: float
     message: str
@@ -110,7 +117,7 @@ _IMAGE_NAMES = {"risk": "unsafety", "generated_tokens": "drawn_tokens"}
 
 def _image(stored: object) -> object:
     """Returns the attributes of an image's record from its stored form. Missing facts have defaults."""
-    if not isinstance(stored, dict):
+    if not isinstance(stored, dict) or stored.get("version", 1) != 1:
         return stored
     known = {_IMAGE_NAMES.get(one.name, one.name): one.name for one in fields(ImageRecord)}
     given = {known[name]: value for name, value in stored.items() if name in known}
@@ -139,7 +146,7 @@ _KINDS: dict[int, type[RequestError]] = {
 """Stored numbers of the kinds of errors. They were HTTP statuses when this format was made."""
 
 
-class StoredError(BaseModel):
+class StoredError(StoredRecord):
     """Why a job failed, version 1.
 
     Attributes:
@@ -149,8 +156,6 @@ class StoredError(BaseModel):
         message: see `RequestError`; None for an `InvalidParameter`.
         problem: see `InvalidParameter`; None for other errors.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     status: int
     code: str

@@ -19,7 +19,6 @@ from serve_app.generation import images
 from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage
 from serve_app.generation.generator import in_order
-from serve_app.generation.request import Encoding
 from serve_app.jobs.records import LogLine, StoredError, StoredPreview, StoredProgress
 from serve_app.jobs.store import JobProgress
 from serve_app.observability import metrics, telemetry
@@ -56,7 +55,7 @@ class ActiveJob:
         task: the task that makes it.
         has_news: whether the store lacks some of the news.
         stopped: why it is stopped: it belongs to another server or is cancelled, or this server stops.
-        is_ending: whether it is too late to stop it.
+        is_ending: whether its outcome is being stored, so that it can no longer be stopped.
         saves: its images on their way into the file store, which nothing stops.
         previewing: its previews on their way into the file store.
     """
@@ -209,6 +208,7 @@ class JobRunner:
         for job in await self._store.reap():
             facts = FAULT | {"job": job.id}
             logger.warning("job %s %s: no server ran it to its end", job.id, job.state, extra=facts)
+            metrics.JOBS_ENDED.add(api=job.api, model=job.model, state=job.state)
             await self._delete_files(job)
 
     async def _expire(self) -> None:
@@ -314,7 +314,7 @@ class JobRunner:
 
     async def _save(self, job: Job, pixels: Pixels) -> tuple[str, int]:
         """Keeps an image in the job's format; returns the name and the bytes of its file."""
-        encoding = Encoding(job.encoding.format, job.encoding.quality)
+        encoding = job.encoding.encoding
         with metrics.part(job.model, "encoding"):
             data = await asyncio.to_thread(images.encode, pixels, encoding)
         with metrics.part(job.model, "storing"):

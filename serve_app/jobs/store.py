@@ -182,18 +182,20 @@ class JobStore:
         Raises:
             NotFound: the owner has no such job.
         """
-        while True:
-            change = self._watched.setdefault(job_id, asyncio.Event())
-            job = await self.get(owner, job_id)
-            if job.mark != seen:
-                seen = job.mark
-                yield job
-            if job.has_ended or not self._is_watched:
-                self._notify(job_id)
-                return
-            with suppress(TimeoutError):  # other servers change the job too, and its position
-                async with asyncio.timeout(POLL_INTERVAL_S):
-                    await change.wait()
+        try:
+            while True:
+                change = self._watched.setdefault(job_id, asyncio.Event())
+                job = await self.get(owner, job_id)
+                if job.mark != seen:
+                    seen = job.mark
+                    yield job
+                if job.has_ended or not self._is_watched:
+                    return
+                with suppress(TimeoutError):  # other servers change the job too, and its position
+                    async with asyncio.timeout(POLL_INTERVAL_S):
+                        await change.wait()
+        finally:
+            self._notify(job_id)  # other watchers of the job wait for a new event
 
     def stop_watching(self) -> None:
         """Ends all `watch` calls, since the server stops only when all requests have ended."""
@@ -385,7 +387,7 @@ class JobStore:
         """
         late = TimedOut("The job was not begun within its time limit.", code="start_timeout")
         hopeless = Failed(
-            f"The server died {MAX_ATTEMPTS} times while it made this job; its log says why.",
+            f"The job was interrupted {MAX_ATTEMPTS} times and was given up; the server's log says why.",
             code="interrupted",
         )
         orphaned = and_(Job.state == "running", Job.lease_until < now())

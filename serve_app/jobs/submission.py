@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deployments.observability import tracing
-from serve_app.errors import InvalidParameter
+from serve_app.errors import Busy, Conflict, InvalidParameter
 from serve_app.generation import images
 from serve_app.generation.request import Encoding
 from serve_app.jobs.records import StoredEncoding, StoredRequest
@@ -55,7 +55,7 @@ class Submission:
 
     Attributes:
         request: the request.
-        api: name of the dialect.
+        api: name of the job's kind in the store: that of the dialect, or `images` for OpenAI's.
         base_url: base of the URLs that the client used.
     """
 
@@ -132,12 +132,14 @@ class Submitter:
             await self._files.save(await asyncio.to_thread(images.encode, source, Encoding()), "png")
             for source in pixels
         ]
-        sources, is_new = job.sources, False
+        sources = job.sources
         try:
             job, is_new = await self._store.submit(job, request.start_within_s)
-        finally:
-            if not is_new:
-                await self._files.delete(sources)
+        except (Busy, Conflict):  # after any other error the job may be stored all the same
+            await self._files.delete(sources)
+            raise
+        if not is_new:
+            await self._files.delete(sources)
         self._submitted.set()
         return job, is_new
 

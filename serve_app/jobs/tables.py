@@ -11,9 +11,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 
 from deployments.types import Pixels
 from serve_app.generation.delivery import ImageRecord
-from serve_app.generation.request import Encoding, ResolvedRequest
+from serve_app.generation.request import ResolvedRequest
 from serve_app.jobs.database import now
 from serve_app.jobs.records import (
+    REQUEST_FIELDS,
     LogLine,
     StoredEncoding,
     StoredError,
@@ -38,6 +39,7 @@ class _RecordColumn(TypeDecorator[Any]):
 
     def __init__(self, kind: Any) -> None:
         super().__init__()
+        self.kind = kind  # a part of SQLAlchemy's cache key, as an argument of the constructor
         self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
@@ -120,7 +122,7 @@ class Job(Base, kw_only=True):
         worker: the runner that has the job.
         lease_until: time from which another runner may take the job.
         attempts: how often the job was begun.
-        cancelling: whether it is to be cancelled; a running one takes a moment.
+        cancelling: whether cancellation was requested.
         progress: progress of each image; None before its first stage.
         previews: previews that the running job has.
         log: messages for people.
@@ -196,8 +198,8 @@ class Job(Base, kw_only=True):
     def resolved(self, pixels: tuple[Pixels, ...]) -> ResolvedRequest:
         """Returns the request, with its decoded source images."""
         return ResolvedRequest(
-            **{name: getattr(self.request, name) for name in StoredRequest.model_fields},
-            encoding=Encoding(self.encoding.format, self.encoding.quality),
+            **{name: getattr(self.request, name) for name in REQUEST_FIELDS},
+            encoding=self.encoding.encoding,
             api=self.api,
             request_id=self.id,
             key_id=self.key_id,

@@ -168,6 +168,7 @@ class Requests:
             await self._app(scope, receive, noted)
         except Exception:
             status = 500
+            facts.setdefault("error", "server_error")
             raise
         finally:
             _facts.reset(token)

@@ -146,7 +146,7 @@ def test_giving_up_cancels(fal: Any) -> None:
 def test_what_does_not_start_in_time_fails_and_is_not_tried_again(
     fal: Any, busy: None, sent: list[str]
 ) -> None:
-    with pytest.raises(fal.FalClientHTTPError, match=r"not begun within 1\.5 s") as caught:
+    with pytest.raises(fal.FalClientHTTPError, match=r"did not start within 1\.5 s") as caught:
         fal.run(APP, arguments=SMALL, start_timeout=1.5)
     assert (caught.value.status_code, caught.value.error_type) == (504, "request_timeout")
     assert caught.value.response_headers["x-fal-request-timeout-type"] == "user"

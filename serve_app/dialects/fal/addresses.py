@@ -67,7 +67,8 @@ class Addresses:
             else:
                 app = error_response(
                     ProtocolError(
-                        f"x-fal-target-url must be a URL of {', '.join(HOSTS)} that this server has.",
+                        f"x-fal-target-url must be a URL of {', '.join(HOSTS)} that this server has a route "
+                        f"for.",
                         param="x-fal-target-url",
                         status=412,
                     )

@@ -60,7 +60,10 @@ def error_response(error: RequestError, _: Scope | None = None) -> JSONResponse:
         return JSONResponse({"detail": error.message, "error_type": kind}, status, headers)
     name = error.param or ""
     place = "header" if name.lower().startswith("x-") else PLACES.get(name, "body")
-    loc = [place, *(int(part) if part.isdigit() else part for part in name.split(".") if part)]
+    loc = [
+        place,
+        *(int(part) if part.isascii() and part.isdigit() else part for part in name.split(".") if part),
+    ]
     return JSONResponse({"detail": [{"loc": loc, "msg": error.message, "type": kind}]}, status, headers)
 
 

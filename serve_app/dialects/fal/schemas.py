@@ -12,7 +12,11 @@ from serve_app.dialects.hosted import EditInput, ImageInput
 
 class _Steps(JSONFields):
     num_inference_steps: int | None = Field(
-        default=None, ge=10, le=100, description="Denoising steps. Defaults to 30."
+        default=None,
+        ge=10,
+        le=100,
+        description="Denoising steps. Defaults to 30 for GLM-Image, and to the model's steps for other "
+        "models.",
     )
 
 

@@ -97,7 +97,7 @@ def status(job: Job, base: str, logs: Sequence[LogLine]) -> Status:
 
 
 def compose(services: Services) -> Compose:
-    """Returns what makes the webhooks' messages: https://docs.fal.ai/model-endpoints/webhooks."""
+    """Returns the function that composes webhook messages: https://docs.fal.ai/model-endpoints/webhooks."""
 
     async def message(job: Job, timestamp: int, sign: Sign) -> Message:
         answer = await result(services, job, job.answer["base_url"])

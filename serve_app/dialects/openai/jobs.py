@@ -171,7 +171,7 @@ async def _result(services: Services, job: Job, base: str) -> ImagesResponse:
 
 
 def compose(services: Services) -> Compose:
-    """Returns what makes the webhooks' messages: https://www.standardwebhooks.com, signed asymmetrically."""
+    """Returns the function that composes webhook messages: https://www.standardwebhooks.com."""
 
     async def message(job: Job, timestamp: int, sign: Sign) -> Message:
         shown = await view(services, job, job.answer["base_url"])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from pydantic import BaseModel, ValidationError
 
 from serve_app.errors import (
     Busy,
@@ -89,7 +90,6 @@ def test_a_stored_request_makes_the_same_images(database: Database) -> None:
             "api": "images",
             "request_id": job.id,
             "key_id": "k",
-            "traceparent": "00-trace-span-01",
         }
         assert resolved == replace(REQUEST, pixels=pixels, **owned)
 
@@ -217,3 +217,14 @@ def test_an_error_of_a_parameter_of_version_1_is_read(database: Database) -> Non
         assert not error.retryable
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", [StoredRequest, StoredError, StoredProgress])
+def test_a_record_of_another_version_is_an_error(kind: type[BaseModel]) -> None:
+    with pytest.raises(ValidationError, match="version"):
+        kind.model_validate({"version": 2})
+
+
+def test_the_version_of_a_record_is_not_written() -> None:
+    """Servers of version 0.1.0 read only the keys that they know."""
+    assert "version" not in StoredProgress(stage="prior", done=1, total=2).model_dump()
