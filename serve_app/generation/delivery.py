@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve_app.errors import Gone
 from serve_app.generation import images
-from serve_app.generation.events import ImageFacts
+from serve_app.generation.events import GeneratedImage, ImageFacts, in_order
 from serve_app.observability import metrics, telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from serve_app.files.store import FileStore
-    from serve_app.generation.events import GeneratedImage
     from serve_app.generation.generator import Generator
     from serve_app.generation.request import Encoding, GenerationRequest, ImageFormat
 
@@ -92,7 +92,8 @@ class Delivery:
         if base is not None:
             await self._files.check_room()
         async with self._generator.admit(request) as running:
-            made = await self._generator.images(running)
+            async with aclosing(self._generator.run(running)) as events:
+                made = in_order([event async for event in events if isinstance(event, GeneratedImage)])
             telemetry.note_images(made)
             model = running.request.model
             return await asyncio.gather(*(self._deliver(model, one, request.encoding, base) for one in made))

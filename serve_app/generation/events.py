@@ -100,3 +100,8 @@ Event = StageProgress | PartialImage | GeneratedImage
 def is_flagged(risk: float | None) -> bool:
     """Returns whether an image of this risk is not to be shown; see `ImageFacts`."""
     return risk is not None and risk >= 1
+
+
+def in_order(images: list[GeneratedImage]) -> list[GeneratedImage]:
+    """Returns a request's images in their order."""
+    return sorted(images, key=lambda image: image.image)

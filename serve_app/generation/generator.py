@@ -238,33 +238,24 @@ class Generator:
                     request.prompt, editing=bool(request.pixels), request_id=request.request_id
                 )
             metrics.note_part(request.model, "expansion", expansion.seconds)
-        try:
-            async with aclosing(self._images(running, expansion)) as events:
-                async for event in events:
-                    yield event
-        except InvalidParameter as error:
-            if error.code != TOO_LONG or expansion.prompt == request.prompt:
-                raise
+        attempts = [expansion]
+        if expansion.prompt != request.prompt:
             problem = f"the new prompt is too long for {request.model}"
-            unexpanded = Expansion(request.prompt, expansion.seconds, problem)
-            async with aclosing(self._images(running, unexpanded)) as events:
-                async for event in events:
-                    yield event
-
-    async def images(self, running: RunningRequest) -> list[GeneratedImage]:
-        """Makes the images of a running request, for callers without interest in progress; see `run`."""
-        async with aclosing(self.run(running)) as events:
-            made = [event async for event in events if isinstance(event, GeneratedImage)]
-        return in_order(made)
-
-    async def _images(self, running: RunningRequest, expansion: Expansion) -> AsyncGenerator[Event, None]:
-        request = replace(running.request, prompt=expansion.prompt)
-        units = [self._image(request, expansion, image) for image in range(request.n)]
-        async with aclosing(merged(units)) as events:
-            async for event in events:
-                if isinstance(event, StageProgress):
-                    running.note_start()
-                yield event
+            attempts.append(Expansion(request.prompt, expansion.seconds, problem))
+        for attempt in attempts:
+            painted = replace(request, prompt=attempt.prompt)
+            images = [self._image(painted, attempt, image) for image in range(request.n)]
+            try:
+                async with aclosing(merged(images)) as events:
+                    async for event in events:
+                        if isinstance(event, StageProgress):
+                            running.note_start()
+                        yield event
+            except InvalidParameter as error:
+                if error.code != TOO_LONG or attempt is attempts[-1]:
+                    raise
+            else:
+                return
 
     async def _image(
         self, request: ResolvedRequest, expansion: Expansion, image: int
@@ -327,8 +318,3 @@ class Generator:
                     "contains an image that the safety checker flagged; send another one",
                     code=safety.VIOLATION,
                 )
-
-
-def in_order(images: list[GeneratedImage]) -> list[GeneratedImage]:
-    """Returns a request's images in their order."""
-    return sorted(images, key=lambda image: image.image)

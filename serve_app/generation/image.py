@@ -137,7 +137,7 @@ class Unit:
     async def _both_stages(self) -> AsyncGenerator[Event | Pixels, None]:
         """Yields the events of both stages, then the pixels. Both stages have the same weights."""
         while True:
-            async with aclosing(self._retried("prior", self._stages.prior, self._unit)) as events:
+            async with aclosing(self._call("prior", self._stages.prior, self._unit)) as events:
                 async for event in events:
                     if isinstance(event, Prior):
                         self._prior = event
@@ -145,7 +145,7 @@ class Unit:
                         yield event
             request = replace(self._unit, prior=self._prior)
             try:
-                async with aclosing(self._retried("decoder", self._stages.decode, request)) as events:
+                async with aclosing(self._call("decoder", self._stages.decode, request)) as events:
                     async for event in events:
                         if not isinstance(event, Prior):
                             yield event
@@ -155,45 +155,44 @@ class Unit:
             else:
                 return
 
-    async def _retried(
-        self, stage: Stage, call: StageCall, request: ImageRequest
-    ) -> AsyncGenerator[Event | Prior | Pixels, None]:
-        """Calls a stage, and once more if its replica dies: the result is the same."""
-        try:
-            async with aclosing(self._call(stage, call, request)) as events:
-                async for event in events:
-                    yield event
-        except ReplicaDied:
-            metrics.RETRIES.add(model=self.model, stage=stage)
-            self._log_retry(stage, "lost the replica that had the image")
-            async with aclosing(self._call(stage, call, request)) as events:
-                async for event in events:
-                    yield event
-
     async def _call(
         self, stage: Stage, call: StageCall, request: ImageRequest
     ) -> AsyncGenerator[Event | Prior | Pixels, None]:
-        """Calls a stage; yields its events in the request's terms, then its result."""
-        self.progress, called, result = None, time.time(), None
-        with tracing.span(stage, kind="client"):
-            async with aclosing(call(replace(request, traceparent=tracing.traceparent()))) as events:
-                async for event in events:
-                    if isinstance(event, Progress):
-                        if self.progress is None:
-                            self._working_since = time.monotonic() - event.seconds
-                        self.progress = StageProgress(image=self._image, stage=stage, progress=event)
-                        yield self.progress
-                    elif isinstance(event, Preview):
-                        if await self._may_be_shown(event.pixels):
-                            yield PartialImage(image=self._image, index=event.index, pixels=event.pixels)
-                    else:
-                        result = event
-            if self.progress:
-                self._seconds[stage] = time.monotonic() - self._working_since
-                tracing.record("waiting", called, time.time() - self._seconds[stage])
-        if result is None:  # the stream has ended early
-            raise ReplicaDied
-        yield result
+        """Calls a stage; yields its events in the request's terms, then its result.
+
+        If the replica dies, the stage is called once more: the result is the same.
+        """
+        for is_retry in (False, True):
+            if is_retry:
+                metrics.RETRIES.add(model=self.model, stage=stage)
+                self._log_retry(stage, "lost the replica that had the image")
+            self.progress, called, result = None, time.time(), None
+            with suppress(ReplicaDied), tracing.span(stage, kind="client"):
+                async with aclosing(call(replace(request, traceparent=tracing.traceparent()))) as events:
+                    async for event in events:
+                        if isinstance(event, Progress | Preview):
+                            if shown := await self._event(stage, event):
+                                yield shown
+                        else:
+                            result = event
+                if self.progress:
+                    self._seconds[stage] = time.monotonic() - self._working_since
+                    tracing.record("waiting", called, time.time() - self._seconds[stage])
+            if result is not None:  # otherwise the replica has died
+                yield result
+                return
+        raise ReplicaDied
+
+    async def _event(self, stage: Stage, event: Progress | Preview) -> StageProgress | PartialImage | None:
+        """Returns a stage's event in the request's terms; None for a preview that may not be shown."""
+        if isinstance(event, Preview):
+            if not await self._may_be_shown(event.pixels):
+                return None
+            return PartialImage(image=self._image, index=event.index, pixels=event.pixels)
+        if self.progress is None:
+            self._working_since = time.monotonic() - event.seconds
+        self.progress = StageProgress(image=self._image, stage=stage, progress=event)
+        return self.progress
 
     async def _may_be_shown(self, preview: Pixels) -> bool:
         """Checks a preview. One that cannot be checked is not shown; the image itself is checked later."""

@@ -17,8 +17,7 @@ from serve_app.background import Periodic
 from serve_app.errors import Failed, Gone, RequestError, Unavailable
 from serve_app.generation import images
 from serve_app.generation.delivery import ImageRecord, record
-from serve_app.generation.events import GeneratedImage, PartialImage
-from serve_app.generation.generator import in_order
+from serve_app.generation.events import GeneratedImage, PartialImage, in_order
 from serve_app.jobs.records import LogLine, StoredError, StoredPreview, StoredProgress
 from serve_app.jobs.store import JobProgress
 from serve_app.observability import metrics, telemetry

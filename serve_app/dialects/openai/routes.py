@@ -39,8 +39,7 @@ from serve_app.dialects.openai.schemas import (
 )
 from serve_app.errors import Invalid, RequestError, server_error
 from serve_app.generation import images
-from serve_app.generation.events import GeneratedImage, PartialImage, StageProgress
-from serve_app.generation.generator import in_order
+from serve_app.generation.events import GeneratedImage, PartialImage, StageProgress, in_order
 from serve_app.http.sse import Event, EventStream
 from serve_app.observability import telemetry
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import numpy as np
 from deployments.types import Event as StageEvent
 from deployments.types import ImageRequest, PriorTokens, Progress
 from serve_app.errors import RequestError
-from serve_app.generation.events import Event, GeneratedImage
+from serve_app.generation.events import Event, GeneratedImage, in_order
 from serve_app.generation.generator import Generator
 from serve_app.generation.image import StageCall
 from serve_app.generation.request import GenerationRequest
+from serve_app.generation.running import RunningRequest
 
 PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
@@ -43,7 +45,13 @@ def request(**fields: Any) -> GenerationRequest:
 async def images_of(generator: Generator, **fields: Any) -> list[GeneratedImage]:
     """Returns the images of a request."""
     async with generator.admit(request(**fields)) as running:
-        return await generator.images(running)
+        return await finished(generator, running)
+
+
+async def finished(generator: Generator, running: RunningRequest) -> list[GeneratedImage]:
+    """Returns the images of a running request."""
+    async with aclosing(generator.run(running)) as events:
+        return in_order([event async for event in events if isinstance(event, GeneratedImage)])
 
 
 async def collect(generator: Generator, into: list[Event], **fields: Any) -> None:

@@ -10,7 +10,7 @@ from deployments.types import ImageRequest, PriorTokens, Progress
 from serve_app.errors import TimedOut
 from serve_app.generation.events import GeneratedImage
 from serve_app.generation.generator import Generator
-from tests.unit.serve_app.generation.making import TOKENS, images_of, never, outcome, request
+from tests.unit.serve_app.generation.making import TOKENS, finished, images_of, never, outcome, request
 
 Make = Callable[..., Generator]
 
@@ -131,7 +131,7 @@ def test_a_draining_generator_leaves_jobs_to_the_runner(make: Make) -> None:
         resolved = generator.resolve(request())
         await generator.drain()
         async with generator.resume(resolved) as running:
-            return len(await generator.images(running))
+            return len(await finished(generator, running))
 
     assert asyncio.run(main()) == 1
 
@@ -141,7 +141,7 @@ def test_a_resumed_request_makes_the_same_image_and_has_the_deadline_of_a_job(
 ) -> None:
     async def main(generator: Generator) -> list[GeneratedImage]:
         async with generator.resume(generator.resolve(request(seed=3, steps=2))) as running:
-            return await generator.images(running)
+            return await finished(generator, running)
 
     (image,) = asyncio.run(main(make(deadline_s=0.001, job_deadline_s=60)))
     assert (image.facts.seed, decoded[0].seed, decoded[0].steps) == (3, 3, 2)
