@@ -141,7 +141,10 @@ def _bounds(models: list[ModelConfig], limits: Limits) -> dict[str, dict[str, An
     return {
         "model": {"enum": [model.name for model in models]},
         "n": {"minimum": 1, "maximum": limits.max_images},
-        "size": {"format": "image-size"},
+        "size": {
+            "format": "image-size",
+            "examples": [f"{model.defaults.width}x{model.defaults.height}" for model in models],
+        },
         "quality": {"enum": [word for word, (_, steps) in QUALITIES.items() if steps <= limits.max_steps]},
         "num_inference_steps": {"minimum": 1, "maximum": limits.max_steps},
         "guidance_scale": {"minimum": 0, "maximum": limits.max_guidance_scale},

@@ -70,7 +70,6 @@ class ImageRequest(Fields):
     size: str | None = Field(
         default=None,
         description="`WIDTHxHEIGHT` in pixels, or `auto`. `/v1/models` lists the legal sides.",
-        examples=["1024x1024"],
     )
     response_format: Literal["url", "b64_json"] | None = Field(
         default=None, description="Defaults to `url`. A stream is always base64, as OpenAI's is."
