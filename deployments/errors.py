@@ -44,7 +44,7 @@ class CheckpointError(ModelError):
     """A checkpoint or one of its components is missing or unusable."""
 
 
-class LoadingFailed(ModelError):  # noqa: N818 - engineers call it so
+class LoadingFailed(ModelError):
     """An engine could not be loaded.
 
     Attributes:
@@ -56,15 +56,15 @@ class LoadingFailed(ModelError):  # noqa: N818 - engineers call it so
         super().__init__(self.reason)
 
 
-class UnsupportedOption(ModelError):  # noqa: N818 - the configuration's error, not the model's
+class UnsupportedOption(ModelError):
     """The configuration has an option that this machine, or an installed version, does not support."""
 
 
-class OtherWeights(ModelError):  # noqa: N818 - not a fault
+class OtherWeights(ModelError):
     """A prior was made by another model than the decoder's. An update has reached only one of the stages."""
 
 
-class EngineFault(ModelError):  # noqa: N818 - engineers call it so
+class EngineFault(ModelError):
     """An engine had a fault that it cannot recover from. Its replica must be replaced."""
 
 
@@ -72,15 +72,15 @@ class OutOfMemoryError(ModelError):
     """The device has too little memory for a request."""
 
 
-class NotANumber(ModelError):  # noqa: N818 - not a fault
+class NotANumber(ModelError):
     """The model's arithmetic produced NaN or infinity. The unit is lost; the engine continues."""
 
 
-class Cancelled(ModelError):  # noqa: N818 - a cancelled request is not a fault
+class Cancelled(ModelError):
     """The caller is gone, and its work was stopped."""
 
 
-class RequestTooLong(ModelError):  # noqa: N818 - the request's fault, not the model's
+class RequestTooLong(ModelError):
     """A request has more tokens than the model's `max_sequence_length`.
 
     Attributes:

@@ -88,7 +88,10 @@ def traceparent() -> str:
 def span(
     name: str, *, kind: Kind = "internal", parent: str = "", **attributes: AttributeValue
 ) -> Iterator[None]:
-    """Runs the block in a span. Not for async generators, which may end in another context.
+    """Runs the block in a span.
+
+    An async generator may contain it only if one task runs the generator from start to end. Another task has
+    another context, in which the span cannot end.
 
     Args:
         name: name of the span.

@@ -106,7 +106,7 @@ class Delivery:
         media_type = f"image/{encoding.format}"
         if base is None:
             named = record(image, f"{image.facts.seed}.{encoding.format}", len(file))
-            return Delivered(base64=await _in_base64(file), media_type=media_type, record=named)
+            return Delivered(base64=await in_base64(file), media_type=media_type, record=named)
         with metrics.part(model, "storing"):
             name = await self._files.save(file, encoding.format)
         return Delivered(
@@ -137,9 +137,9 @@ class Delivery:
         file = await self._files.read(image.name, 0, image.bytes)
         if file is None:
             raise Gone("The job's images were deleted.", code="result_gone")
-        return Delivered(base64=await _in_base64(file), media_type=media_type, record=image)
+        return Delivered(base64=await in_base64(file), media_type=media_type, record=image)
 
 
-async def _in_base64(file: bytes) -> str:
+async def in_base64(file: bytes) -> str:
     """Returns a file in base64, encoded in a thread: files have megabytes."""
     return (await asyncio.to_thread(base64.b64encode, file)).decode()

@@ -253,7 +253,7 @@ def check_numbers(manifests: Manifests) -> list[str]:
             if least != 0:
                 problems.append(f"{name}: minReplicas is {least}, not 0, which keeps GPUs without work")
         elif least == most:
-            problems.append(f"{name}: no pod can replace a drained one; raise maxReplicas above {most}")
+            problems.append(f"{name}: a drained pod cannot be replaced; set maxReplicas above {most}")
     return problems
 
 

@@ -2,6 +2,7 @@
 
 fal: https://fal.ai/models/fal-ai/glm-image/image-to-image/llms.txt, Z.ai: https://docs.z.ai/guides/image/glm-image,
 Pixazo: https://www.pixazo.ai/models/text-to-image/glm-image-api.
+The module is long because it has one test for each printed example.
 """
 
 import ast

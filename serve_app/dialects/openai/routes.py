@@ -7,7 +7,6 @@ through `extra_body`. A field that cannot be honoured is rejected by name.
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
 import time
@@ -39,6 +38,7 @@ from serve_app.dialects.openai.schemas import (
 )
 from serve_app.errors import Invalid, RequestError, server_error
 from serve_app.generation import images
+from serve_app.generation.delivery import in_base64
 from serve_app.generation.events import GeneratedImage, PartialImage, StageProgress, in_order
 from serve_app.http.sse import Event, EventStream
 from serve_app.observability import telemetry
@@ -146,7 +146,7 @@ async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], k
     height, width, _ = event.pixels.shape
     file = await asyncio.to_thread(images.encode, event.pixels, encoding)
     data: dict[str, Any] = {
-        "b64_json": base64.b64encode(file).decode(),
+        "b64_json": await in_base64(file),
         "created_at": int(time.time()),
         "size": f"{width}x{height}",
         "quality": parsed.quality or "auto",
