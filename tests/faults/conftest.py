@@ -1,4 +1,4 @@
-"""A client of a server that is treated badly."""
+"""HTTP client for the fault tests."""
 
 import base64
 import io
@@ -16,11 +16,11 @@ SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 2, "respo
 
 
 class Client:
-    """Talks to a server from any number of threads."""
+    """HTTP client that several threads may share."""
 
     def __init__(self, running: Running) -> None:
         self.running = running
-        # Connections that threads leave for one another may be closed just when one is taken.
+        # The server could close an idle connection just as another thread reuses it.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(base_url=running.url, timeout=300, limits=limits)
 
@@ -36,7 +36,7 @@ class Client:
     def ask(
         self, *, timeout: httpx.Timeout | float = 300, request_id: str | None = None, **fields: Any
     ) -> httpx.Response:
-        """Ask for a small image, which takes half a second, or as the fields say."""
+        """Requests a small image, which takes half a second. The fields override the defaults."""
         headers = {"X-Request-ID": request_id} if request_id else {}
         return self._http.post(
             "/v1/images/generations", json=SMALL | fields, headers=headers, timeout=timeout
@@ -50,20 +50,20 @@ class Client:
         return self.get("/v1/internal/status").json()
 
     def stages(self, model: str) -> dict[str, Any]:
-        """The model's stages, as /health has them."""
+        """Returns the model's stages as `/health` reports them."""
         stages: dict[str, Any] = self.get("/health").json()["models"][model]
         return stages
 
     def working(self) -> list[str]:
-        """The stage of every unit."""
+        """Returns the stage of each unit."""
         return [unit["stage"] for unit in self.status()["units"]]
 
 
 def first_refused(client: Client) -> httpx.Response:
-    """Ask until an answer is not an image; an image that is begun is not waited for."""
+    """Sends requests until one is rejected, and returns that response. It does not wait for images."""
     for _ in range(100):
         with suppress(httpx.ReadTimeout):
             answer = client.ask(timeout=httpx.Timeout(10, read=0.3))
             if answer.status_code != 200:
                 return answer
-    raise AssertionError("it went on taking requests")
+    raise AssertionError("the server still accepts requests")

@@ -1,6 +1,6 @@
-"""Clients that hang up: the stages' own counts show that the work stopped, and only that work.
+"""Clients that disconnect. The stages' counts show that their work stops, and only their work.
 
-Where a stage is to be caught in the midst of something its process is held by a signal.
+Some tests suspend the process of a stage with a signal, to disconnect at a certain moment.
 """
 
 import http.client
@@ -26,7 +26,10 @@ from tests.serve.conftest import Upstream, config_file, served, tiny_model, unti
 pytestmark = pytest.mark.soak
 STEPS = 4
 SETTLED_S = 2 * RENEWAL_S + 1
-"""A replica reports every `RENEWAL_S`, and the ingress reads that no older than a second."""
+"""Seconds without a change after which counts are final.
+
+A replica reports every `RENEWAL_S`, and the ingress caches a report for at most a second.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def reference() -> Upstream:
 
 
 class Neighbour:
-    """A client that stays."""
+    """A request whose client stays connected."""
 
     def __init__(self, client: Client, pool: ThreadPoolExecutor, seed: int) -> None:
         self._client = client
@@ -59,7 +62,7 @@ class Neighbour:
         until(lambda: unit(client, f"neighbour-{seed}") is not None)
 
     def tokens(self, reference: Upstream) -> int:
-        """How many were drawn for it; its image is what it would be alone."""
+        """Returns the number of its generated tokens. Checks that its image is unaffected."""
         answer = self._answer.result()
         assert answer.status_code == 200, answer.text
         expected = reference("a boat", 512, 512, seed=self._seed, steps=STEPS)
@@ -68,8 +71,8 @@ class Neighbour:
 
 
 @contextmanager
-def asked(client: Client, *, sources: int = 0, **fields: Any) -> Iterator[http.client.HTTPConnection]:
-    """A request, by the name of `leaver`, whose answer nobody waits for; `close` hangs up."""
+def open_request(client: Client, *, sources: int = 0, **fields: Any) -> Iterator[http.client.HTTPConnection]:
+    """Sends a request with the ID `leaver`, and yields its connection. `close` disconnects."""
     address = httpx.URL(client.running.url)
     if sources:
         file = io.BytesIO()
@@ -92,18 +95,18 @@ def unit(client: Client, request_id: str) -> dict[str, Any] | None:
     return next((one for one in units if one["request_id"] == request_id), None)
 
 
-def is_at(client: Client, request_id: str, stage: str, least: int = 0) -> bool:
+def is_at(client: Client, request_id: str, stage: str, min_done: int = 0) -> bool:
     found = unit(client, request_id)
-    return found is not None and found["stage"] == stage and found.get("done", 0) >= least
+    return found is not None and found["stage"] == stage and found.get("done", 0) >= min_done
 
 
-def hang_up(client: Client, connection: http.client.HTTPConnection) -> None:
+def disconnect(client: Client, connection: http.client.HTTPConnection) -> None:
     connection.close()
     until(lambda: unit(client, "leaver") is None)
 
 
 @contextmanager
-def held(client: Client, process: str) -> Iterator[None]:
+def suspended(client: Client, process: str) -> Iterator[None]:
     (found,) = client.running.replicas(process)
     found.suspend()
     try:
@@ -113,10 +116,10 @@ def held(client: Client, process: str) -> Iterator[None]:
 
 
 def counts(client: Client) -> np.ndarray[Any, Any]:
-    """Tokens drawn and steps made, by the stages' own counts, as soon as these stand still."""
+    """Returns the stages' counts of tokens and steps, once these no longer change."""
     last, since = None, time.monotonic()
 
-    def stand_still() -> bool:
+    def is_stable() -> bool:
         nonlocal last, since
         stages = client.stages("m")
         now = [stages["prior"]["done"], stages["decoder"]["done"]]
@@ -124,38 +127,38 @@ def counts(client: Client) -> np.ndarray[Any, Any]:
             last, since = now, time.monotonic()
         return time.monotonic() - since > SETTLED_S
 
-    until(stand_still)
+    until(is_stable)
     assert client.status()["units"] == []
     return np.array(last)
 
 
 @pytest.mark.parametrize(
-    ("request_", "stage", "least", "spare"),
+    ("request_", "stage", "min_done", "tolerance"),
     [
-        # Reading the sources and the prompt, before the first token.
+        # In the prefill of the source images and the prompt, before the first token.
         ({"sources": 4}, "prior", 0, 0),
-        # Between two tokens; progress is told four times a second.
+        # Between two tokens. Progress is reported four times a second.
         ({"size": "2048x2048"}, "prior", 1, 400),
-        # Within a step: that one is the last one, and the one before it may not have been told.
+        # Within a step. That step is the last one, and the step before it may be unreported.
         ({"size": "1024x1024", "num_inference_steps": 50}, "decoder", 2, 2),
     ],
 )
-def test_work_that_runs_stops_within_a_token_or_a_step(
-    client: Client, reference: Upstream, request_: dict[str, Any], stage: str, least: int, spare: int
+def test_a_disconnect_stops_running_work(
+    client: Client, reference: Upstream, request_: dict[str, Any], stage: str, min_done: int, tolerance: int
 ) -> None:
     before = counts(client)
-    with asked(client, **request_) as leaver, ThreadPoolExecutor(1) as pool:
-        until(partial(is_at, client, "leaver", stage, least))
+    with open_request(client, **request_) as connection, ThreadPoolExecutor(1) as pool:
+        until(partial(is_at, client, "leaver", stage, min_done))
         neighbour = Neighbour(client, pool, seed=11)
-        with held(client, f"m-{stage}"):
+        with suspended(client, f"m-{stage}"):
             found = unit(client, "leaver")
             assert found is not None
-            hang_up(client, leaver)
-        kept = neighbour.tokens(reference)
-    tokens, steps = counts(client) - before - (kept, STEPS)
-    done, least_left = {"prior": (tokens, 800), "decoder": (steps, 40)}[stage]
-    assert found["done"] <= done <= found["done"] + spare
-    assert found["total"] - done >= least_left, "it was nearly done: this shows nothing"
+            disconnect(client, connection)
+        neighbour_tokens = neighbour.tokens(reference)
+    tokens, steps = counts(client) - before - (neighbour_tokens, STEPS)
+    done, min_left = {"prior": (tokens, 800), "decoder": (steps, 40)}[stage]
+    assert found["done"] <= done <= found["done"] + tolerance
+    assert found["total"] - done >= min_left, "the request was nearly finished, so this test is inconclusive"
     if stage == "prior":
         assert steps == 0
 
@@ -163,24 +166,24 @@ def test_work_that_runs_stops_within_a_token_or_a_step(
 @pytest.mark.parametrize(
     ("stage", "long"), [("prior", {"size": "2048x2048"}), ("decoder", {"num_inference_steps": 100})]
 )
-def test_work_that_waits_for_a_stage_is_not_done(
+def test_a_disconnect_cancels_queued_work(
     client: Client, reference: Upstream, stage: str, long: dict[str, Any]
 ) -> None:
-    """It is not even begun, but when the call and its cancelling are there at once.
+    """The work never starts, unless the call and its cancellation arrive together.
 
-    Ray may then see the cancelling first, and tries again two seconds later (its `cancellation_retry_ms`).
+    Ray may then process the cancellation first. It retries after two seconds (`cancellation_retry_ms`).
     """
     before = counts(client)
     with ThreadPoolExecutor(2) as pool:
         neighbours = [Neighbour(client, pool, seed=seed) for seed in (12, 13)]
-        until(partial(is_at, client, "neighbour-13", stage))  # so that the leaver comes behind both
-        with held(client, f"m-{stage}"), asked(client, **long) as leaver:
+        until(partial(is_at, client, "neighbour-13", stage))  # so the other request queues behind both
+        with suspended(client, f"m-{stage}"), open_request(client, **long) as connection:
             if stage == "decoder":
                 until(partial(is_at, client, "leaver", "prior"))
             until(partial(is_at, client, "leaver", "waiting"))
-            hang_up(client, leaver)
-        kept = sum(neighbour.tokens(reference) for neighbour in neighbours)
-    tokens, steps = counts(client) - before - (kept, 2 * STEPS)
+            disconnect(client, connection)
+        neighbour_tokens = sum(neighbour.tokens(reference) for neighbour in neighbours)
+    tokens, steps = counts(client) - before - (neighbour_tokens, 2 * STEPS)
     if stage == "prior":
         assert tokens < 64 * 64 + 16 * 16
         assert steps == 0
@@ -189,17 +192,18 @@ def test_work_that_waits_for_a_stage_is_not_done(
         assert steps < 100
 
 
-def test_a_client_that_leaves_while_its_file_is_written_harms_nobody(
+def test_a_disconnect_during_a_file_write_affects_no_other_request(
     client: Client, reference: Upstream, folder: Path
 ) -> None:
     before = counts(client)
     files = set((folder / "files").iterdir())
-    with asked(client, size="2048x2048", num_inference_steps=1, response_format="url") as leaver:
+    with open_request(client, size="2048x2048", num_inference_steps=1, response_format="url") as connection:
         deadline = time.monotonic() + 60
-        while set((folder / "files").iterdir()) == files:  # without a pause: it takes some milliseconds
+        # There is no sleep, because the write takes only a few milliseconds.
+        while set((folder / "files").iterdir()) == files:
             assert time.monotonic() < deadline
-        with held(client, "Ingress"):
-            leaver.close()
+        with suspended(client, "Ingress"):
+            connection.close()
     with ThreadPoolExecutor(1) as pool:
-        kept = Neighbour(client, pool, seed=14).tokens(reference)
-    assert list(counts(client) - before - (kept, STEPS)) == [64 * 64 + 16 * 16, 1]
+        neighbour_tokens = Neighbour(client, pool, seed=14).tokens(reference)
+    assert list(counts(client) - before - (neighbour_tokens, STEPS)) == [64 * 64 + 16 * 16, 1]

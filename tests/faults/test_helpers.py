@@ -1,6 +1,6 @@
-"""Helpers that fail: a checker that hangs, and a language model behind a real OpenAI-compatible server.
+"""Failing helpers: a hanging safety checker, and a language model behind an OpenAI-compatible server.
 
-That server is transformers' own, `transformers serve`, with the tiny chat model.
+That server is `transformers serve` with the tiny chat model.
 """
 
 import signal
@@ -38,14 +38,14 @@ def language_model(port: int) -> Iterator[psutil.Process]:
     options = ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     with psutil.Popen([program, "serve", str(chat_model.cached()), *options]) as process:
         try:
-            until(lambda: answers(port), 120)
+            until(lambda: is_healthy(port), 120)
             yield process
         finally:
             process.send_signal(signal.SIGCONT)
             process.kill()
 
 
-def answers(port: int) -> bool:
+def is_healthy(port: int) -> bool:
     try:
         return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
     except httpx.TransportError:
@@ -65,7 +65,7 @@ def prompt_of(answer: httpx.Response) -> str:
     return str(answer.json()["data"][0]["revised_prompt"])
 
 
-def test_a_language_model_that_is_slow_or_gone_costs_no_image(tmp_path: Path) -> None:
+def test_a_slow_or_missing_language_model_fails_no_request(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     endpoint = {"base_url": f"http://127.0.0.1:{port}/v1", "model": str(chat_model.cached())}
@@ -73,27 +73,27 @@ def test_a_language_model_that_is_slow_or_gone_costs_no_image(tmp_path: Path) ->
         "prompt_expander": {"endpoint": endpoint, "max_tokens": 24, "timeout_s": TIMEOUT_S},
         "outbound": {"allow": [f"127.0.0.1:{port}"]},
     }
-    asked: dict[str, Any] = {"enable_prompt_expansion": True, "seed": 3}
+    fields: dict[str, Any] = {"enable_prompt_expansion": True, "seed": 3}
     with serving(tmp_path, **args) as client:
-        paint = Upstream(tiny.cached())
-        plain = paint("a boat", 512, 512, seed=3)
-        answer = client.ask(**asked)
-        assert prompt_of(answer) == "a boat", "it was not there yet"
+        reference = Upstream(tiny.cached())
+        plain = reference("a boat", 512, 512, seed=3)
+        answer = client.ask(**fields)
+        assert prompt_of(answer) == "a boat", "no language model is running yet"
         assert np.array_equal(client.pixels(answer), plain)
         with language_model(port) as process:
-            until(lambda: prompt_of(client.ask(**asked)) != "a boat")  # its first answer may be slow
-            answer = client.ask(**asked)
+            until(lambda: prompt_of(client.ask(**fields)) != "a boat")  # the first response may be slow
+            answer = client.ask(**fields)
             assert prompt_of(answer) == expanded("a boat")
-            assert np.array_equal(client.pixels(answer), paint(expanded("a boat"), 512, 512, seed=3))
+            assert np.array_equal(client.pixels(answer), reference(expanded("a boat"), 512, 512, seed=3))
             process.send_signal(signal.SIGSTOP)
-            answer = client.ask(**asked)
+            answer = client.ask(**fields)
             assert prompt_of(answer) == "a boat"
             assert np.array_equal(client.pixels(answer), plain)
-        assert prompt_of(client.ask(**asked)) == "a boat"
+        assert prompt_of(client.ask(**fields)) == "a boat"
 
 
 @pytest.mark.parametrize("on_failure", [pytest.param("open", marks=pytest.mark.soak), "closed"])
-def test_a_checker_that_hangs_is_waited_for_so_long_and_no_longer(tmp_path: Path, on_failure: str) -> None:
+def test_a_hanging_safety_checker_times_out(tmp_path: Path, on_failure: str) -> None:
     checker = {"classifier": ON_CPU, "threshold": 1, "on_failure": on_failure, "timeout_s": TIMEOUT_S}
     with serving(tmp_path, safety_checker=checker) as client:
         until(lambda: client.get("/health").json()["safety_checker"]["state"] == "ready")
@@ -108,11 +108,13 @@ def test_a_checker_that_hangs_is_waited_for_so_long_and_no_longer(tmp_path: Path
             assert answer.status_code == 500
             assert answer.json()["error"]["code"] == "safety_check_failed"
             assert answer.headers["x-should-retry"] == "false"
-        assert np.array_equal(client.pixels(client.ask(seed=3)), plain), "it is asked again the next time"
+        assert np.array_equal(client.pixels(client.ask(seed=3)), plain), (
+            "the next request must use the checker again"
+        )
 
 
-def test_a_checker_that_cannot_be_loaded_is_one_that_fails(tmp_path: Path) -> None:
+def test_a_safety_checker_that_cannot_be_loaded_fails_open(tmp_path: Path) -> None:
     broken = {"classifier": ON_CPU | {"checkpoint": str(tmp_path / "nowhere")}}
     with serving(tmp_path, safety_checker=broken | {"on_failure": "open"}) as client:
-        # The image that has been made had it tried once more.
+        # The request in `serving` has already caused a retry of the load.
         until(lambda: client.get("/health").json()["safety_checker"]["state"] == "failed")

@@ -1,4 +1,4 @@
-"""Jobs on real servers whose processes are killed: none is lost, none is made twice, all are told."""
+"""Jobs on real servers whose processes are killed. Each ends with one result and its webhook."""
 
 import json
 import signal
@@ -45,10 +45,10 @@ class Client:
         return job_id
 
     def job(self, job_id: str) -> Any:
-        """The job; a server that has just died is asked again."""
+        """Returns the job. Retries while the server is unavailable."""
         jobs: list[Any] = []
 
-        def answers() -> bool:
+        def is_found() -> bool:
             try:
                 answer = self.http.get(f"{PATH}/{job_id}")
             except httpx.TransportError:
@@ -57,41 +57,41 @@ class Client:
                 jobs.append(answer.json())
             return bool(jobs)
 
-        until(answers)
+        until(is_found)
         return jobs[0]
 
     def follow(self, job_id: str) -> list[str]:
-        """The kinds of a job's events, until they end."""
+        """Returns the event types of a job's stream, until the stream ends."""
         with self.http.stream("GET", f"/v1/images/jobs/{job_id}/events") as answer:
             return [line for line in answer.iter_lines() if line.startswith("event:")]
 
     def states(self, ids: list[str]) -> Counter[str]:
         return Counter(self.job(job_id)["status"] for job_id in ids)
 
-    def until_all_are_made(self, ids: list[str]) -> list[Any]:
+    def wait_until_all_succeeded(self, ids: list[str]) -> list[Any]:
         until(lambda: self.states(ids) == {"succeeded": len(ids)}, 200)
         return [self.job(job_id) for job_id in ids]
 
 
 def check(
-    client: Client, jobs: list[Any], receiver: Receiver, folder: Path, paint: Upstream, seeds: range
+    client: Client, jobs: list[Any], receiver: Receiver, folder: Path, reference: Upstream, seeds: range
 ) -> None:
-    """Each was made once, with its seed's pixels, and told; nothing else is left."""
+    """Checks that each job has one image with its seed's pixels, and a webhook. Few other files remain."""
     for job, seed in zip(jobs, seeds, strict=True):
         (image,) = job["result"]["data"]
         assert image["seed"] == seed
         made = pixels(client.http.get(image["url"]).content)
-        assert np.array_equal(made, paint("a boat", 512, 512, seed=seed))
+        assert np.array_equal(made, reference("a boat", 512, 512, seed=seed))
     names = {job["result"]["data"][0]["url"].rpartition("/")[2] for job in jobs}
     assert len(names) == len(jobs)
     kept = {path.name for path in (folder / "files").iterdir()}
     assert names <= kept
-    assert len(kept - names) <= 9, "no more than what just ran when the process was killed"
-    until(lambda: {(job["id"], "image.job.succeeded") for job in jobs} == told(receiver))
+    assert len(kept - names) <= 9, "only images in progress at the kill may be left over"
+    until(lambda: {(job["id"], "image.job.succeeded") for job in jobs} == delivered(receiver))
 
 
-def told(receiver: Receiver) -> set[tuple[str, str]]:
-    """Of which job what."""
+def delivered(receiver: Receiver) -> set[tuple[str, str]]:
+    """Returns the job ID and the event type of each webhook."""
     return {(headers["webhook-id"], json.loads(body)["type"]) for headers, body in receiver.came}
 
 
@@ -104,7 +104,7 @@ def kill(process: psutil.Process) -> None:
     process.wait(20)
 
 
-def test_a_killed_ingress_finishes_what_it_had(
+def test_jobs_survive_a_killed_ingress(
     config: Callable[..., Path],
     receiver: Receiver,
     tmp_path: Path,
@@ -119,11 +119,11 @@ def test_a_killed_ingress_finishes_what_it_had(
         assert before["queued"] > 0
         (ingress,) = ingresses(running)
         kill(ingress)
-        jobs = client.until_all_are_made(ids)
+        jobs = client.wait_until_all_succeeded(ids)
         check(client, jobs, receiver, tmp_path, Upstream(tiny.cached()), seeds)
 
 
-def test_what_was_queued_when_the_server_was_stopped_is_made_after_the_next_start(
+def test_queued_jobs_survive_a_restart(
     config: Callable[..., Path],
     receiver: Receiver,
     tmp_path: Path,
@@ -134,17 +134,17 @@ def test_what_was_queued_when_the_server_was_stopped_is_made_after_the_next_star
         ids = [client.submit(seed) for seed in seeds]
         followed = pool.submit(client.follow, ids[-1])
         until(lambda: client.states(ids)["succeeded"] >= 2)
-    assert set(followed.result()) == {"event: queued"}, "who follows a job is let go, and holds up nothing"
+    assert set(followed.result()) == {"event: queued"}, "a stop must end event streams"
     with served(config()) as running:
         client = Client(running, receiver)
         assert client.states(ids)["queued"] > 0
-        jobs = client.until_all_are_made(ids)
+        jobs = client.wait_until_all_succeeded(ids)
         check(client, jobs, receiver, tmp_path, Upstream(tiny.cached()), seeds)
-        again = [line["message"] for job in jobs for line in job["log"] if "again" in line["message"]]
-        assert again == [], "stopping counts as no attempt"
+        restarts = [line["message"] for job in jobs for line in job["log"] if "again" in line["message"]]
+        assert restarts == [], "a stop does not count as an attempt"
 
 
-def test_of_two_ingresses_one_goes_on_when_the_other_is_killed(
+def test_jobs_of_a_killed_ingress_move_to_the_other_one(
     config: Callable[..., Path],
     receiver: Receiver,
     tmp_path: Path,
@@ -159,9 +159,9 @@ def test_of_two_ingresses_one_goes_on_when_the_other_is_killed(
             ids = list(pool.map(client.submit, seeds))
         until(lambda: client.states(ids)["succeeded"] >= 2)
         kill(ingresses(running)[0])
-        jobs = client.until_all_are_made(ids)
+        jobs = client.wait_until_all_succeeded(ids)
         check(client, jobs, receiver, tmp_path, Upstream(tiny.cached()), seeds)
-        began_again = [job for job in jobs if any("again" in line["message"] for line in job["log"])]
-        assert began_again, "the killed one had some"
-        late = max(job["ended_at"] for job in jobs) - min(job["started_at"] for job in jobs)
-        assert late < LEASE_S + 60
+        restarted = [job for job in jobs if any("again" in line["message"] for line in job["log"])]
+        assert restarted, "the killed ingress must have had running jobs"
+        duration_s = max(job["ended_at"] for job in jobs) - min(job["started_at"] for job in jobs)
+        assert duration_s < LEASE_S + 60

@@ -1,4 +1,4 @@
-"""Loading when somebody asks, unloading, models that cannot be loaded, and stopping: on real servers."""
+"""Loading on demand, unloading, load failures and stopping, on real servers."""
 
 import re
 import signal
@@ -49,7 +49,7 @@ def cold(client: Client) -> Client:
     return client
 
 
-def test_nothing_is_loaded_before_the_first_request_and_asking_loads_nothing(cold: Client) -> None:
+def test_status_requests_load_no_model(cold: Client) -> None:
     for path in ("/health", "/v1/internal/status", "/livez", "/readyz", "/v1/models", "/v1/internal/unload"):
         assert cold.get(path).status_code == 200
     assert cold.get("/health").json() == {
@@ -61,11 +61,11 @@ def test_nothing_is_loaded_before_the_first_request_and_asking_loads_nothing(col
     assert not cold.running.replicas("good")
 
 
-def is_on_its_way(client: Client, stage: str) -> bool:
+def is_loading(client: Client, stage: str) -> bool:
     return bool(0 <= client.stages("good")[stage].get("progress", -1) < 1)
 
 
-def test_a_first_request_loads_both_stages_together_and_waits_with_all_others(cold: Client) -> None:
+def test_first_requests_load_both_stages_concurrently(cold: Client) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(cold.ask, seed=seed) for seed in range(4)]
         seen = []
@@ -78,14 +78,14 @@ def test_a_first_request_loads_both_stages_together_and_waits_with_all_others(co
         until(lambda: cold.status()["queue_length"] == 4)
         assert cold.status()["status"] == "loading"
         for stage in ("prior", "decoder"):
-            until(partial(is_on_its_way, cold, stage))
+            until(partial(is_loading, cold, stage))
         assert [answer.result().status_code for answer in answers] == [200] * 4
     until(lambda: {stage["state"] for stage in cold.stages("good").values()} == {"ready"})
     assert cold.get("/health").json()["model_loaded"]
     assert cold.stages("broken") == UNLOADED
 
 
-def test_a_model_that_is_busy_is_not_unloaded_unless_that_is_asked_for(cold: Client) -> None:
+def test_a_busy_model_is_unloaded_only_by_force(cold: Client) -> None:
     assert cold.ask().status_code == 200
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(cold.ask, **LONG) for _ in range(2)]
@@ -130,7 +130,7 @@ def test_a_stream_that_fails_ends_with_an_error_event(cold: Client) -> None:
         sdk.close()
 
 
-def test_unloading_can_wait_for_what_is_running(cold: Client) -> None:
+def test_unloading_can_wait_for_running_requests(cold: Client) -> None:
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(cold.ask, seed=seed, num_inference_steps=20) for seed in range(2)]
         until(lambda: len(cold.status()["units"]) == 2)
@@ -147,13 +147,13 @@ def test_unloading_can_wait_for_what_is_running(cold: Client) -> None:
         ("model=nobody", 404, "There is no model 'nobody'"),
     ],
 )
-def test_a_mistake_in_what_to_unload_is_named(client: Client, query: str, status: int, message: str) -> None:
+def test_an_invalid_unload_request_is_rejected(client: Client, query: str, status: int, message: str) -> None:
     answer = client.get(f"/v1/internal/unload?{query}")
     assert answer.status_code == status
     assert message in answer.json()["error"]["message"]
 
 
-def test_a_model_that_cannot_be_loaded_says_why_and_harms_no_other(cold: Client) -> None:
+def test_a_load_failure_is_reported_and_affects_no_other_model(cold: Client) -> None:
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda seed: cold.ask(model="broken", seed=seed), range(10)))
     for answer in answers:
@@ -166,19 +166,19 @@ def test_a_model_that_cannot_be_loaded_says_why_and_harms_no_other(cold: Client)
         )
     until(lambda: cold.stages("broken")["prior"]["state"] == "failed")
     assert "is not a folder" in cold.stages("broken")["prior"]["reason"]
-    until(lambda: tries(cold) == 2)  # one of each stage, for all ten
+    until(lambda: load_failures(cold) == 2)  # one load of each stage for all ten requests
     before = cold.running.replicas("broken")
     assert cold.ask().status_code == 200
     assert cold.ask(model="broken").status_code == 500
-    until(lambda: tries(cold) == 3)
-    assert cold.running.replicas("broken") == before, "Serve has restarted them"
+    until(lambda: load_failures(cold) == 3)
+    assert cold.running.replicas("broken") == before, "Serve must not restart the replicas"
 
 
-def tries(client: Client) -> int:
+def load_failures(client: Client) -> int:
     return sum("loading failed" in line for line in client.running.log)
 
 
-def test_the_next_request_tries_to_load_again(cold: Client, folder: Path) -> None:
+def test_the_next_request_retries_the_load(cold: Client, folder: Path) -> None:
     assert cold.ask(model="broken").status_code == 500
     missing = folder / "nowhere"
     missing.symlink_to(tiny.cached())
@@ -188,7 +188,7 @@ def test_the_next_request_tries_to_load_again(cold: Client, folder: Path) -> Non
         missing.unlink()
 
 
-def test_a_stage_that_is_idle_goes_by_itself(client: Client) -> None:
+def test_an_idle_stage_is_unloaded(client: Client) -> None:
     assert client.ask(model="brief").status_code == 200
     assert client.running.replicas("brief")
     until(lambda: client.stages("brief") == UNLOADED)
@@ -200,25 +200,25 @@ def has_grown(count: Callable[[], int], before: int) -> bool:
 
 
 @pytest.mark.soak
-def test_scaling_up_and_down_loses_no_request(client: Client) -> None:
-    """A burst, and the next one as soon as replicas begin to go; in its midst there are to be more."""
+def test_scaling_up_and_down_fails_no_request(client: Client) -> None:
+    """Sends bursts of requests. A burst starts while replicas stop. At least one burst adds a replica."""
 
     def scalings(how: str) -> int:
         return sum("brief" in line and how in line for line in client.running.log)
 
     for _ in range(5):
-        gone = scalings("Downscaling")
+        before = scalings("Downscaling")
         with ThreadPoolExecutor(6) as pool:
             answers = list(
                 pool.map(lambda seed: client.ask(model="brief", seed=seed, num_inference_steps=20), range(6))
             )
         assert [answer.status_code for answer in answers] == [200] * 6
-        until(partial(has_grown, lambda: scalings("Downscaling"), gone))
+        until(partial(has_grown, lambda: scalings("Downscaling"), before))
     assert scalings("from 1 to 2") >= 1
 
 
 @pytest.mark.soak
-def test_a_further_replica_that_cannot_be_loaded_costs_no_request(tmp_path: Path) -> None:
+def test_a_load_failure_of_an_additional_replica_fails_no_request(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.symlink_to(tiny.cached())
     model = tiny_model("m", checkpoint=str(checkpoint), decoder={"max_replicas": 2})
@@ -227,17 +227,19 @@ def test_a_further_replica_that_cannot_be_loaded_costs_no_request(tmp_path: Path
         checkpoint.unlink()
         with ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(client.ask, seed=seed, num_inference_steps=60) for seed in range(8)]
-            until(lambda: tries(client) > 0)
+            until(lambda: load_failures(client) > 0)
             assert client.stages("m")["decoder"]["state"] in ("ready", "generating")
             assert [answer.result().status_code for answer in answers] == [200] * 8
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_twenty_rounds_leave_nothing_behind(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_unloading_leaks_no_process_and_no_memory(
+    client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
     reference = Upstream(tiny.cached())
     server = psutil.Process(client.running.process.pid)
-    took: list[float] = []
+    durations: list[float] = []
     processes: list[int] = []
     memory: list[float] = []
     for seed in range(20):
@@ -245,14 +247,14 @@ def test_twenty_rounds_leave_nothing_behind(client: Client, capsys: pytest.Captu
         assert np.array_equal(client.pixels(client.ask(seed=seed)), expected)
         began = time.monotonic()
         assert client.get("/v1/internal/unload").status_code == 200
-        took.append(time.monotonic() - began)
+        durations.append(time.monotonic() - began)
         until(lambda: not client.running.replicas("good"))
         family = server.children(recursive=True)
         processes.append(len(family))
         memory.append(sum(process.memory_info().rss for process in family if process.is_running()) / 2**20)
     with capsys.disabled():
         print(
-            f"\nunload: median {statistics.median(took):.2f} s, slowest {max(took):.2f} s; "
+            f"\nunload: median {statistics.median(durations):.2f} s, slowest {max(durations):.2f} s; "
             f"processes {processes}; MiB {[round(each) for each in memory]}"
         )
     assert statistics.median(processes[10:]) <= statistics.median(processes[:10])
@@ -260,7 +262,7 @@ def test_twenty_rounds_leave_nothing_behind(client: Client, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_that_is_told_to_stop_finishes_what_it_has(tmp_path: Path, sign: signal.Signals) -> None:
+def test_a_stop_signal_lets_accepted_requests_finish(tmp_path: Path, sign: signal.Signals) -> None:
     with served(config_file(tmp_path, [tiny_model("m")])) as running, Client(running) as client:
         assert client.ask().status_code == 200
         with ThreadPoolExecutor(8) as pool:
@@ -268,20 +270,20 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has(tmp_path: Path, sign
             until(lambda: len(client.status()["units"]) == 8)
             running.send_signal(sign)
             until(lambda: any("Stopping" in line for line in running.log))
-            late = first_refused(client)
+            rejected = first_refused(client)
             assert client.get("/readyz").status_code == 503
             assert client.get("/livez").status_code == 200
             assert [answer.result().status_code for answer in answers] == [200] * 8
-        assert late.status_code == 503
-        assert int(late.headers["retry-after"]) > 0
-        assert late.json()["error"]["code"] == "stopping"
+        assert rejected.status_code == 503
+        assert int(rejected.headers["retry-after"]) > 0
+        assert rejected.json()["error"]["code"] == "stopping"
         running.process.wait(60)
     assert running.log[-1].strip().endswith("Stopped.") or any(
         "Stopped." in line for line in running.log[-3:]
     )
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+def test_a_second_stop_signal_aborts_running_requests(tmp_path: Path) -> None:
     with served(config_file(tmp_path, [tiny_model("m")])) as running, Client(running) as client:
         assert client.ask().status_code == 200
         with ThreadPoolExecutor(1) as pool:

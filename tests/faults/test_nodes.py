@@ -1,4 +1,4 @@
-"""Several nodes, whose GPUs are made up: placing, a node that goes and comes back, updates, and draining."""
+"""Several nodes with simulated GPUs: placement, a lost node, updates and draining."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ GPU = {"deployment": {"ray_actor_options": {"num_cpus": 0, "num_gpus": 1}}}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without a GPU and two nodes of one each."""
+    """A head node without a GPU, and two nodes with one GPU each."""
     with (
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,
@@ -90,7 +90,7 @@ def test_each_stage_has_its_own_gpu(client: Client, cluster: Cluster) -> None:
     assert cluster.head_node not in nodes
 
 
-def test_a_server_whose_node_goes_and_comes_back_recovers_by_itself(client: Client, cluster: Cluster) -> None:
+def test_a_request_survives_the_loss_of_a_node(client: Client, cluster: Cluster) -> None:
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.ask, num_inference_steps=60)
         until(lambda: client.working() == ["decoder"])
@@ -107,7 +107,7 @@ def test_a_server_whose_node_goes_and_comes_back_recovers_by_itself(client: Clie
     assert client.ask().status_code == 200
 
 
-def test_a_demand_registry_that_dies_is_replaced_without_an_error(client: Client) -> None:
+def test_a_killed_demand_registry_is_replaced(client: Client) -> None:
     old = find_registry("app")
     assert old
     ray.kill(old)
@@ -120,7 +120,7 @@ def test_a_demand_registry_that_dies_is_replaced_without_an_error(client: Client
     assert client.ask().status_code == 200
 
 
-def test_an_update_of_the_configuration_loses_no_request(client: Client, tmp_path: Path) -> None:
+def test_a_configuration_update_fails_no_request(client: Client, tmp_path: Path) -> None:
     with ThreadPoolExecutor(9) as pool:
         before = [pool.submit(client.ask, seed=seed, num_inference_steps=8) for seed in range(4)]
         until(lambda: len(client.status()["units"]) == 4)
@@ -135,13 +135,13 @@ def test_an_update_of_the_configuration_loses_no_request(client: Client, tmp_pat
     assert client.ask(num_inference_steps=61).status_code == 400
 
 
-def test_too_few_gpus_are_told_at_once(client: Client, tmp_path: Path) -> None:
+def test_too_few_gpus_are_an_error_at_startup(client: Client, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="asks for 3 GPUs, and Ray finds 2"):
         build_app(config(tmp_path, models=[tiny_model("m", prior=GPU, decoder=GPU | {"max_replicas": 2})]))
 
 
-def test_draining_before_serve_shutdown_lets_requests_end(client: Client, cluster: Cluster) -> None:
-    """The last test here: afterwards the server takes nothing any more."""
+def test_draining_lets_accepted_requests_finish(client: Client, cluster: Cluster) -> None:
+    """Must run last: afterwards the server rejects all requests."""
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(client.ask, seed=seed, num_inference_steps=60) for seed in range(4)]
         until(lambda: len(client.status()["units"]) == 4)

@@ -1,4 +1,4 @@
-"""Too many requests, clients that leave, and replicas that die: on a real server of its own."""
+"""Overload, clients that disconnect and killed replicas, on a real server."""
 
 import os
 import signal
@@ -41,15 +41,15 @@ def replica(client: Client, stage: str) -> psutil.Process:
     return found
 
 
-def test_beyond_the_bound_requests_are_refused_at_once_and_the_others_are_made(client: Client) -> None:
-    """All of them come while the stages load, so that none makes room for another one."""
+def test_requests_beyond_max_pending_are_rejected_immediately(client: Client) -> None:
+    """All requests arrive while the stages load, so none finishes and makes room for another."""
     assert client.get("/v1/internal/unload").status_code == 200
     with ThreadPoolExecutor(MAX_PENDING + 40) as pool:
         answers = list(pool.map(lambda seed: client.ask(seed=seed), range(MAX_PENDING + 40)))
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert [answer.status_code for answer in answers if answer not in refused] == [200] * MAX_PENDING
-    assert len(refused) == 40
-    for answer in refused:
+    rejected = [answer for answer in answers if answer.status_code == 429]
+    assert [answer.status_code for answer in answers if answer not in rejected] == [200] * MAX_PENDING
+    assert len(rejected) == 40
+    for answer in rejected:
         assert 1 <= int(answer.headers["retry-after"]) <= 600
         assert answer.json()["error"]["code"] == "busy"
         assert answer.elapsed.total_seconds() < 5
@@ -57,63 +57,63 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_the_others_are_made(c
     assert client.ask(seed=1).status_code == 200
 
 
-def test_the_status_tells_how_far_each_image_is(client: Client) -> None:
+def test_the_status_reports_the_progress_of_each_image(client: Client) -> None:
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.ask, n=2, num_inference_steps=6, size="1024x1024")
         seen: list[Any] = []
 
-        def is_painting() -> bool:
+        def is_in_decoder() -> bool:
             seen.append(client.status())
             return any(unit["stage"] == "decoder" for unit in seen[-1]["units"])
 
-        until(is_painting)
+        until(is_in_decoder)
         assert answer.result().status_code == 200
     assert seen[-1]["status"] == "generating"
-    painting = next(unit for unit in seen[-1]["units"] if unit["stage"] == "decoder")
-    assert painting.keys() == {"request_id", "model", "stage", "done", "total", "seconds"}
-    assert (painting["model"], painting["total"]) == ("fragile", 6)
+    in_decoder = next(unit for unit in seen[-1]["units"] if unit["stage"] == "decoder")
+    assert in_decoder.keys() == {"request_id", "model", "stage", "done", "total", "seconds"}
+    assert (in_decoder["model"], in_decoder["total"]) == ("fragile", 6)
 
 
-def test_the_status_tells_where_a_request_is_by_the_id_that_its_client_has_chosen(client: Client) -> None:
+def test_the_status_contains_the_clients_request_id(client: Client) -> None:
     with ThreadPoolExecutor(12) as pool:
         others = [pool.submit(client.ask, seed=seed) for seed in range(11)]
         until(lambda: len(client.status()["units"]) == 11)
         mine = pool.submit(client.ask, request_id="mine")
         ahead: list[int] = []
 
-        def is_made() -> bool:
+        def is_in_decoder() -> bool:
             (unit,) = (unit for unit in client.status()["units"] if unit["request_id"] == "mine")
             if unit["stage"] == "waiting":
                 ahead.append(unit["ahead"])
             return bool(unit["stage"] == "decoder")
 
         until(lambda: any(unit["request_id"] == "mine" for unit in client.status()["units"]))
-        until(is_made)
+        until(is_in_decoder)
         assert [answer.result().status_code for answer in (*others, mine)] == [200] * 12
         assert mine.result().headers["x-request-id"] == "mine"
     assert ahead == sorted(ahead, reverse=True)
     assert ahead[0] > 0
 
 
-def hang_up(client: Client, after_s: float) -> None:
-    """Ask for something long, and leave: in the queue, in the prior, or at one of the decoder's steps."""
+def disconnect(client: Client, after_s: float) -> None:
+    """Sends a long request, and disconnects while it is queued, in the prior or in the decoder."""
     with pytest.raises(httpx.ReadTimeout):
         client.ask(size="1536x1536", num_inference_steps=100, timeout=httpx.Timeout(30, read=after_s))
 
 
-def test_clients_that_hang_up_stop_their_own_work_and_no_other(client: Client, reference: Upstream) -> None:
+def test_a_disconnect_aborts_only_the_clients_own_request(client: Client, reference: Upstream) -> None:
     seeds = range(200, 203)
-    moments = np.random.default_rng(0).uniform(0.05, 12, 12)
-    with ThreadPoolExecutor(len(moments) + len(seeds)) as pool:
-        leaving = [pool.submit(hang_up, client, after_s) for after_s in moments]
-        staying = [pool.submit(client.ask, seed=seed, num_inference_steps=4) for seed in seeds]
-        for one in leaving:
+    delays_s = np.random.default_rng(0).uniform(0.05, 12, 12)
+    with ThreadPoolExecutor(len(delays_s) + len(seeds)) as pool:
+        disconnecting = [pool.submit(disconnect, client, after_s) for after_s in delays_s]
+        others = [pool.submit(client.ask, seed=seed, num_inference_steps=4) for seed in seeds]
+        for one in disconnecting:
             one.result()
-        for seed, answer in zip(seeds, staying, strict=True):
+        for seed, answer in zip(seeds, others, strict=True):
             expected = reference("a boat", 512, 512, seed=seed, steps=4)
             assert np.array_equal(client.pixels(answer.result()), expected)
     until(lambda: not client.status()["units"])
-    # The stages are free at once: one of the units that were left would take a minute and more.
+    # The stages are free immediately. An abandoned unit would take more than a minute.
     assert client.ask(timeout=20).status_code == 200
 
 
@@ -121,7 +121,7 @@ def is_at(client: Client, stage: str) -> bool:
     return stage in client.working()
 
 
-def test_replicas_that_die_cost_time_and_nothing_else(client: Client) -> None:
+def test_requests_survive_killed_replicas(client: Client) -> None:
     seeds = range(1000, 1050)
     with ThreadPoolExecutor(len(seeds)) as pool:
         undisturbed = list(pool.map(lambda seed: client.pixels(client.ask(seed=seed)), seeds))
@@ -134,13 +134,13 @@ def test_replicas_that_die_cost_time_and_nothing_else(client: Client) -> None:
             assert np.array_equal(client.pixels(answer.result()), expected)
 
 
-def test_a_replica_that_dies_twice_is_an_error_that_is_not_worth_a_retry(client: Client) -> None:
+def test_a_second_killed_replica_fails_the_request(client: Client) -> None:
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.ask, seed=7, size="2048x2048")
         for _ in range(2):
             until(lambda: client.working() == ["prior"])
             os.kill(replica(client, "prior").pid, signal.SIGKILL)
-            until(lambda: client.working() != ["prior"])  # waiting for the next replica, or given up
+            until(lambda: client.working() != ["prior"])  # it waits for the next replica, or has failed
         result = answer.result()
     assert result.status_code == 500
     assert result.headers["x-should-retry"] == "false"

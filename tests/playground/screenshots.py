@@ -18,8 +18,8 @@ from tests.serve.conftest import served
 def take(visit: Visit, name: Path, *, full_page: bool) -> None:
     """Takes the screenshots of one visit."""
 
-    def shot(what: str) -> None:
-        visit.page.screenshot(path=f"{name}-{what}.png", full_page=full_page and what in ("prior", "decoder"))
+    def shot(view: str) -> None:
+        visit.page.screenshot(path=f"{name}-{view}.png", full_page=full_page and view in ("prior", "decoder"))
 
     visit.open()
     shot("empty")

@@ -29,11 +29,11 @@ def test_the_page_is_accessible(browser: Browser, url: str, scheme: str, size: s
     with visiting(browser, url, color_scheme=scheme, viewport=SIZES[size]) as visit:
         visit.open()
         assert problems(visit.page) == []
-        look(visit, f"boats in {scheme}, at {size} size")
+        check_all_parts(visit, f"boats in {scheme}, at {size} size")
 
 
-def look(visit: Visit, prompt: str) -> None:
-    """Opens every part of the page, and checks each."""
+def check_all_parts(visit: Visit, prompt: str) -> None:
+    """Opens every part of the page, and checks it for accessibility problems."""
     page = visit.page
     page.click("#state")
     assert problems(page) == []

@@ -13,16 +13,16 @@ from tests.serve.conftest import until
 pytestmark = pytest.mark.slow
 
 
-def test_an_image_is_watched_while_it_is_made(visit: Visit) -> None:
+def test_a_card_shows_the_progress_of_its_image(visit: Visit) -> None:
     card = visit.generate("a boat that is watched", num_inference_steps=60, size="1024x1024", seed=7)
-    look = """card => [
+    read_card = """card => [
       ...[...card.querySelectorAll("progress")].map((bar) => bar.value),
       card.querySelector(".words").innerText,
       card.querySelector("img").getAttribute("src"),
       card.dataset.state,
     ]"""
     seen = []
-    while (now := card.evaluate(look))[-1] == "running":
+    while (now := card.evaluate(read_card))[-1] == "running":
         seen.append(now)
     assert now[-1] == "made"
     for values in ([prior for prior, *_ in seen], [decoder for _, decoder, *_ in seen]):
@@ -132,7 +132,7 @@ def test_errors_of_the_event_stream_do_not_lose_a_request(visit: Visit, status: 
     expect(card.locator(".trouble")).to_be_empty()
 
 
-def test_many_requests_run_side_by_side(visit: Visit) -> None:
+def test_many_requests_run_concurrently(visit: Visit) -> None:
     """A browser opens six connections to a server. Following six jobs would use them all."""
     cards = [visit.generate(f"boat number {number:02}", seed=100 + number, **SLOW) for number in range(12)]
     visit.until(cards[-1], lambda words: words.startswith(("Queued: ", "Next in the queue")))
@@ -146,7 +146,7 @@ def test_many_requests_run_side_by_side(visit: Visit) -> None:
         expect(card.locator(".words")).to_have_text("Cancelled.")
 
 
-def test_unloading_asks_before_it_cancels_running_images(visit: Visit) -> None:
+def test_unloading_requires_a_confirmation_to_cancel_running_images(visit: Visit) -> None:
     visit.expected += ["the server responded with a status of 409"]
     card = visit.generate("a boat that is stopped", **SLOW)
     visit.until(card, lambda words: words.startswith("Painting"))

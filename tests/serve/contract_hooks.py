@@ -1,4 +1,4 @@
-"""For schemathesis: images where the OpenAPI document says so."""
+"""Hooks for schemathesis. They supply values for the formats of the OpenAPI document."""
 
 import base64
 import io
@@ -23,12 +23,12 @@ FILES = st.builds(_file, st.sampled_from(["PNG", "JPEG", "WEBP"]), st.integers(0
 
 schemathesis.openapi.format("binary", FILES)
 schemathesis.openapi.format("uri", FILES.map(_data_url))
-# An address, so that nothing is looked up. Nobody listens at this port, and a public one is not to be told.
 schemathesis.openapi.format("image-size", st.sampled_from(["auto", "512x512"]))
+# A local IP address needs no DNS lookup and contacts no public host. No server listens on this port.
 schemathesis.openapi.format("webhook", st.just("http://127.0.0.1:9/hook"))
 
 
 @schemathesis.hook
 def filter_case(_: schemathesis.HookContext, case: schemathesis.Case[Any]) -> bool:
-    """Leave out what breaks one of two alternatives and is to be refused for it: the other one may hold."""
+    """Skips cases that break one of two alternatives. The other alternative may still accept them."""
     return case.meta is None or "/anyOf/" not in (case.meta.phase.data.location or "")

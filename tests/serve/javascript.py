@@ -1,4 +1,4 @@
-"""Runs the tests of JavaScript clients, which are written for node's own runner."""
+"""Runs the tests of JavaScript clients with Node's own test runner."""
 
 import os
 import re
@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parent / "js"
 
 
 def passed(file: str, tests: int, **environment: str) -> str:
-    """Run a file's tests; what it has printed when all of so many have passed."""
+    """Runs a file with this number of tests, checks that all pass, and returns the output."""
     run = subprocess.run(
         ["node", "--test", "--test-reporter=tap", file],
         cwd=FOLDER,

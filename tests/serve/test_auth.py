@@ -1,4 +1,4 @@
-"""Who is let in: by key, in three kinds of headers, on every route but a few; and before a body is read."""
+"""Authentication by key, in several headers. The server checks the key before it reads a body."""
 
 import hashlib
 import socket
@@ -16,7 +16,7 @@ import pytest
 from serve_app.http.auth import presented_keys
 from tests.serve.conftest import Guarded
 
-OPEN = {
+PUBLIC = {
     "/health",
     "/livez",
     "/readyz",
@@ -34,28 +34,28 @@ def http(guarded: Guarded) -> Iterator[httpx.Client]:
         yield http
 
 
-def test_every_route_but_the_open_ones_wants_a_key(http: httpx.Client) -> None:
+def test_every_route_except_public_ones_requires_a_key(http: httpx.Client) -> None:
     paths: dict[str, Any] = http.get("/openapi.json").json()["paths"]
     routes = [(path, method) for path, operations in paths.items() for method in operations]
     assert len(routes) >= 11
-    asked = [(path, http.request(method, path.replace("{name}", "x"))) for path, method in routes]
-    for path, answer in asked:
-        if path in OPEN:
+    answers = [(path, http.request(method, path.replace("{name}", "x"))) for path, method in routes]
+    for path, answer in answers:
+        if path in PUBLIC:
             assert answer.status_code in (200, 404, 422), path
         else:
             assert answer.status_code == 401, path
             assert answer.headers["www-authenticate"] == "Bearer"
     assert http.get("/openapi.yaml").status_code == 200
-    assert http.get("/").status_code == 200  # the playground, which asks for the key itself
+    assert http.get("/").status_code == 200  # the playground page asks for the key itself
 
 
 @pytest.mark.parametrize(
     "path",
     ["/nowhere", "/v1/../health", "/files/../v1/models", "/playground/../v1/models", "/HEALTH", "//health"],
 )
-def test_what_is_not_listed_as_open_is_closed(guarded: Guarded, path: str) -> None:
+def test_unlisted_paths_require_a_key(guarded: Guarded, path: str) -> None:
     with closing(HTTPConnection(guarded.url.removeprefix("http://"), timeout=10)) as connection:
-        connection.request("GET", path)  # just so; httpx would tidy it up
+        connection.request("GET", path)  # httpx would normalize the path
         assert connection.getresponse().status == 401
 
 
@@ -68,7 +68,7 @@ def test_what_is_not_listed_as_open_is_closed(guarded: Guarded, path: str) -> No
         {"Ocp-Apim-Subscription-Key": "{key}"},
     ],
 )
-def test_a_key_may_come_in_any_of_three_headers(
+def test_a_key_is_accepted_in_each_supported_header(
     http: httpx.Client, guarded: Guarded, header: dict[str, str]
 ) -> None:
     for key in (guarded.key, guarded.other_key):
@@ -94,16 +94,16 @@ def test_a_key_may_come_in_any_of_three_headers(
         {"Ocp-Apim-Subscription-Key": ""},
     ],
 )
-def test_a_key_that_comes_otherwise_is_none(
+def test_a_key_in_an_unsupported_form_is_rejected(
     http: httpx.Client, guarded: Guarded, header: dict[str, str]
 ) -> None:
-    words = {"key": guarded.key, "sha256": hashlib.sha256(guarded.key.encode()).hexdigest()}
-    sent = {name: value.format(**words) for name, value in header.items()}
+    values = {"key": guarded.key, "sha256": hashlib.sha256(guarded.key.encode()).hexdigest()}
+    sent = {name: value.format(**values) for name, value in header.items()}
     assert http.get("/v1/models", headers=sent).status_code == 401
     assert http.get("/v1/models", params={"key": guarded.key, "api_key": guarded.key}).status_code == 401
 
 
-def test_without_a_key_nothing_of_a_body_is_read(guarded: Guarded) -> None:
+def test_a_missing_key_is_rejected_before_the_body_is_read(guarded: Guarded) -> None:
     host, port = guarded.url.removeprefix("http://").split(":")
     for headers in ("Content-Length: 10000000", "Transfer-Encoding: chunked"):
         with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -112,13 +112,13 @@ def test_without_a_key_nothing_of_a_body_is_read(guarded: Guarded) -> None:
             assert connection.recv(100).startswith(b"HTTP/1.1 401")
 
 
-def test_a_header_of_nothing_much_is_read_at_once() -> None:
-    """A regular expression could take hours over it."""
+def test_long_headers_are_parsed_quickly() -> None:
+    """A regular expression could take hours to match these headers."""
     for value in (b"Bearer" + b" " * 2**20, b"Bearer " + b"x " * 2**19, b" " * 2**20):
         assert len(presented_keys([(b"authorization", value)])) <= 1
 
 
-def test_the_openai_client_says_what_is_wrong(guarded: Guarded) -> None:
+def test_the_openai_client_raises_an_authentication_error(guarded: Guarded) -> None:
     with (
         openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong") as sdk,
         pytest.raises(openai.AuthenticationError, match="The API key is not known here"),
@@ -126,7 +126,7 @@ def test_the_openai_client_says_what_is_wrong(guarded: Guarded) -> None:
         sdk.images.generate(prompt="a boat")
 
 
-def test_a_key_is_made_by_a_command() -> None:
+def test_a_command_creates_a_key() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "serve_app", "keys", "new", "alice"],
         capture_output=True,

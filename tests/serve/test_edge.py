@@ -1,4 +1,4 @@
-"""The edge of a guarded server: slow bodies, shares of keys, files in parts, and what its log says."""
+"""A server with keys and tight limits: slow bodies, rate limits, range requests and logs."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ def http(guarded: Guarded) -> Iterator[httpx.Client]:
         yield http
 
 
-def test_a_body_that_drips_in_is_not_waited_for(guarded: Guarded) -> None:
+def test_a_slow_body_times_out(guarded: Guarded) -> None:
     host, port = guarded.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         head = [
@@ -55,13 +55,13 @@ def test_a_body_that_drips_in_is_not_waited_for(guarded: Guarded) -> None:
         assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
-def test_a_body_in_time_leaves_all_the_time_for_its_images(http: httpx.Client) -> None:
+def test_the_body_timeout_does_not_limit_generation(http: httpx.Client) -> None:
     answer = http.post("/v1/images/generations", json=SMALL | {"num_inference_steps": 60})
     assert answer.status_code == 200
-    assert answer.elapsed.total_seconds() > BODY_TIMEOUT_S, "too fast to show anything"
+    assert answer.elapsed.total_seconds() > BODY_TIMEOUT_S, "the request must outlast the body timeout"
 
 
-def test_who_has_used_up_a_share_is_told_when_to_come_back(guarded: Guarded) -> None:
+def test_a_rate_limited_client_gets_a_retry_after_header(guarded: Guarded) -> None:
     guarded.use_up_other_key()
     with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.other_key, max_retries=0) as sdk:
         with pytest.raises(openai.RateLimitError) as caught:
@@ -73,7 +73,7 @@ def test_who_has_used_up_a_share_is_told_when_to_come_back(guarded: Guarded) -> 
         sdk.images.generate(prompt="a boat", size="512x512", extra_body={"num_inference_steps": 2})
 
 
-def test_more_work_than_one_request_may_have_is_refused_with_the_sum(http: httpx.Client) -> None:
+def test_a_request_above_max_megapixel_steps_is_rejected(http: httpx.Client) -> None:
     answer = http.post("/v1/images/generations", json={"prompt": "a boat", "n": 10})
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -90,47 +90,47 @@ def test_more_work_than_one_request_may_have_is_refused_with_the_sum(http: httpx
         (openai.InternalServerError, 500, {"prompt": "a boat", "model": "broken", "size": "512x512"}),
     ],
 )
-def test_the_openai_client_raises_what_belongs_to_each_status(
+def test_the_openai_client_raises_the_error_of_each_status(
     guarded: Guarded, kind: type[openai.APIStatusError], status: int, fields: dict[str, str]
 ) -> None:
-    """With its own retries, which a failed generation is to stop."""
+    """The client's own retries are on. The server must prevent them after a failed generation."""
     with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.key) as sdk:
         with pytest.raises(kind) as caught:
             sdk.images.generate(**fields, extra_headers={"X-Request-ID": f"tried-{status}"})  # type: ignore[call-overload]
         assert caught.value.status_code == status
         assert caught.value.request_id == f"tried-{status}"
-        until(lambda: tries(guarded, f"tried-{status}") > 0)
-        assert tries(guarded, f"tried-{status}") == 1
+        until(lambda: attempts(guarded, f"tried-{status}") > 0)
+        assert attempts(guarded, f"tried-{status}") == 1
 
 
-def tries(guarded: Guarded, request_id: str) -> int:
+def attempts(guarded: Guarded, request_id: str) -> int:
     return sum(
         line.get("request_id") == request_id and "route" in line for line in guarded.running.log_lines()
     )
 
 
-def test_a_file_can_be_had_in_parts(http: httpx.Client) -> None:
+def test_files_support_range_requests(http: httpx.Client) -> None:
     (image,) = http.post("/v1/images/generations", json=SMALL).json()["data"]
     whole = http.get(image["url"])
     data, size = whole.content, len(whole.content)
     assert whole.headers["accept-ranges"] == "bytes"
-    for asked, start, end in (
+    for requested, start, end in (
         ("0-99", 0, 100),
         (f"100-{size * 2}", 100, size),
         ("1000-", 1000, size),
         ("-10", size - 10, size),
     ):
-        part = http.get(image["url"], headers={"Range": f"bytes={asked}"})
+        part = http.get(image["url"], headers={"Range": f"bytes={requested}"})
         assert part.status_code == 206
         assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{size}"
         assert part.headers["content-type"] == "image/png"
         assert part.content == data[start:end]
-    for beyond in (f"{size}-", "-0"):
-        refused = http.get(image["url"], headers={"Range": f"bytes={beyond}"})
-        assert refused.status_code == 416
-        assert refused.headers["content-range"] == f"bytes */{size}"
-        assert refused.json()["error"]["message"]
-    for unclear in (
+    for unsatisfiable in (f"{size}-", "-0"):
+        rejected = http.get(image["url"], headers={"Range": f"bytes={unsatisfiable}"})
+        assert rejected.status_code == 416
+        assert rejected.headers["content-range"] == f"bytes */{size}"
+        assert rejected.json()["error"]["message"]
+    for invalid in (
         "bytes=5-1",
         "bytes=-",
         "bytes=0-1,5-6",
@@ -138,7 +138,7 @@ def test_a_file_can_be_had_in_parts(http: httpx.Client) -> None:
         "bytes=a-b",
         "bytes=" + "9" * 5000 + "-",
     ):
-        answer = http.get(image["url"], headers={"Range": unclear})
+        answer = http.get(image["url"], headers={"Range": invalid})
         assert (answer.status_code, answer.content) == (200, data)
     changed = http.get(image["url"], headers={"Range": "bytes=0-9", "If-Range": '"other"'})
     assert changed.content == data
@@ -150,7 +150,7 @@ def test_a_file_can_be_had_in_parts(http: httpx.Client) -> None:
     assert head.headers["content-length"] == str(size)
 
 
-def test_every_request_has_a_line_of_json_that_explains_it(http: httpx.Client, guarded: Guarded) -> None:
+def test_each_request_is_logged_as_json(http: httpx.Client, guarded: Guarded) -> None:
     assert (
         http.post("/v1/images/generations", json=SMALL, headers={"X-Request-ID": "explained"}).status_code
         == 200
@@ -181,16 +181,16 @@ def test_every_request_has_a_line_of_json_that_explains_it(http: httpx.Client, g
     assert refused["error"] == "model_not_found"
 
 
-def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guarded: Guarded) -> None:
+def test_logs_contain_no_prompt_image_key_or_path(http: httpx.Client, guarded: Guarded) -> None:
     file = io.BytesIO()
     Image.effect_noise((64, 64), 80).save(file, "PNG")
     picture = file.getvalue()
     fields = {"prompt": f"a {CANARY}", "size": "512x512", "num_inference_steps": "2"}
-    shown = SMALL | {"response_format": "b64_json"}
+    inline = SMALL | {"response_format": "b64_json"}
     sent = base64.b64encode(picture).decode()
     by_url = {"prompt": "a boat", "num_inference_steps": 2, "size": "512x512"}
-    asked = [
-        http.post("/v1/images/generations", json=shown | {"prompt": f"a {CANARY}"}),
+    answers = [
+        http.post("/v1/images/generations", json=inline | {"prompt": f"a {CANARY}"}),
         http.post("/v1/images/generations", json=SMALL | {"prompt": f"a {CANARY}", "model": "broken"}),
         http.post("/v1/images/generations", json=SMALL | {CANARY: CANARY}),
         http.post("/v1/images/generations", json=SMALL | {"model": CANARY}),
@@ -219,9 +219,9 @@ def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guar
         http.get(f"/v1/images/jobs/{CANARY}"),
         http.get("/v1/models", headers={"Authorization": f"Bearer {CANARY}"}),
     ]
-    job = asked[-4].json()["id"]
+    job = answers[-4].json()["id"]
     until(lambda: http.get(f"/v1/images/jobs/{job}").json()["status"] == "succeeded")
-    assert [answer.status_code for answer in asked] == [
+    assert [answer.status_code for answer in answers] == [
         *(200, 500, 400, 404, 400),
         *(200, 400, 400, 200, 400),
         *(404, 404, 404),
@@ -233,7 +233,7 @@ def test_no_log_holds_a_prompt_an_image_a_key_or_a_path(http: httpx.Client, guar
         if log.is_file():
             written += log.read_text(errors="replace")
     assert "POST /v1/images/generations 200" in written
-    received = asked[0].json()["data"][0]["b64_json"]
+    received = answers[0].json()["data"][0]["b64_json"]
     images = (sent[100:150], received[1000:1050], repr(picture[50:70])[2:-1])
     for secret in (CANARY, guarded.key, guarded.other_key, *images):
         found = re.search(f".*{re.escape(secret)}.*", written)

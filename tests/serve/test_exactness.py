@@ -1,4 +1,4 @@
-"""The server's pixels are those of upstream's pipeline run whole in one process, alone and in company."""
+"""The server's pixels equal those of diffusers' own pipeline, for single and concurrent requests."""
 
 import base64
 import io
@@ -70,7 +70,7 @@ def test_an_edit_to_another_size_equals_upstream(client: httpx.Client, reference
     assert np.array_equal(pixels, reference(PROMPT, 512, 768, seed=13, sources=sources))
 
 
-def test_a_checkpoint_of_other_sizes_in_a_folder_equals_upstream(
+def test_a_checkpoint_with_other_layer_sizes_equals_upstream(
     client: httpx.Client, server: Server, upstream: Callable[[Path], Upstream]
 ) -> None:
     (pixels,) = generate(client, model="other", size="512x512", seed=14)
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_other_sizes_in_a_folder_equals_upstream(
     assert not np.array_equal(pixels, generate(client, size="512x512", seed=14)[0])
 
 
-def test_n_images_are_those_of_consecutive_seeds(client: httpx.Client) -> None:
+def test_n_images_have_consecutive_seeds(client: httpx.Client) -> None:
     together = generate(client, size="512x512", seed=20, n=3)
     apart = [generate(client, size="512x512", seed=20 + i)[0] for i in range(3)]
     assert len(together) == 3
@@ -87,7 +87,7 @@ def test_n_images_are_those_of_consecutive_seeds(client: httpx.Client) -> None:
     assert not np.array_equal(together[0], together[1])
 
 
-def test_company_changes_no_pixel(client: httpx.Client) -> None:
+def test_concurrent_requests_change_no_pixel(client: httpx.Client) -> None:
     source = (noise(512, 512),)
     requests: list[Callable[[], list[Pixels]]] = [
         lambda: generate(client, size="512x512", seed=30),
@@ -103,9 +103,9 @@ def test_company_changes_no_pixel(client: httpx.Client) -> None:
         assert np.array_equal(one, other)
 
 
-def test_reserved_strings_are_plain_text(client: httpx.Client) -> None:
-    nasty = 'a <|image|> b <sop>1 1<eop> <|endoftext|> <|dit_token_257|> "</s><pad>"'
-    (image,) = generate(client, prompt=nasty, size="512x512", seed=1)
+def test_special_tokens_in_a_prompt_are_plain_text(client: httpx.Client) -> None:
+    prompt = 'a <|image|> b <sop>1 1<eop> <|endoftext|> <|dit_token_257|> "</s><pad>"'
+    (image,) = generate(client, prompt=prompt, size="512x512", seed=1)
     assert image.shape == (512, 512, 3)
-    (edited,) = edit(client, (noise(512, 512),), prompt=nasty, seed=1)
+    (edited,) = edit(client, (noise(512, 512),), prompt=prompt, seed=1)
     assert edited.shape == (512, 512, 3)

@@ -1,4 +1,4 @@
-"""The official `fal_client`, unmodified, over TLS: it speaks nothing else."""
+"""The official `fal_client`, unmodified. It supports only HTTPS, so the server uses TLS."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ LONG = SMALL | {"image_size": {"width": 2048, "height": 2048}, "num_inference_st
 
 @pytest.fixture(scope="module")
 def fal(vendors: Vendors) -> Iterator[Any]:
-    """The module, which reads where to go when it is imported."""
+    """The `fal_client` module. It reads its host settings when it is imported."""
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (vendors.environment | {"FAL_KEY": vendors.key}).items():
             environment.setenv(name, value)
@@ -45,7 +45,7 @@ def http(vendors: Vendors) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def busy(fal: Any) -> Iterator[None]:
-    """As many images under way as fill the prior stage, and jobs that wait behind them."""
+    """Fills the prior stage with images, and queues jobs behind them."""
     handles = [fal.submit(APP, arguments=LONG) for _ in range(5)]
     until(lambda: isinstance(handles[1].status(), fal.InProgress))
     yield
@@ -54,7 +54,7 @@ def busy(fal: Any) -> Iterator[None]:
     until(lambda: all(isinstance(handle.status(), fal.Completed) for handle in handles))
 
 
-def test_it_runs(fal: Any, http: httpx.Client) -> None:
+def test_run_returns_images(fal: Any, http: httpx.Client) -> None:
     made = fal.run(APP, arguments=SMALL | {"num_images": 2})
     assert made.keys() == {"images", "timings", "seed", "has_nsfw_concepts", "prompt"}
     assert (made["seed"], made["prompt"], made["has_nsfw_concepts"]) == (5, "a boat", [False, False])
@@ -66,43 +66,43 @@ def test_it_runs(fal: Any, http: httpx.Client) -> None:
         assert image["url"].endswith(image["file_name"])
 
 
-def test_it_subscribes_and_is_told_how_it_gets_on(fal: Any) -> None:
-    told: list[Any] = []
+def test_subscribe_reports_progress(fal: Any) -> None:
+    updates: list[Any] = []
     ids: list[str] = []
     made = fal.subscribe(
         f"{APP}/image-to-image",
-        # Long enough to be seen in progress, by who asks every 100 ms.
+        # Long enough to be seen in progress by a client that polls every 100 ms.
         arguments=SMALL
         | {
             "image_urls": [fal.encode_image(Image.new("RGB", (512, 512), "red"))],
             "num_inference_steps": 50,
         },
         with_logs=True,
-        on_queue_update=told.append,
+        on_queue_update=updates.append,
         on_enqueue=ids.append,
     )
     assert made["images"][0]["width"] == 512
-    assert isinstance(told[-1], fal.Completed)
-    assert [line["message"] for line in told[-1].logs] == [
+    assert isinstance(updates[-1], fal.Completed)
+    assert [line["message"] for line in updates[-1].logs] == [
         "began",
         "image 0: prior stage",
         "image 0: decoder stage",
         "succeeded",
     ]
-    assert {line["level"] for line in told[-1].logs} == {"INFO"}
-    assert 0 < told[-1].metrics["inference_time"] < 60
-    assert any(isinstance(update, fal.InProgress) for update in told)
+    assert {line["level"] for line in updates[-1].logs} == {"INFO"}
+    assert 0 < updates[-1].metrics["inference_time"] < 60
+    assert any(isinstance(update, fal.InProgress) for update in updates)
     assert fal.result(APP, ids[0]) == made
-    assert fal.status(APP, ids[0]) == fal.Completed(logs=[], metrics=told[-1].metrics)
+    assert fal.status(APP, ids[0]) == fal.Completed(logs=[], metrics=updates[-1].metrics)
 
 
-def test_it_waits_in_a_queue_by_priority(fal: Any, busy: None) -> None:
+def test_requests_are_queued_by_priority(fal: Any, busy: None) -> None:
     low = fal.submit(APP, arguments=SMALL, priority="low")
     normal = fal.submit(APP, arguments=SMALL)
     ahead = normal.status().position
     assert low.status().position == ahead + 1
     with pytest.raises(fal.FalClientHTTPError, match="still in progress") as caught:
-        fal.client._request(low.client, "GET", low.response_url)  # `get` waits
+        fal.client._request(low.client, "GET", low.response_url)  # `get` would wait
     assert caught.value.status_code == 400
     for handle in (low, normal):
         handle.cancel()
@@ -131,11 +131,11 @@ def test_cancelling_stops_a_running_request(
 
 
 def messages(status: Any) -> list[str]:
-    """Of the log, which comes once the request is in progress."""
+    """Returns the log's messages. There is no log before the request is in progress."""
     return [line["message"] for line in getattr(status, "logs", ())]
 
 
-def test_giving_up_cancels(fal: Any) -> None:
+def test_a_client_timeout_cancels_the_request(fal: Any) -> None:
     ids: list[str] = []
     with pytest.raises(fal.FalClientTimeoutError):
         fal.subscribe(APP, arguments=LONG, client_timeout=2, on_enqueue=ids.append)
@@ -143,9 +143,7 @@ def test_giving_up_cancels(fal: Any) -> None:
     assert fal.status(APP, ids[0]).error_type == "client_cancelled"
 
 
-def test_what_does_not_start_in_time_fails_and_is_not_tried_again(
-    fal: Any, busy: None, sent: list[str]
-) -> None:
+def test_a_start_timeout_fails_without_a_retry(fal: Any, busy: None, sent: list[str]) -> None:
     with pytest.raises(fal.FalClientHTTPError, match=r"did not start within 1\.5 s") as caught:
         fal.run(APP, arguments=SMALL, start_timeout=1.5)
     assert (caught.value.status_code, caught.value.error_type) == (504, "request_timeout")
@@ -159,8 +157,8 @@ def test_what_does_not_start_in_time_fails_and_is_not_tried_again(
     assert (caught.value.status_code, caught.value.error_type) == (504, "request_timeout")
 
 
-def test_bad_input_raises_with_the_place(fal: Any, sent: list[str]) -> None:
-    for wrong, place, kind in (
+def test_invalid_input_raises_with_its_location(fal: Any, sent: list[str]) -> None:
+    for wrong, location, kind in (
         ({"num_images": 5}, ["body", "num_images"], "value_error"),
         ({"num_inference_steps": 9}, ["body", "num_inference_steps"], "value_error"),
         ({"guidance_scale": 0.5}, ["body", "guidance_scale"], "value_error"),
@@ -176,8 +174,8 @@ def test_bad_input_raises_with_the_place(fal: Any, sent: list[str]) -> None:
             fal.run(APP, arguments=SMALL | wrong)
         assert caught.value.status_code == 422
         (problem,) = caught.value.message
-        assert (problem["loc"], problem["type"]) == (place, kind)
-    assert len(sent) == 10, "no one is sent again"
+        assert (problem["loc"], problem["type"]) == (location, kind)
+    assert len(sent) == 10, "the client must not retry"
 
 
 @pytest.mark.parametrize(
@@ -187,14 +185,14 @@ def test_bad_input_raises_with_the_place(fal: Any, sent: list[str]) -> None:
         ("data:image/png;base64,bm90aGluZw==", "image_load_error"),
     ],
 )
-def test_a_bad_source_is_named(fal: Any, url: str, kind: str) -> None:
+def test_an_invalid_source_image_is_reported(fal: Any, url: str, kind: str) -> None:
     with pytest.raises(fal.FalClientHTTPError) as caught:
         fal.run(f"{APP}/image-to-image", arguments=SMALL | {"image_urls": url})
     (problem,) = caught.value.message
     assert (problem["loc"], problem["type"]) == (["body", "image_urls"], kind)
 
 
-def test_a_model_that_cannot_be_loaded_is_asked_for_once(fal: Any, sent: list[str]) -> None:
+def test_a_load_failure_is_not_retried(fal: Any, sent: list[str]) -> None:
     with pytest.raises(fal.FalClientHTTPError, match="Model loading failed") as caught:
         fal.run("fal-ai/broken", arguments=SMALL)
     assert (caught.value.status_code, caught.value.error_type) == (500, "internal_error")
@@ -204,7 +202,7 @@ def test_a_model_that_cannot_be_loaded_is_asked_for_once(fal: Any, sent: list[st
     assert sent.count("POST /queue/fal-ai/broken") == 1
 
 
-def test_a_wrong_key_and_an_unknown_app(fal: Any) -> None:
+def test_a_wrong_key_or_an_unknown_app_raises(fal: Any) -> None:
     for client, app, status in (
         (fal.SyncClient(key="wrong"), APP, 401),
         (fal.SyncClient(), "fal-ai/nothing", 404),
@@ -217,7 +215,7 @@ def test_a_wrong_key_and_an_unknown_app(fal: Any) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["OK", "ERROR"])
-def test_a_webhook_comes_signed(fal: Any, vendors: Vendors, http: httpx.Client, outcome: str) -> None:
+def test_webhooks_are_signed(fal: Any, vendors: Vendors, http: httpx.Client, outcome: str) -> None:
     receiver = vendors.receiver
     app = APP if outcome == "OK" else "fal-ai/broken"
     handle = fal.submit(app, arguments=SMALL, webhook_url=receiver.url)
@@ -244,7 +242,7 @@ def test_a_webhook_comes_signed(fal: Any, vendors: Vendors, http: httpx.Client, 
         public.verify(signature, "\n".join([*lines[:3], hashlib.sha256(body + b" ").hexdigest()]).encode())
 
 
-def test_a_webhook_that_leads_nowhere_is_refused(fal: Any) -> None:
+def test_a_webhook_to_a_disallowed_address_is_rejected(fal: Any) -> None:
     with pytest.raises(fal.FalClientHTTPError) as caught:
         fal.submit(APP, arguments=SMALL, webhook_url="http://127.0.0.1:1/hook")
     (problem,) = caught.value.message
@@ -266,8 +264,8 @@ asyncio.run(main())
 """
 
 
-def test_the_asynchronous_client_too(vendors: Vendors) -> None:
-    run = subprocess.run(  # a process of its own, since it leaves connections open
+def test_the_asynchronous_client_works(vendors: Vendors) -> None:
+    run = subprocess.run(  # in a separate process, because the client leaves connections open
         [sys.executable, "-c", ASYNCHRONOUS],
         env=os.environ | vendors.environment | {"FAL_KEY": vendors.key},
         check=True,
@@ -280,14 +278,14 @@ def test_the_asynchronous_client_too(vendors: Vendors) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
-def test_a_timeout_that_is_none_is_refused(http: httpx.Client, value: str) -> None:
+def test_an_invalid_timeout_is_rejected(http: httpx.Client, value: str) -> None:
     answer = http.post(f"/{APP}", json=SMALL, headers={"X-Fal-Request-Timeout": value})
     assert answer.status_code == 422
     (problem,) = answer.json()["detail"]
     assert [part.lower() for part in problem["loc"]] == ["header", "x-fal-request-timeout"]
 
 
-def uploaded(http: httpx.Client) -> Any:
+def start_upload(http: httpx.Client) -> Any:
     body = {"content_type": "image/png", "file_name": "a.png"}
     answer = http.post("/storage/upload/initiate", json=body, params={"storage_type": "fal-cdn-v3"})
     assert answer.status_code == 200
@@ -300,29 +298,29 @@ def picture() -> bytes:
     return file.getvalue()
 
 
-def test_an_upload_takes_one_image_at_its_address_and_no_key(vendors: Vendors, http: httpx.Client) -> None:
-    place = uploaded(http)
-    with vendors.client() as stranger:
-        assert stranger.put(place["upload_url"], content=picture()).status_code == 200
-        stored = stranger.get(place["file_url"])
+def test_an_upload_url_accepts_one_image_without_a_key(vendors: Vendors, http: httpx.Client) -> None:
+    upload = start_upload(http)
+    with vendors.client() as anonymous:
+        assert anonymous.put(upload["upload_url"], content=picture()).status_code == 200
+        stored = anonymous.get(upload["file_url"])
         assert (stored.content, stored.headers["content-type"]) == (picture(), "application/octet-stream")
-        assert stranger.put(place["upload_url"], content=picture()).status_code == 409
-        other = uploaded(http)["upload_url"]
+        assert anonymous.put(upload["upload_url"], content=picture()).status_code == 409
+        other = start_upload(http)["upload_url"]
         for wrong, status in (
             (other.replace("signature=", "signature=0")[:-1], 403),
             (other.replace("expires=1", "expires=2"), 403),
             (other.partition("?")[0], 422),
-            (place["upload_url"].partition("?")[0] + "?" + other.partition("?")[2], 403),
+            (upload["upload_url"].partition("?")[0] + "?" + other.partition("?")[2], 403),
         ):
-            assert stranger.put(wrong, content=picture()).status_code == status
-        no_image = stranger.put(other, content=b"<svg/>")
+            assert anonymous.put(wrong, content=picture()).status_code == status
+        no_image = anonymous.put(other, content=b"<svg/>")
         assert no_image.status_code == 422
         assert no_image.json()["detail"][0]["type"] == "image_load_error"
-        assert stranger.put(other, content=picture() + b" " * 2**22).status_code == 413
-        assert stranger.put(other, content=picture()).status_code == 200, "a failure uses nothing up"
+        assert anonymous.put(other, content=picture() + b" " * 2**22).status_code == 413
+        assert anonymous.put(other, content=picture()).status_code == 200, "a failure must not use up the URL"
 
 
-def test_the_proxy_leads_nowhere_else(http: httpx.Client) -> None:
+def test_the_proxy_rejects_other_targets(http: httpx.Client) -> None:
     for target in (
         None,
         "https://example.com/fal-ai/glm-image",

@@ -12,9 +12,9 @@ from tests.serve.javascript import passed
 def test_the_javascript_client_works(vendors: Vendors) -> None:
     receiver = vendors.receiver
     environment = vendors.trust | {"BASE_URL": vendors.url, "KEY": vendors.key, "HOOK": receiver.url}
-    told = re.search("told of ([0-9a-f-]{36})", passed("fal.test.js", 15, **environment))
-    assert told
-    request_id = told[1].encode()
+    match = re.search("told of ([0-9a-f-]{36})", passed("fal.test.js", 15, **environment))
+    assert match
+    request_id = match[1].encode()
     until(lambda: any(request_id in body for _, body in receiver.came))
     message = next(json.loads(body) for _, body in receiver.came if request_id in body)
     assert (message["status"], message["payload"]["seed"]) == ("OK", 5)

@@ -1,4 +1,4 @@
-"""Both families on one server, configs/tiny-both.yaml: upstream's pixels, and neither disturbs the other."""
+"""Both model families on one server (`configs/tiny-both.yaml`). Their pixels equal those of diffusers."""
 
 import base64
 import io
@@ -57,9 +57,9 @@ def pipelines() -> tuple[ZImagePipeline, ZImageImg2ImgPipeline]:
     return generating, editing
 
 
-def upstreams(seed: int, source: Pixels | None = None, **arguments: Any) -> Pixels:
-    """What diffusers' own pipelines make."""
-    torch.set_num_threads(1)  # as the server's stages
+def upstream_pixels(seed: int, source: Pixels | None = None, **arguments: Any) -> Pixels:
+    """Returns the image of diffusers' own pipeline."""
+    torch.set_num_threads(1)  # like the server's stages
     generating, editing = pipelines()
     arguments |= {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": 4} | arguments
     if source is None:
@@ -106,7 +106,7 @@ def edit(client: openai.OpenAI, model: str, source: Pixels = SOURCE, **fields: A
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("fields", "expected"),
     [
         ({}, {"guidance_scale": 4.0}),
         ({"negative_prompt": "blurry"}, {"guidance_scale": 4.0, "negative_prompt": "blurry"}),
@@ -118,15 +118,15 @@ def edit(client: openai.OpenAI, model: str, source: Pixels = SOURCE, **fields: A
     ],
 )
 def test_text_to_image_equals_upstream(
-    client: openai.OpenAI, asked: dict[str, Any], expected: dict[str, Any]
+    client: openai.OpenAI, fields: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    first, second = generate(client, "z-image", n=2, **STEPS, **asked)
-    assert np.array_equal(first, upstreams(7, **expected))
-    assert np.array_equal(second, upstreams(8, **expected))
+    first, second = generate(client, "z-image", n=2, **STEPS, **fields)
+    assert np.array_equal(first, upstream_pixels(7, **expected))
+    assert np.array_equal(second, upstream_pixels(8, **expected))
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("fields", "expected"),
     [
         ({}, {"guidance_scale": 1.5, "strength": 0.6}),
         (
@@ -136,22 +136,24 @@ def test_text_to_image_equals_upstream(
         ({"strength": 1, "cfg_normalization": True}, {"strength": 1.0, "cfg_normalization": True}),
     ],
 )
-def test_edits_equal_upstream(client: openai.OpenAI, asked: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_edits_equal_upstream(
+    client: openai.OpenAI, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
     expected = {"guidance_scale": 1.5} | expected
-    assert np.array_equal(edit(client, "z-image", **STEPS, **asked), upstreams(7, SOURCE, **expected))
+    assert np.array_equal(edit(client, "z-image", **STEPS, **fields), upstream_pixels(7, SOURCE, **expected))
 
 
-def test_a_source_fills_an_image_of_another_shape_and_is_cut(client: openai.OpenAI) -> None:
+def test_a_source_image_is_resized_and_cropped_to_the_output_size(client: openai.OpenAI) -> None:
     made = edit(client, "z-image", size="1024x512", **STEPS)
     middle = Image.fromarray(SOURCE).resize((1024, 512), Image.Resampling.LANCZOS, (0, 144, 512, 400))
-    assert np.array_equal(made, upstreams(7, np.asarray(middle), guidance_scale=1.5, strength=0.6))
+    assert np.array_equal(made, upstream_pixels(7, np.asarray(middle), guidance_scale=1.5, strength=0.6))
 
 
 def test_turbo_has_its_own_defaults(client: openai.OpenAI) -> None:
     turbo: dict[str, Any] = {"num_inference_steps": 8, "guidance_scale": 0.0}
     (generated,) = generate(client, "z-image-turbo")
-    assert np.array_equal(generated, upstreams(7, **turbo))
-    assert np.array_equal(edit(client, "z-image-turbo"), upstreams(7, SOURCE, strength=0.6, **turbo))
+    assert np.array_equal(generated, upstream_pixels(7, **turbo))
+    assert np.array_equal(edit(client, "z-image-turbo"), upstream_pixels(7, SOURCE, strength=0.6, **turbo))
 
 
 def test_the_first_model_is_the_default(client: openai.OpenAI, upstream: Callable[[Path], Upstream]) -> None:
@@ -164,23 +166,23 @@ def test_the_first_model_is_the_default(client: openai.OpenAI, upstream: Callabl
     assert np.array_equal(pixels(answer)[0], upstream(glm_image.cached())(PROMPT, 512, 512, seed=7))
 
 
-def test_a_job_and_fals_queue_make_the_same(client: openai.OpenAI, http: httpx.Client) -> None:
+def test_a_job_and_fals_api_return_the_same_pixels(client: openai.OpenAI, http: httpx.Client) -> None:
     (expected,) = generate(client, "z-image", **STEPS, negative_prompt="blurry")
-    asked = {"model": "z-image", "prompt": PROMPT, "size": "544x512", "seed": 7, "negative_prompt": "blurry"}
-    job = http.post("/v1/images/jobs", json=asked | STEPS).json()
+    body = {"model": "z-image", "prompt": PROMPT, "size": "544x512", "seed": 7, "negative_prompt": "blurry"}
+    job = http.post("/v1/images/jobs", json=body | STEPS).json()
     until(lambda: http.get(f"/v1/images/jobs/{job['id']}").json()["status"] == "succeeded")
     result = http.get(f"/v1/images/jobs/{job['id']}").json()["result"]["data"][0]
     file = http.get(result["url"]).content
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), expected)
 
-    asked = {"prompt": PROMPT, "image_size": {"width": 544, "height": 512}, "seed": 7, "output_format": "png"}
-    made = http.post("/fal-ai/z-image-turbo", json=asked).json()["images"][0]
+    body = {"prompt": PROMPT, "image_size": {"width": 544, "height": 512}, "seed": 7, "output_format": "png"}
+    image = http.post("/fal-ai/z-image-turbo", json=body).json()["images"][0]
     expected = generate(client, "z-image-turbo")[0]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(http.get(made["url"]).content))), expected)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(http.get(image["url"]).content))), expected)
 
 
 @pytest.mark.parametrize(
-    ("asked", "param", "reason"),
+    ("fields", "param", "reason"),
     [
         ({"model": "glm-image", "negative_prompt": "x"}, "negative_prompt", "glm-image has none"),
         ({"model": "glm-image", "cfg_normalization": True}, "cfg_normalization", "glm-image has none"),
@@ -192,17 +194,17 @@ def test_a_job_and_fals_queue_make_the_same(client: openai.OpenAI, http: httpx.C
         ({"model": "z-image", "negative_prompt": "x" * 600}, "negative_prompt", "takes at most 512"),
     ],
 )
-def test_what_a_model_does_not_take_is_refused_by_name(
-    http: httpx.Client, asked: dict[str, Any], param: str, reason: str
+def test_parameters_that_a_model_does_not_support_are_rejected(
+    http: httpx.Client, fields: dict[str, Any], param: str, reason: str
 ) -> None:
-    answer = http.post("/v1/images/generations", json={"prompt": "a boat", "size": "512x512"} | asked)
+    answer = http.post("/v1/images/generations", json={"prompt": "a boat", "size": "512x512"} | fields)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == param
     assert reason in error["message"]
 
 
-def test_more_source_images_than_a_model_takes_are_refused(http: httpx.Client) -> None:
+def test_too_many_source_images_are_rejected(http: httpx.Client) -> None:
     file = io.BytesIO()
     Image.fromarray(SOURCE).save(file, "PNG")
     files = [("image[]", file.getvalue())] * 2
@@ -211,7 +213,7 @@ def test_more_source_images_than_a_model_takes_are_refused(http: httpx.Client) -
     assert answer.json()["error"]["param"] == "image"
 
 
-def test_the_models_tell_what_they_take(http: httpx.Client) -> None:
+def test_models_list_their_parameters(http: httpx.Client) -> None:
     glm, base, turbo = http.get("/v1/models").json()["data"]
     assert set(base["parameters"]) - set(glm["parameters"]) == {
         "negative_prompt",
@@ -233,7 +235,7 @@ def test_the_models_tell_what_they_take(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "is_valid"),
+    ("fields", "is_valid"),
     [
         ({"model": "z-image", "negative_prompt": "x"}, True),
         ({"model": "glm-image", "negative_prompt": "x"}, False),
@@ -248,20 +250,20 @@ def test_the_models_tell_what_they_take(http: httpx.Client) -> None:
         ({"model": "z-image", "strength": 0.5}, False),
     ],
 )
-def test_the_document_says_which_model_takes_what(
-    http: httpx.Client, asked: dict[str, Any], is_valid: bool
+def test_the_openapi_schema_lists_the_parameters_of_each_model(
+    http: httpx.Client, fields: dict[str, Any], is_valid: bool
 ) -> None:
     route = http.get("/openapi.json").json()["paths"]["/v1/images/generations"]["post"]
     schema = route["requestBody"]["content"]["application/json"]["schema"]
-    assert jsonschema_rs.validator_for(schema).is_valid({"prompt": "a boat"} | asked) == is_valid
-    body = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 1} | asked
+    assert jsonschema_rs.validator_for(schema).is_valid({"prompt": "a boat"} | fields) == is_valid
+    body = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 1} | fields
     assert (http.post("/v1/images/generations", json=body).status_code == 200) == is_valid
 
 
-def test_previews_and_progress_come_from_both_families(http: httpx.Client) -> None:
-    asked = {"prompt": PROMPT, "size": "512x512", "stream": True, "partial_images": 2} | STEPS
+def test_both_families_stream_previews(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "size": "512x512", "stream": True, "partial_images": 2} | STEPS
     for model in ("glm-image", "z-image"):
-        with http.stream("POST", "/v1/images/generations", json=asked | {"model": model}) as answer:
+        with http.stream("POST", "/v1/images/generations", json=body | {"model": model}) as answer:
             text = answer.read().decode()
         assert re.findall("^event: (.*)$", text, re.MULTILINE) == [
             "image_generation.partial_image",
@@ -274,14 +276,14 @@ def test_unloading_one_model_leaves_the_other_generating(client: openai.OpenAI, 
     generate(client, "glm-image", num_inference_steps=2)
     with ThreadPoolExecutor(1) as pool:
         before = http.get("/health").json()["models"]
-        made = pool.submit(generate, client, "z-image", num_inference_steps=40)
+        generation = pool.submit(generate, client, "z-image", num_inference_steps=40)
         until(lambda: http.get("/v1/internal/status").json()["status"] == "generating")
         answer = http.post("/v1/internal/unload?model=glm-image")
         assert answer.status_code == 200, answer.text
-        assert not made.done()
+        assert not generation.done()
         states = http.get("/health").json()["models"]
         assert {stage["state"] for stage in states["glm-image"].values()} == {"unloaded"}
         assert "unloaded" not in {stage["state"] for stage in states["z-image"].values()}
         assert {stage["state"] for stage in before["glm-image"].values()} == {"ready"}
-        (image,) = made.result(120)
-    assert np.array_equal(image, upstreams(7, guidance_scale=4.0, num_inference_steps=40))
+        (image,) = generation.result(120)
+    assert np.array_equal(image, upstream_pixels(7, guidance_scale=4.0, num_inference_steps=40))

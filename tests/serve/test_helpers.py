@@ -1,6 +1,6 @@
-"""The safety checker and the prompt expander of configs/tiny-helpers.yaml, in each API by its contract.
+"""The safety checker and the prompt expander of `configs/tiny-helpers.yaml`, in each API.
 
-The classifier is of the real class, with weights chosen so that it flags one known image and one source.
+The classifier has the real class. Its weights flag one known image and one known source image.
 """
 
 import base64
@@ -30,7 +30,7 @@ from tests.serve.conftest import ROOT, Running, Upstream, config_file, served, u
 pytestmark = pytest.mark.slow
 PROMPT = "a boat"
 SAFE, UNSAFE = 31, 32
-"""Seeds of images; the second one is flagged."""
+"""Seeds of two images. The safety checker flags the second one."""
 STEPS = 10
 EXTRA: dict[str, Any] = {"num_inference_steps": STEPS}
 FAL: dict[str, Any] = {
@@ -52,7 +52,13 @@ SAFE_SOURCE, UNSAFE_SOURCE = noise(1), noise(2)
 
 @dataclass(frozen=True)
 class Helped:
-    """The server, and what its images are, by seed, and the safe source image, edited."""
+    """A server with both helpers, and its expected images.
+
+    Attributes:
+        running: the server.
+        images: expected image of each seed.
+        edited: expected edit of the safe source image.
+    """
 
     running: Running
     images: dict[int, Pixels]
@@ -67,14 +73,14 @@ class Helped:
 def helped(
     tmp_path_factory: pytest.TempPathFactory, upstream: Callable[[Path], Upstream]
 ) -> Iterator[Helped]:
-    paint = upstream(tiny.cached())
-    images = {seed: paint(PROMPT, 512, 512, seed=seed, steps=STEPS) for seed in (SAFE, UNSAFE)}
-    edited = paint(PROMPT, 512, 512, seed=SAFE, steps=1, sources=(SAFE_SOURCE,))
+    reference = upstream(tiny.cached())
+    images = {seed: reference(PROMPT, 512, 512, seed=seed, steps=STEPS) for seed in (SAFE, UNSAFE)}
+    edited = reference(PROMPT, 512, 512, seed=SAFE, steps=1, sources=(SAFE_SOURCE,))
     folder = tmp_path_factory.mktemp("helped")
     safe = [images[SAFE], edited, SAFE_SOURCE, *map(noise, range(3, 8))]
-    rigged = flagging(folder / "classifier", [images[UNSAFE], UNSAFE_SOURCE], safe)
+    classifier = flagging(folder / "classifier", [images[UNSAFE], UNSAFE_SOURCE], safe)
     args = yaml.safe_load((ROOT / "configs/tiny-helpers.yaml").read_text())["applications"][0]["args"]
-    args["safety_checker"]["classifier"]["checkpoint"] = str(rigged)
+    args["safety_checker"]["classifier"]["checkpoint"] = str(classifier)
     with served(config_file(folder, args.pop("models"), **args)) as running:
         yield Helped(running, images, edited)
 
@@ -115,22 +121,20 @@ def generate(sdk: openai.OpenAI, seed: int, prompt: str = PROMPT, **fields: Any)
 
 
 class TestOpenAI:
-    def test_what_is_not_flagged_is_as_ever(self, sdk: openai.OpenAI, helped: Helped) -> None:
+    def test_an_image_that_is_not_flagged_is_unchanged(self, sdk: openai.OpenAI, helped: Helped) -> None:
         assert np.array_equal(generate(sdk, SAFE), helped.images[SAFE])
 
-    def test_what_is_flagged_is_an_error_that_is_not_sent_again(
-        self, sdk: openai.OpenAI, sent: list[str]
-    ) -> None:
+    def test_a_flagged_image_is_an_error(self, sdk: openai.OpenAI, sent: list[str]) -> None:
         for n in (1, 2):
             with pytest.raises(openai.BadRequestError) as refused:
                 generate(sdk, UNSAFE + 1 - n, n=n)
             assert refused.value.code == "content_policy_violation"
             assert "flagged" in refused.value.message
 
-    def test_moderation_low_is_less(self, sdk: openai.OpenAI, helped: Helped) -> None:
+    def test_moderation_low_disables_the_check(self, sdk: openai.OpenAI, helped: Helped) -> None:
         assert np.array_equal(generate(sdk, UNSAFE, moderation="low"), helped.images[UNSAFE])
 
-    def test_a_stream_ends_with_the_error(self, sdk: openai.OpenAI) -> None:
+    def test_a_stream_of_a_flagged_image_ends_with_an_error(self, sdk: openai.OpenAI) -> None:
         with pytest.raises(openai.APIError, match="flagged"):
             list(
                 sdk.images.generate(
@@ -138,9 +142,7 @@ class TestOpenAI:
                 )
             )
 
-    def test_a_source_image_that_is_flagged_is_refused_by_its_name(
-        self, sdk: openai.OpenAI, helped: Helped
-    ) -> None:
+    def test_a_flagged_source_image_is_rejected(self, sdk: openai.OpenAI, helped: Helped) -> None:
         extra = {"num_inference_steps": 1, "seed": SAFE}
         answer = sdk.images.edit(
             image=png(SAFE_SOURCE), prompt=PROMPT, response_format="b64_json", extra_body=extra
@@ -152,11 +154,11 @@ class TestOpenAI:
             sdk.images.edit(image=png(UNSAFE_SOURCE), prompt=PROMPT, extra_body=extra)
         assert (refused.value.code, refused.value.param) == ("content_policy_violation", "image")
 
-    def test_a_job_fails(self, http: httpx.Client) -> None:
+    def test_a_job_with_a_flagged_image_fails(self, http: httpx.Client) -> None:
         job = job_of(http, seed=UNSAFE)
         assert (job["status"], job["error"]["code"]) == ("failed", "content_policy_violation")
 
-    def test_models_tell_what_there_is(self, sdk: openai.OpenAI) -> None:
+    def test_models_list_the_helpers(self, sdk: openai.OpenAI) -> None:
         (model,) = sdk.models.list().data
         facts = model.model_extra or {}
         assert (facts["safety_checker"], facts["prompt_expansion"]) == (True, True)
@@ -164,7 +166,7 @@ class TestOpenAI:
 
 
 def job_of(http: httpx.Client, **fields: Any) -> Any:
-    """A job that has ended."""
+    """Submits a job, and returns it when it has ended."""
     body = {"prompt": PROMPT, "size": "512x512"} | EXTRA | fields
     path = http.post("/v1/images/jobs", json=body).raise_for_status().headers["location"]
     until(lambda: http.get(path).json()["status"] not in ("queued", "running"))
@@ -172,29 +174,29 @@ def job_of(http: httpx.Client, **fields: Any) -> Any:
 
 
 class TestFal:
-    def test_what_is_flagged_is_black_and_said_to_be(self, http: httpx.Client, helped: Helped) -> None:
+    def test_a_flagged_image_is_black_and_reported(self, http: httpx.Client, helped: Helped) -> None:
         answer = http.post("/fal-ai/glm-image", json=FAL).raise_for_status().json()
-        self.is_by_contract(answer, http, helped)
+        self.check_flagged(answer, http, helped)
 
-    def test_in_the_queue_too(self, http: httpx.Client, helped: Helped) -> None:
+    def test_a_flagged_image_in_the_queue_is_black_too(self, http: httpx.Client, helped: Helped) -> None:
         queued = http.post("/queue/fal-ai/glm-image", json=FAL).raise_for_status().json()
         until(lambda: http.get(queued["status_url"]).json()["status"] == "COMPLETED")
-        self.is_by_contract(http.get(queued["response_url"]).raise_for_status().json(), http, helped)
+        self.check_flagged(http.get(queued["response_url"]).raise_for_status().json(), http, helped)
 
-    def is_by_contract(self, answer: Any, http: httpx.Client, helped: Helped) -> None:
+    def check_flagged(self, answer: Any, http: httpx.Client, helped: Helped) -> None:
         assert answer["has_nsfw_concepts"] == [False, True]
-        fine, black = (pixels(http.get(image["url"]).content) for image in answer["images"])
-        assert np.array_equal(fine, helped.images[SAFE])
+        safe, black = (pixels(http.get(image["url"]).content) for image in answer["images"])
+        assert np.array_equal(safe, helped.images[SAFE])
         assert black.shape == (512, 512, 3)
         assert not black.any()
 
-    def test_without_the_checker_it_is_as_ever(self, http: httpx.Client, helped: Helped) -> None:
+    def test_a_request_can_disable_the_safety_checker(self, http: httpx.Client, helped: Helped) -> None:
         answer = http.post("/fal-ai/glm-image", json=FAL | {"enable_safety_checker": False}).json()
         assert answer["has_nsfw_concepts"] == [False, False]
         made = pixels(http.get(answer["images"][1]["url"]).content)
         assert np.array_equal(made, helped.images[UNSAFE])
 
-    def test_a_source_image_that_is_flagged_is_a_422(self, http: httpx.Client) -> None:
+    def test_a_flagged_source_image_is_a_422(self, http: httpx.Client) -> None:
         url = f"data:image/png;base64,{base64.b64encode(png(UNSAFE_SOURCE)).decode()}"
         answer = http.post("/fal-ai/glm-image/image-to-image", json=FAL | {"image_urls": url})
         assert answer.status_code == 422
@@ -209,24 +211,24 @@ class TestZai:
         yield client
         client.close()  # type: ignore[no-untyped-call]
 
-    def asked(self, seed: int) -> dict[str, Any]:
+    def arguments(self, seed: int) -> dict[str, Any]:
         extra = EXTRA | {"seed": seed}
         return {"model": "glm-image", "prompt": PROMPT, "size": "512x512", "extra_body": extra}
 
-    def test_the_level_is_the_lightest_of_what_is_far_from_being_flagged(self, client: ZaiClient) -> None:
-        made = client.images.generations(**self.asked(SAFE))
+    def test_a_safe_image_has_the_lowest_severity(self, client: ZaiClient) -> None:
+        made = client.images.generations(**self.arguments(SAFE))
         assert (made.model_extra or {})["content_filter"] == [{"role": "assistant", "level": 3}]
 
-    def test_what_is_flagged_is_withheld_at_the_gravest(self, client: ZaiClient, sent: list[str]) -> None:
+    def test_a_flagged_image_has_the_highest_severity(self, client: ZaiClient, sent: list[str]) -> None:
         with pytest.raises(core.APIRequestFailedError) as refused:
-            client.images.generations(**self.asked(UNSAFE))
+            client.images.generations(**self.arguments(UNSAFE))
         answer = refused.value.response.json()
         assert answer["error"]["code"] == "1301"
         assert answer["content_filter"] == [{"role": "assistant", "level": 0}]
         assert len(sent) == 1
 
-    def test_a_task_likewise(self, client: ZaiClient) -> None:
-        task = client.images.async_generations(**self.asked(UNSAFE)).id or ""
+    def test_a_task_with_a_flagged_image_fails(self, client: ZaiClient) -> None:
+        task = client.images.async_generations(**self.arguments(UNSAFE)).id or ""
         until(lambda: client.images.retrieve_images_result(task).task_status != "PROCESSING")
         done = client.images.retrieve_images_result(task)
         facts = done.model_extra or {}
@@ -234,7 +236,7 @@ class TestZai:
         assert facts["content_filter"] == [{"role": "assistant", "level": 0}]
 
 
-def test_pixazos_request_fails(http: httpx.Client) -> None:
+def test_a_pixazo_request_with_a_flagged_image_fails(http: httpx.Client) -> None:
     body = {name: FAL[name] for name in ("prompt", "image_size", "num_inference_steps")} | {"seed": UNSAFE}
     path = "/glm-image/v1/glm-image-request"
     answer = http.post(path, json=body, headers={"Prefer": "wait=60"}).json()
@@ -244,22 +246,22 @@ def test_pixazos_request_fails(http: httpx.Client) -> None:
 
 
 def expanded(prompt: str) -> str:
-    """What transformers makes of a prompt by the tiny chat model, as the configuration has it."""
+    """Returns the prompt that transformers generates with the tiny chat model and the same settings."""
     tokenizer = AutoTokenizer.from_pretrained(chat_model.cached())
     model = AutoModelForCausalLM.from_pretrained(chat_model.cached())
     messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt}]
-    read = tokenizer.apply_chat_template(
+    inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    written = model.generate(**read, do_sample=False, temperature=None, max_new_tokens=24)
-    return str(tokenizer.decode(written[0, read["input_ids"].shape[1] :])).strip()
+    tokens = model.generate(**inputs, do_sample=False, temperature=None, max_new_tokens=24)
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :])).strip()
 
 
 class TestExpansion:
-    def test_the_new_prompt_is_painted_and_told(
+    def test_the_expanded_prompt_is_used_and_returned(
         self, sdk: openai.OpenAI, upstream: Callable[[Path], Upstream]
     ) -> None:
-        new = expanded(PROMPT)
+        expansion = expanded(PROMPT)
         answer = sdk.images.generate(
             prompt=PROMPT,
             size="512x512",
@@ -269,27 +271,27 @@ class TestExpansion:
             extra_body={"num_inference_steps": 2, "seed": 5, "enable_prompt_expansion": True},
         )
         assert answer.data
-        assert [image.revised_prompt for image in answer.data] == [new, new]
+        assert [image.revised_prompt for image in answer.data] == [expansion, expansion]
         for seed, image in enumerate(answer.data, 5):
             made = pixels(base64.b64decode(image.b64_json or ""))
-            assert np.array_equal(made, upstream(tiny.cached())(new, 512, 512, seed=seed))
+            assert np.array_equal(made, upstream(tiny.cached())(expansion, 512, 512, seed=seed))
 
-    def test_fal_tells_it_too(self, http: httpx.Client) -> None:
-        asked = FAL | {"enable_prompt_expansion": True, "enable_safety_checker": False, "num_images": 1}
-        assert http.post("/fal-ai/glm-image", json=asked).json()["prompt"] == expanded(PROMPT)
+    def test_fal_returns_the_expanded_prompt(self, http: httpx.Client) -> None:
+        body = FAL | {"enable_prompt_expansion": True, "enable_safety_checker": False, "num_images": 1}
+        assert http.post("/fal-ai/glm-image", json=body).json()["prompt"] == expanded(PROMPT)
 
-    def test_text_that_is_to_be_painted_is_kept_and_a_job_says_so(self, http: httpx.Client) -> None:
+    def test_an_expansion_that_changes_quoted_text_is_discarded(self, http: httpx.Client) -> None:
         prompt = f'{PROMPT} called "Aurora"'
-        asked: dict[str, Any] = {"num_inference_steps": 1, "moderation": "low"}
-        job = job_of(http, prompt=prompt, enable_prompt_expansion=True, **asked)
+        fields: dict[str, Any] = {"num_inference_steps": 1, "moderation": "low"}
+        job = job_of(http, prompt=prompt, enable_prompt_expansion=True, **fields)
         assert [image["revised_prompt"] for image in job["result"]["data"]] == [prompt]
         assert any("not expanded: the language model changed" in line["message"] for line in job["log"])
-        job = job_of(http, prompt=PROMPT, enable_prompt_expansion=True, **asked)
+        job = job_of(http, prompt=PROMPT, enable_prompt_expansion=True, **fields)
         assert [image["revised_prompt"] for image in job["result"]["data"]] == [expanded(PROMPT)]
         assert not any("not expanded" in line["message"] for line in job["log"])
 
 
-def test_the_log_says_why_a_prompt_was_not_expanded_and_holds_none(
+def test_the_log_contains_the_reason_for_no_expansion_but_no_prompt(
     sdk: openai.OpenAI, helped: Helped
 ) -> None:
     canary = "canary-71d0c3"
@@ -308,14 +310,14 @@ def test_the_log_says_why_a_prompt_was_not_expanded_and_holds_none(
     assert not [file for file in files if canary.encode() in file.read_bytes()]
 
 
-def test_a_checker_that_dies_is_replaced_and_asked_again(sdk: openai.OpenAI, helped: Helped) -> None:
+def test_a_killed_safety_checker_is_replaced_and_called_again(sdk: openai.OpenAI, helped: Helped) -> None:
     assert generate(sdk, SAFE).any()
     (checker,) = helped.running.replicas("safety-checker")
     checker.send_signal(signal.SIGKILL)
     assert np.array_equal(generate(sdk, SAFE), helped.images[SAFE])
 
 
-def test_both_are_told_of_by_health_and_unloaded(http: httpx.Client, sdk: openai.OpenAI) -> None:
+def test_health_reports_both_helpers_and_unload_unloads_them(http: httpx.Client, sdk: openai.OpenAI) -> None:
     generate(sdk, SAFE, extra={"enable_prompt_expansion": True, "num_inference_steps": 1})
     helpers = ("safety_checker", "prompt_expander")
 

@@ -1,4 +1,4 @@
-"""Jobs as their users have them: submitted, followed, fetched, cancelled, and theirs alone."""
+"""Jobs from the client's side: submission, events, results, cancellation and ownership."""
 
 import base64
 import io
@@ -28,12 +28,12 @@ def submit(client: httpx.Client, key: str | None = None, **fields: Any) -> Any:
 
 
 def ended(client: httpx.Client, job: Any) -> Any:
-    """The job when it has ended."""
+    """Waits until the job has ended, and returns it."""
     return list(events(client, job))[-1]["data"]
 
 
 def events(client: httpx.Client, job: Any, seen: str = "") -> Iterator[dict[str, Any]]:
-    """The job's events, as a browser's EventSource would have them."""
+    """Yields the job's events, parsed as by a browser's `EventSource`."""
     headers = {"Last-Event-ID": seen} if seen else {}
     with client.stream("GET", f"{PATH}/{job['id']}/events", headers=headers) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -57,7 +57,7 @@ def picture(shade: int) -> bytes:
     return file.getvalue()
 
 
-def test_a_job_makes_what_the_same_request_makes(
+def test_a_job_returns_the_images_of_the_same_synchronous_request(
     client: httpx.Client, server: Server, upstream: Callable[[Path], Upstream]
 ) -> None:
     answer = client.post(PATH, json=SMALL | {"seed": 41, "n": 2})
@@ -67,18 +67,18 @@ def test_a_job_makes_what_the_same_request_makes(
     assert answer.headers["location"] == f"{server.url}{PATH}/{job['id']}"
     done = ended(client, job)
     assert (done["status"], done["progress"]) == ("succeeded", 1)
-    paint = upstream(server.checkpoints["glm-image"])
+    reference = upstream(server.checkpoints["glm-image"])
     for i, image in enumerate(done["result"]["data"]):
         assert image["seed"] == 41 + i
         made = pixels(client.get(image["url"]).content)
-        assert np.array_equal(made, paint("a boat", 512, 512, seed=41 + i))
+        assert np.array_equal(made, reference("a boat", 512, 512, seed=41 + i))
     assert done == client.get(answer.headers["location"]).json()
     direct = client.post("/v1/images/generations", json=SMALL | {"seed": 41, "n": 2}).json()
     assert direct.keys() == done["result"].keys()
     assert direct["usage"] == done["result"]["usage"]
 
 
-def test_an_edit_is_a_job_too_by_form_and_by_json(client: httpx.Client) -> None:
+def test_edit_jobs_are_accepted_as_form_and_as_json(client: httpx.Client) -> None:
     fields = SMALL | {"num_inference_steps": "2", "seed": "3"}
     by_form = client.post(PATH, data=fields, files={"image": picture(200)})
     assert by_form.status_code == 202, by_form.text
@@ -90,70 +90,72 @@ def test_an_edit_is_a_job_too_by_form_and_by_json(client: httpx.Client) -> None:
     assert files[0] == files[1] == files[2]
 
 
-def test_what_an_answer_may_be_a_result_may_be(client: httpx.Client) -> None:
+def test_a_job_supports_the_output_options(client: httpx.Client) -> None:
     done = ended(client, submit(client, response_format="b64_json", output_format="webp", quality="low"))
     (image,) = done["result"]["data"]
     assert base64.b64decode(image["b64_json"])[8:12] == b"WEBP"
     assert done["result"]["output_format"] == "webp"
-    assert done["result"].get("quality") is None, "the steps were given"
+    assert done["result"].get("quality") is None, "quality is unset because the request sets the steps"
 
 
-def test_events_tell_of_the_queue_the_stages_and_previews_and_go_on_where_they_broke(
+def test_events_report_progress_and_can_be_resumed(
     client: httpx.Client,
 ) -> None:
-    job = submit(client, num_inference_steps=100, partial_images=2)  # so that the second one is told in time
-    came = []
+    job = submit(client, num_inference_steps=100, partial_images=2)  # enough for two previews
+    received = []
     previews = set()
     for event in events(client, job):
-        came.append(event)
+        received.append(event)
         for preview in event["data"].get("previews", ()):
             if preview["index"] not in previews:
                 assert pixels(client.get(preview["url"]).content).size
                 previews.add(preview["index"])
     assert previews == {0, 1}
-    assert [event["event"] for event in came] == [event["data"]["status"] for event in came]
-    seen = [stage["stage"] for event in came for stage in event["data"].get("images", ())]
+    assert [event["event"] for event in received] == [event["data"]["status"] for event in received]
+    seen = [stage["stage"] for event in received for stage in event["data"].get("images", ())]
     assert set(seen) >= {"prior", "decoder"}
-    progress = [event["data"]["progress"] for event in came]
+    progress = [event["data"]["progress"] for event in received]
     assert progress == sorted(progress)
     assert progress[-1] == 1
-    marks = [event["id"] for event in came]
-    assert len(set(marks)) == len(marks)
-    assert [event["event"] for event in events(client, job, marks[1])] == ["succeeded"]
-    assert list(events(client, job, marks[-1])) == []
-    assert all(client.get(p["url"]).status_code == 404 for e in came for p in e["data"].get("previews", ()))
+    ids = [event["id"] for event in received]
+    assert len(set(ids)) == len(ids)
+    assert [event["event"] for event in events(client, job, ids[1])] == ["succeeded"]
+    assert list(events(client, job, ids[-1])) == []
+    assert all(
+        client.get(p["url"]).status_code == 404 for e in received for p in e["data"].get("previews", ())
+    )
 
 
-def test_a_running_job_is_cancelled(client: httpx.Client) -> None:
+def test_a_running_job_can_be_cancelled(client: httpx.Client) -> None:
     job = submit(client, num_inference_steps=100, size="1024x1024")
     for event in events(client, job):
         if event["event"] == "running" and event["data"]["progress"]:
-            asked = client.delete(f"{PATH}/{job['id']}")
-            assert asked.status_code == 200
+            answer = client.delete(f"{PATH}/{job['id']}")
+            assert answer.status_code == 200
     assert event["event"] == "cancelled"
     until(lambda: client.get("/v1/internal/status").json()["units"] == [])
     assert client.delete(f"{PATH}/{job['id']}").json()["status"] == "cancelled"
     assert "result" not in client.get(f"{PATH}/{job['id']}").json()
 
 
-def test_one_idempotency_key_is_one_job(client: httpx.Client) -> None:
+def test_an_idempotency_key_creates_one_job(client: httpx.Client) -> None:
     key = str(uuid.uuid4())
     job = submit(client, key)
-    again = client.post(PATH, json=SMALL, headers={"Idempotency-Key": key})
-    assert again.json()["id"] == job["id"]
-    assert again.headers["idempotent-replayed"] == "true"
+    replayed = client.post(PATH, json=SMALL, headers={"Idempotency-Key": key})
+    assert replayed.json()["id"] == job["id"]
+    assert replayed.headers["idempotent-replayed"] == "true"
     other = client.post(PATH, json=SMALL | {"seed": 1}, headers={"Idempotency-Key": key})
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
     ended(client, job)
 
 
-def test_lists_come_by_the_page(client: httpx.Client) -> None:
+def test_job_lists_are_paginated(client: httpx.Client) -> None:
     ids = [submit(client)["id"] for _ in range(3)]
     page = client.get(PATH, params={"limit": 2}).json()
     assert [job["id"] for job in page["data"]] == ids[:0:-1]
     assert page["has_more"]
-    following = client.get(PATH, params={"limit": 1, "after": ids[1]}).json()
-    assert [job["id"] for job in following["data"]] == ids[:1]
+    next_page = client.get(PATH, params={"limit": 1, "after": ids[1]}).json()
+    assert [job["id"] for job in next_page["data"]] == ids[:1]
     for job_id in ids:
         ended(client, {"id": job_id})
     done = client.get(PATH, params={"status": "succeeded", "limit": 100}).json()["data"]
@@ -163,7 +165,7 @@ def test_lists_come_by_the_page(client: httpx.Client) -> None:
     assert client.get(PATH, params={"limit": 101}).status_code == 400
 
 
-def test_a_job_belongs_to_its_key(guarded: Guarded) -> None:
+def test_a_job_is_visible_only_to_its_key(guarded: Guarded) -> None:
     mine, others = (
         httpx.Client(base_url=guarded.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
         for key in (guarded.key, guarded.other_key)
@@ -180,7 +182,7 @@ def test_a_job_belongs_to_its_key(guarded: Guarded) -> None:
         assert httpx.get(f"{guarded.url}/.well-known/jwks.json").status_code == 200
 
 
-def test_a_model_that_cannot_be_loaded_fails_the_job_with_the_reason(guarded: Guarded) -> None:
+def test_a_load_failure_fails_the_job(guarded: Guarded) -> None:
     headers = {"Authorization": f"Bearer {guarded.key}"}
     with httpx.Client(base_url=guarded.url, headers=headers, timeout=120) as client:
         done = ended(client, submit(client, model="broken"))
@@ -188,16 +190,16 @@ def test_a_model_that_cannot_be_loaded_fails_the_job_with_the_reason(guarded: Gu
     assert done["error"]["code"] == "model_loading_failed"
 
 
-def test_a_job_that_cannot_begin_in_its_time_fails(client: httpx.Client) -> None:
-    waits_for = [submit(client, n=10, num_inference_steps=20) for _ in range(1)]
+def test_a_job_that_does_not_start_in_time_fails(client: httpx.Client) -> None:
+    others = [submit(client, n=10, num_inference_steps=20) for _ in range(1)]
     late = ended(client, submit(client, start_within_s=0.1, priority="low"))
     assert (late["status"], late["error"]["code"]) == ("failed", "start_timeout")
-    for job in waits_for:
+    for job in others:
         client.delete(f"{PATH}/{job['id']}")
         ended(client, job)
 
 
-def refused(client: httpx.Client, **fields: Any) -> Any:
+def rejected(client: httpx.Client, **fields: Any) -> Any:
     answer = client.post(PATH, json=SMALL | fields)
     assert 400 <= answer.status_code < 500, answer.text
     return answer.json()["error"]
@@ -224,20 +226,20 @@ def refused(client: httpx.Client, **fields: Any) -> Any:
         ({"unknown": 1}, "unknown"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(client: httpx.Client, fields: Any, param: str) -> None:
+def test_invalid_jobs_are_rejected(client: httpx.Client, fields: Any, param: str) -> None:
     before = client.get(PATH, params={"limit": 1}).json()
-    assert refused(client, **fields)["param"] == param
+    assert rejected(client, **fields)["param"] == param
     assert client.get(PATH, params={"limit": 1}).json() == before
 
 
-def test_a_method_that_there_is_not_is_told_which_ones_there_are(client: httpx.Client) -> None:
+def test_an_unsupported_method_gets_an_allow_header(client: httpx.Client) -> None:
     for path, methods in ((PATH, "GET, POST"), (f"{PATH}/some-id", "DELETE, GET"), ("/livez", "GET")):
         answer = client.put(path)
         assert (answer.status_code, answer.headers["allow"]) == (405, methods)
 
 
 @pytest.mark.parametrize("key", ["x" * 256, ""])
-def test_an_idempotency_key_has_a_length(client: httpx.Client, key: str) -> None:
+def test_an_idempotency_key_of_invalid_length_is_rejected(client: httpx.Client, key: str) -> None:
     assert client.post(PATH, json=SMALL, headers={"Idempotency-Key": key}).status_code == 400
 
 
@@ -245,7 +247,7 @@ def test_an_idempotency_key_has_a_length(client: httpx.Client, key: str) -> None
     "job_id", ["none", "../generations", "%00", "x" * 5000, f"{uuid.UUID(int=0, version=4)}"]
 )
 @pytest.mark.parametrize("path", ["", "/events"])
-def test_a_job_that_there_is_not(client: httpx.Client, job_id: str, path: str) -> None:
+def test_an_unknown_job_is_an_error(client: httpx.Client, job_id: str, path: str) -> None:
     answer = client.get(f"{PATH}/{job_id}{path}")
     assert answer.status_code in (404, 405), answer.text
     assert answer.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""The metrics of a run, scraped from Ray's own endpoint: each documented one, and what the run counts."""
+"""Metrics of a run, scraped from Ray's endpoint. All documented metrics exist and have the right values."""
 
 import signal
 from collections.abc import Iterator
@@ -17,17 +17,16 @@ from tests.receiver import Receiver
 from tests.serve.conftest import Running, config_file, served, tiny_model, until
 
 pytestmark = pytest.mark.slow
-# Gauges last for two of Ray's intervals, which is to be longer than what is between two tellings.
 STEPS = 3
 BODY: dict[str, Any] = {"prompt": "a boat", "size": "512x512", "num_inference_steps": STEPS, "seed": 1}
 MEGAPIXELS = 512 * 512 / 1e6
 TOKENS = 512
-"""That are drawn for an image of 512x512: its own, and those of the smaller one that comes first."""
+"""Number of tokens generated for a 512x512 image, including those of the smaller image before it."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A server, and where its metrics are."""
+    """A server after the run, and the receiver of its webhooks."""
 
     running: Running
     receiver: Receiver
@@ -38,7 +37,7 @@ class Measured:
         return list(text_string_to_metric_families(text))
 
     def value(self, metric: Metric, **labels: str) -> float:
-        """The sum of all series that have these labels; of a histogram how many were observed."""
+        """Returns the sum of all series with these labels. For a histogram, it counts the observations."""
         name = metric.exported_as + ("_count" if isinstance(metric, Histogram) else "")
         return sum(
             float(sample.value)
@@ -47,8 +46,8 @@ class Measured:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
-    def becomes(self, value: float, metric: Metric, **labels: str) -> None:
-        """Wait until it is so: what was counted is there a little later."""
+    def wait_for(self, value: float, metric: Metric, **labels: str) -> None:
+        """Waits until the metric has this value, because Ray exports metrics with a delay."""
         with suppress(AssertionError):
             until(lambda: self.value(metric, **labels) == pytest.approx(value), 30)
         assert self.value(metric, **labels) == pytest.approx(value)
@@ -64,6 +63,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
     config = config_file(folder, models, outbound={"allow": [receiver.place]})
     with (
         receiver.receiving(),
+        # Ray keeps a gauge for two of these intervals. That must be longer than the server's own interval.
         served(config, RAY_metrics_report_interval_ms="3000") as running,
         httpx.Client(base_url=running.url, timeout=120) as client,
     ):
@@ -73,7 +73,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
 
 
 def run(client: httpx.Client, running: Running, receiver: Receiver) -> None:
-    """Two images by one request, one by a job, one again after its decoder has died; and what fails."""
+    """Sends a request for two images, a job, and a request whose decoder is killed. Other requests fail."""
     path = "/v1/images/generations"
     assert client.post(path, json=BODY | {"n": 2}).status_code == 200
     job = client.post("/v1/images/jobs", json=BODY | {"webhook_url": f"{receiver.url}/hook"})
@@ -97,13 +97,13 @@ def units(client: httpx.Client) -> list[Any]:
     return found
 
 
-def test_every_metric_that_is_documented_is_there(measured: Measured) -> None:
+def test_every_documented_metric_is_exported(measured: Measured) -> None:
     def missing() -> set[str]:
         found = {sample.name for family in measured.scrape() for sample in family.samples}
         wanted = {
             metric.exported_as + ("_count" if isinstance(metric, Histogram) else "")
             for metric in metrics.ALL
-            if metric is not metrics.BACKGROUND_FAILURES  # there was no failure
+            if metric is not metrics.BACKGROUND_FAILURES  # no background task failed
         }
         return wanted - found - {"ray_image_server_memory_bytes", "ray_image_server_running"}
 
@@ -112,37 +112,37 @@ def test_every_metric_that_is_documented_is_there(measured: Measured) -> None:
     assert missing() == set()
 
 
-def test_requests_and_images_are_counted_by_their_outcome(measured: Measured) -> None:
+def test_requests_and_images_are_counted_by_outcome(measured: Measured) -> None:
     route = {"api": "openai", "route": "/v1/images/generations"}
-    measured.becomes(2, metrics.REQUESTS, **route, model="m", outcome="succeeded")
-    measured.becomes(1, metrics.REQUESTS, **route, outcome="refused")
-    measured.becomes(1, metrics.REQUESTS, **route, model="broken", outcome="failed")
-    measured.becomes(1, metrics.REQUESTS, **route, outcome="cancelled")
-    measured.becomes(1, metrics.ERRORS, code="model_loading_failed")
-    measured.becomes(2, metrics.REQUEST_SECONDS, api="openai", outcome="succeeded")
-    measured.becomes(3, metrics.IMAGES, api="openai", model="m", outcome="made")
-    measured.becomes(1, metrics.IMAGES, api="images", model="m", outcome="made")
-    measured.becomes(1, metrics.IMAGES, model="broken", outcome="failed")
-    measured.becomes(1, metrics.IMAGES, model="m", outcome="cancelled")
-    measured.becomes(4 * MEGAPIXELS, metrics.MEGAPIXELS)
+    measured.wait_for(2, metrics.REQUESTS, **route, model="m", outcome="succeeded")
+    measured.wait_for(1, metrics.REQUESTS, **route, outcome="refused")
+    measured.wait_for(1, metrics.REQUESTS, **route, model="broken", outcome="failed")
+    measured.wait_for(1, metrics.REQUESTS, **route, outcome="cancelled")
+    measured.wait_for(1, metrics.ERRORS, code="model_loading_failed")
+    measured.wait_for(2, metrics.REQUEST_SECONDS, api="openai", outcome="succeeded")
+    measured.wait_for(3, metrics.IMAGES, api="openai", model="m", outcome="made")
+    measured.wait_for(1, metrics.IMAGES, api="images", model="m", outcome="made")
+    measured.wait_for(1, metrics.IMAGES, model="broken", outcome="failed")
+    measured.wait_for(1, metrics.IMAGES, model="m", outcome="cancelled")
+    measured.wait_for(4 * MEGAPIXELS, metrics.MEGAPIXELS)
 
 
-def test_the_parts_of_an_images_time_are_counted(measured: Measured) -> None:
+def test_the_duration_of_each_part_of_an_image_is_recorded(measured: Measured) -> None:
     for part in ("waiting", "prior", "decoder", "encoding", "storing"):
-        measured.becomes(4, metrics.PART_SECONDS, model="m", part=part)
+        measured.wait_for(4, metrics.PART_SECONDS, model="m", part=part)
         assert 0 < measured.value(metrics.WORKING_SECONDS, model="m", part=part) < 120
 
 
 def test_jobs_webhooks_and_files_are_counted(measured: Measured) -> None:
-    measured.becomes(1, metrics.JOBS_ENDED, api="images", model="m", state="succeeded")
-    measured.becomes(1, metrics.WEBHOOKS, outcome="delivered")
-    measured.becomes(0, metrics.PENDING)
-    measured.becomes(0, metrics.JOBS)
+    measured.wait_for(1, metrics.JOBS_ENDED, api="images", model="m", state="succeeded")
+    measured.wait_for(1, metrics.WEBHOOKS, outcome="delivered")
+    measured.wait_for(0, metrics.PENDING)
+    measured.wait_for(0, metrics.JOBS)
     until(lambda: measured.value(metrics.FILES_BYTES) > 0, 90)
 
 
-def test_the_stages_count_their_work_and_their_loads(measured: Measured) -> None:
-    measured.becomes(1, metrics.RETRIES, model="m", stage="decoder")
+def test_the_stages_count_their_work_and_loads(measured: Measured) -> None:
+    measured.wait_for(1, metrics.RETRIES, model="m", stage="decoder")
     loads = {stage: measured.value(LOADS, deployment=f"m-{stage}") for stage in ("prior", "decoder")}
     assert loads == {"prior": 1, "decoder": 2}
     assert measured.value(LOADS, deployment="broken-prior", outcome="failed") >= 1

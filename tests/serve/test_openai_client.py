@@ -1,4 +1,4 @@
-"""The official `openai` client, unmodified, generates and edits."""
+"""Generation and edits with the official `openai` client, unmodified."""
 
 import asyncio
 import base64
@@ -34,7 +34,7 @@ def opened(data: bytes) -> Image.Image:
     return image
 
 
-def test_generate_answers_urls_by_default(sdk: openai.OpenAI) -> None:
+def test_generate_returns_urls_by_default(sdk: openai.OpenAI) -> None:
     answer = sdk.images.generate(prompt="a boat", size="512x512", n=2, extra_body=EXTRA)
     assert answer.data is not None
     assert [image.model_extra for image in answer.data] == [{"seed": 5}, {"seed": 6}]
@@ -47,7 +47,7 @@ def test_generate_answers_urls_by_default(sdk: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
-def test_generate_answers_base64_in_any_format(
+def test_generate_returns_base64_in_each_format(
     sdk: openai.OpenAI, output_format: Literal["png", "jpeg", "webp"]
 ) -> None:
     answer = sdk.images.generate(
@@ -80,7 +80,7 @@ def test_output_compression_makes_smaller_files(sdk: openai.OpenAI) -> None:
     assert size(10) < size(100) / 2
 
 
-def test_without_a_seed_each_answer_tells_its_own(sdk: openai.OpenAI) -> None:
+def test_requests_without_a_seed_get_different_seeds(sdk: openai.OpenAI) -> None:
     seeds = set()
     for _ in range(2):
         answer = sdk.images.generate(prompt="a boat", size="512x512", extra_body={"num_inference_steps": 1})
@@ -90,7 +90,7 @@ def test_without_a_seed_each_answer_tells_its_own(sdk: openai.OpenAI) -> None:
     assert len(seeds) == 2
 
 
-def test_edit_one_image_takes_its_size(sdk: openai.OpenAI) -> None:
+def test_an_edit_has_the_size_of_its_source_image(sdk: openai.OpenAI) -> None:
     answer = sdk.images.edit(image=source("red", (700, 513)), prompt="make it blue", extra_body=EXTRA)
     assert answer.size == "704x512"
     assert answer.data is not None
@@ -98,7 +98,7 @@ def test_edit_one_image_takes_its_size(sdk: openai.OpenAI) -> None:
     assert opened(httpx.get(answer.data[0].url).content).size == (704, 512)
 
 
-def test_edit_four_images(sdk: openai.OpenAI) -> None:
+def test_an_edit_accepts_four_source_images(sdk: openai.OpenAI) -> None:
     answer = sdk.images.edit(
         image=[source(color) for color in ("red", "green", "blue", "white")],
         prompt="combine them",
@@ -110,8 +110,11 @@ def test_edit_four_images(sdk: openai.OpenAI) -> None:
     assert opened(base64.b64decode(answer.data[0].b64_json or "")).size == (512, 512)
 
 
-def test_an_edit_by_json_takes_images_by_url(sdk: openai.OpenAI, server: Server) -> None:
-    """OpenAI's API has this, its clients have not: https://platform.openai.com/docs/api-reference/images."""
+def test_a_json_edit_accepts_image_urls(sdk: openai.OpenAI, server: Server) -> None:
+    """OpenAI's API accepts edits as JSON, but its client sends only forms.
+
+    https://platform.openai.com/docs/api-reference/images
+    """
     red = source("red")
 
     def edited(url: str) -> Any:
@@ -122,12 +125,12 @@ def test_an_edit_by_json_takes_images_by_url(sdk: openai.OpenAI, server: Server)
     assert by_form.data is not None
     by_data = edited(f"data:image/png;base64,{base64.b64encode(red).decode()}")
     assert by_data["data"][0]["b64_json"] == by_form.data[0].b64_json
-    kept = sdk.images.generate(prompt="a boat", size="512x512", extra_body=EXTRA)
-    assert kept.data is not None
-    assert edited(kept.data[0].url or "")["size"] == "512x512"
+    generated = sdk.images.generate(prompt="a boat", size="512x512", extra_body=EXTRA)
+    assert generated.data is not None
+    assert edited(generated.data[0].url or "")["size"] == "512x512"
 
 
-def test_models(sdk: openai.OpenAI) -> None:
+def test_models_are_listed_and_retrieved(sdk: openai.OpenAI) -> None:
     assert [model.id for model in sdk.models.list()] == ["glm-image", "other"]
     assert sdk.models.retrieve("other").id == "other"
     with pytest.raises(openai.NotFoundError) as caught:
@@ -135,7 +138,7 @@ def test_models(sdk: openai.OpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
-def test_a_bad_parameter_is_named(sdk: openai.OpenAI) -> None:
+def test_an_invalid_parameter_is_named(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         sdk.images.generate(prompt="a boat", extra_body={"num_inference_steps": 0})
     assert caught.value.param == "num_inference_steps"
@@ -143,30 +146,30 @@ def test_a_bad_parameter_is_named(sdk: openai.OpenAI) -> None:
     assert "num_inference_steps must be 1 to 100, not 0" in caught.value.message
 
 
-def test_a_parameter_that_is_not_honoured_is_refused(sdk: openai.OpenAI) -> None:
+def test_an_unsupported_parameter_is_rejected(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         sdk.images.edit(image=source("red"), mask=source("white"), prompt="x")
     assert caught.value.param == "mask"
     assert caught.value.code == "unsupported_parameter"
 
 
-def test_quality_is_a_number_of_steps_unless_they_are_given(sdk: openai.OpenAI) -> None:
-    def painted(**fields: Any) -> tuple[str | None, str | None]:
+def test_quality_sets_the_steps_unless_the_request_does(sdk: openai.OpenAI) -> None:
+    def generated(**fields: Any) -> tuple[str | None, str | None]:
         answer = sdk.images.generate(prompt="a boat", size="512x512", response_format="b64_json", **fields)
         assert answer.data is not None
         return answer.data[0].b64_json, answer.quality
 
     seed = {"seed": 5}
-    low, called = painted(quality="low", extra_body=seed)
-    assert called == "low"
-    assert painted(extra_body=seed | {"num_inference_steps": 15}) == (low, None)
-    assert painted(quality="max", extra_body=seed | {"num_inference_steps": 15}) == (low, None)
-    standard, called = painted(quality="standard", extra_body=seed)
-    assert called == "medium"
-    assert painted(extra_body=seed | {"num_inference_steps": 30}) == (standard, None)
+    low, quality = generated(quality="low", extra_body=seed)
+    assert quality == "low"
+    assert generated(extra_body=seed | {"num_inference_steps": 15}) == (low, None)
+    assert generated(quality="max", extra_body=seed | {"num_inference_steps": 15}) == (low, None)
+    standard, quality = generated(quality="standard", extra_body=seed)
+    assert quality == "medium"
+    assert generated(extra_body=seed | {"num_inference_steps": 30}) == (standard, None)
 
 
-def test_hints_are_taken_and_what_is_empty_or_false_is_unset(sdk: openai.OpenAI) -> None:
+def test_hints_and_empty_values_are_accepted(sdk: openai.OpenAI) -> None:
     unset: Any = None
     answer = sdk.images.generate(
         prompt="a boat",
@@ -193,7 +196,7 @@ def test_hints_are_taken_and_what_is_empty_or_false_is_unset(sdk: openai.OpenAI)
     assert edited.size == "512x512"
 
 
-def test_every_answer_has_an_id_and_one_that_was_sent_comes_back(sdk: openai.OpenAI) -> None:
+def test_every_response_has_a_request_id(sdk: openai.OpenAI) -> None:
     answer = sdk.images.generate(
         prompt="a boat", size="512x512", extra_body=EXTRA, extra_headers={"X-Request-ID": "mine-1"}
     )
@@ -203,7 +206,7 @@ def test_every_answer_has_an_id_and_one_that_was_sent_comes_back(sdk: openai.Ope
     assert caught.value.request_id
 
 
-def test_a_stream_brings_previews_and_each_image(sdk: openai.OpenAI) -> None:
+def test_a_stream_contains_previews_and_each_image(sdk: openai.OpenAI) -> None:
     plain = sdk.images.generate(
         prompt="a boat", size="512x512", n=2, response_format="b64_json", extra_body=EXTRA
     )
@@ -227,7 +230,7 @@ def test_a_stream_brings_previews_and_each_image(sdk: openai.OpenAI) -> None:
     assert sum(event.usage.total_tokens for event in completed.values()) == plain.usage.total_tokens
 
 
-def test_an_edit_streams_too(sdk: openai.OpenAI) -> None:
+def test_an_edit_can_be_streamed(sdk: openai.OpenAI) -> None:
     (event,) = sdk.images.edit(image=source("red"), prompt="make it blue", stream=True, extra_body=EXTRA)
     assert event.type == "image_edit.completed"
     assert opened(base64.b64decode(event.b64_json)).size == (512, 512)
@@ -238,13 +241,13 @@ def test_an_edit_streams_too(sdk: openai.OpenAI) -> None:
     assert event.usage.output_tokens >= 16 * 16
 
 
-def test_a_mistake_is_an_ordinary_error_also_where_a_stream_was_asked_for(sdk: openai.OpenAI) -> None:
+def test_an_invalid_streaming_request_gets_an_ordinary_error(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         sdk.images.generate(prompt="a boat", size="512x512", n=11, stream=True)
     assert caught.value.param == "n"
 
 
-def test_the_asynchronous_client_generates_edits_and_streams_side_by_side(server: Server) -> None:
+def test_the_asynchronous_client_generates_edits_and_streams_concurrently(server: Server) -> None:
     async def main() -> Any:
         url = f"{server.url}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as sdk:
@@ -270,7 +273,7 @@ def test_the_asynchronous_client_generates_edits_and_streams_side_by_side(server
     assert preview.type == "image_generation.partial_image"
 
 
-def test_work_whose_stream_is_left_stops(server: Server) -> None:
+def test_closing_a_stream_aborts_its_request(server: Server) -> None:
     body = {"prompt": "a boat", "size": "1024x1024", "num_inference_steps": 100, "stream": True}
     with httpx.Client(base_url=server.url, timeout=30) as client:
         with client.stream("POST", "/v1/images/generations", json=body) as answer:

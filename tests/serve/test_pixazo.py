@@ -1,4 +1,4 @@
-"""Pixazo's API, whose clients are any that speak HTTP."""
+"""Pixazo's API. Any HTTP client can use it."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def submit(http: httpx.Client, kind: str = IMAGE, wait_s: int | None = None, **f
     return answer.json()
 
 
-def test_a_request_is_queued_and_every_route_tells_its_end_alike(http: httpx.Client) -> None:
+def test_every_result_route_returns_the_same_result(http: httpx.Client) -> None:
     queued = submit(http, num_images=2)
     request_id = queued["request_id"]
     assert re.fullmatch(f"glm-image_{UUID7}", request_id)
@@ -49,7 +49,7 @@ def test_a_request_is_queued_and_every_route_tells_its_end_alike(http: httpx.Cli
     assert all(image["url"].endswith(image["file_name"]) for image in done["images"])
     assert datetime.fromisoformat(done["created_at"]) < datetime.fromisoformat(done["updated_at"])
     body = f'{{"request_id": "{request_id}"}}'
-    form = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl declares
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # curl's default
     result = f"/{IMAGE}/v1/{IMAGE}-request-result"
     for answer in (
         http.post(queued["polling_url"]),
@@ -61,15 +61,15 @@ def test_a_request_is_queued_and_every_route_tells_its_end_alike(http: httpx.Cli
         assert answer.json() == done
 
 
-def test_it_can_be_waited_for(http: httpx.Client) -> None:
+def test_a_client_can_wait_for_the_result(http: httpx.Client) -> None:
     assert submit(http, wait_s=60)["status"] == "COMPLETED"
-    at_once = submit(http, wait_s=0, num_inference_steps=100)
-    assert at_once["status"] in ("QUEUED", "PROCESSING")
+    unfinished = submit(http, wait_s=0, num_inference_steps=100)
+    assert unfinished["status"] in ("QUEUED", "PROCESSING")
     inline = submit(http, wait_s=60, sync_mode=True, output_format="png")
     assert inline["output"]["media_url"][0].startswith("data:image/png;base64,")
 
 
-def test_an_edit_has_an_id_and_routes_of_its_own(http: httpx.Client) -> None:
+def test_an_edit_has_its_own_ids_and_routes(http: httpx.Client) -> None:
     source = submit(http, wait_s=60)["images"][0]["url"]
     done = submit(http, EDIT, 60, image_urls=[source])
     request_id = done["request_id"]
@@ -77,11 +77,11 @@ def test_an_edit_has_an_id_and_routes_of_its_own(http: httpx.Client) -> None:
     assert re.fullmatch(f"{EDIT}_{UUID7}", request_id)
     assert http.get(f"/v2/requests/status/{request_id}").json() == done
     assert http.post(f"/{EDIT}/v1/{EDIT}-request-result", json={"request_id": request_id}).json() == done
-    elsewhere = http.post(f"/{IMAGE}/v1/{IMAGE}-request-result", json={"request_id": request_id})
-    assert (elsewhere.status_code, elsewhere.json()["error"]["code"]) == (404, "NOT_FOUND")
+    other_route = http.post(f"/{IMAGE}/v1/{IMAGE}-request-result", json={"request_id": request_id})
+    assert (other_route.status_code, other_route.json()["error"]["code"]) == (404, "NOT_FOUND")
 
 
-def test_what_went_wrong_is_told_with_a_200(vendors: Vendors, http: httpx.Client) -> None:
+def test_an_invalid_source_url_is_rejected(vendors: Vendors, http: httpx.Client) -> None:
     body = SMALL | {"image_urls": ["https://localhost/boat.png"]}
     refused = http.post(f"/{EDIT}/v1/{EDIT}-request", json=body)
     assert (refused.status_code, refused.json()["code"]) == (400, "VALIDATION_ERROR")
@@ -91,7 +91,7 @@ def test_what_went_wrong_is_told_with_a_200(vendors: Vendors, http: httpx.Client
 @pytest.mark.parametrize(
     "body", ['{"request_id": "glm-image_another"}', '{"request_id": 7}', '{"id": "x"}', "{", "[]"]
 )
-def test_a_body_that_disagrees_with_the_address_is_refused(http: httpx.Client, body: str) -> None:
+def test_a_body_that_contradicts_the_url_is_rejected(http: httpx.Client, body: str) -> None:
     queued = submit(http)
     answer = http.post(queued["polling_url"], content=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "INVALID_PARAMETER")
@@ -109,7 +109,7 @@ def test_an_unknown_request_is_a_404(http: httpx.Client, request_id: str) -> Non
         assert answer.json() == {"error": {"code": "NOT_FOUND", "message": "Operation not found"}}
 
 
-def test_anothers_request_is_unknown(vendors: Vendors, http: httpx.Client) -> None:
+def test_a_request_of_another_key_is_a_404(vendors: Vendors, http: httpx.Client) -> None:
     queued = submit(http)
     with vendors.client(authorization=f"Bearer {vendors.signing_key}") as another:
         assert another.get(queued["polling_url"]).status_code == 404

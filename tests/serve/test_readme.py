@@ -1,4 +1,4 @@
-"""The README's first requests, run as they stand there against a server of our own address."""
+"""The README's examples, run unchanged except for the server's address and key."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def test_the_curl_line_makes_an_image(server: Server) -> None:
+def test_the_curl_command_generates_an_image(server: Server) -> None:
     (command,) = (block for block in blocks("bash") if block.startswith("curl"))
     assert ADDRESS in command
     run = subprocess.run(
@@ -37,12 +37,12 @@ def test_the_curl_line_makes_an_image(server: Server) -> None:
 
 
 def block(language: str, word: str) -> str:
-    """The one of a language that has the word in it."""
+    """Returns the only block of a language that contains the word."""
     (found,) = (block for block in blocks(language) if word in block)
     return found
 
 
-def test_the_python_program_makes_and_edits_an_image(server: Server, tmp_path: Path) -> None:
+def test_the_python_program_generates_and_edits_an_image(server: Server, tmp_path: Path) -> None:
     program = block("python", "OpenAI")
     assert ADDRESS in program
     subprocess.run(
@@ -54,7 +54,7 @@ def test_the_python_program_makes_and_edits_an_image(server: Server, tmp_path: P
 
 
 def run(vendors: Vendors, command: list[str], program: str, cwd: Path = ROOT) -> str:
-    """What a program prints that asks for an image as the README does, and has another address and key."""
+    """Runs an example of the README with the test server's address and key, and returns its output."""
     assert "none" in program
     assert "127.0.0.1:8000" in program
     program = program.replace(ADDRESS, vendors.url).replace("127.0.0.1:8000", vendors.place)
@@ -70,7 +70,7 @@ def run(vendors: Vendors, command: list[str], program: str, cwd: Path = ROOT) ->
     ).stdout
 
 
-def test_fals_python_client_is_led_here_by_three_lines(vendors: Vendors) -> None:
+def test_three_lines_point_fals_python_client_to_the_server(vendors: Vendors) -> None:
     lines, program = block("sh", "FAL_RUN_HOST"), block("python", "fal_client")
     assert len(lines.strip().splitlines()) == 3
     printed = run(vendors, ["bash", "-c"], f"{lines}\n{sys.executable} - <<'END'\n{program}END")
@@ -79,28 +79,28 @@ def test_fals_python_client_is_led_here_by_three_lines(vendors: Vendors) -> None
 
 
 @needs_node
-def test_fals_javascript_client_is_led_here_by_one(vendors: Vendors) -> None:
+def test_the_example_of_fals_javascript_client_works(vendors: Vendors) -> None:
     program = block("js", "@fal-ai/client")
     printed = run(vendors, ["node", "--input-type=module", "-e"], program, ROOT / "tests/serve/js")
     assert printed.startswith(f"{vendors.url}/files/")
 
 
-def test_zais_client_is_led_here_by_one(vendors: Vendors) -> None:
+def test_the_example_of_zais_client_works(vendors: Vendors) -> None:
     printed = run(vendors, [sys.executable, "-c"], block("python", "zai"))
     assert printed.startswith(f"{vendors.url}/files/")
 
 
-def test_pixazos_routes_answer_to_any_client(vendors: Vendors) -> None:
+def test_the_example_of_pixazos_api_works(vendors: Vendors) -> None:
     command = block("sh", "glm-image-request").replace("curl", f"curl --cacert {vendors.certificate}")
     assert json.loads(run(vendors, ["bash", "-c"], command))["status"] == "COMPLETED"
 
 
-def test_nothing_is_left_to_be_filled_in() -> None:
+def test_the_readme_has_no_placeholders() -> None:
     assert not re.search(r"\{\{|PLACEHOLDER|TODO", README)
 
 
 @pytest.mark.parametrize("page", ["README.md", "k8s/README.md", "tests/gpu/README.md"])
-def test_no_table_waits_for_its_figures(page: str) -> None:
+def test_no_table_has_an_empty_last_cell(page: str) -> None:
     lines = (ROOT / page).read_text().splitlines()
     pairs = itertools.pairwise([*lines, ""])
     rows = [line for line, below in pairs if line.startswith("|") and not below.startswith("|-")]
@@ -108,7 +108,7 @@ def test_no_table_waits_for_its_figures(page: str) -> None:
     assert not [row for row in rows if re.search(r"\|\s*\|$", row)]
 
 
-def test_every_make_target_file_and_module_that_it_names_is_there() -> None:
+def test_make_targets_and_paths_in_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named_targets = set(re.findall(r"\bmake ([a-z]+)\b", README))
     assert named_targets - {"serve", "the"} <= targets  # "make the circle green" is a prompt

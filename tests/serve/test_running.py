@@ -1,4 +1,4 @@
-"""The running server: what it prints, how it answers while it works, and that work nobody waits for stops."""
+"""The running server: its output, health during generation, disconnects, startup checks and OpenAPI."""
 
 import json
 import re
@@ -17,10 +17,10 @@ from tests.serve.conftest import ROOT, Server
 
 SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 1, "seed": 3}
 LONG = {"prompt": "a boat", "size": "1024x1024", "num_inference_steps": 100}
-"""About a minute of work for the tiny model."""
+"""Fields of a request that takes the tiny model about a minute."""
 
 
-def test_the_printed_line_makes_an_image(server: Server) -> None:
+def test_the_printed_command_generates_an_image(server: Server) -> None:
     line = re.search(r"^  (curl .*)$", server.printed, re.MULTILINE)
     assert line
     assert server.url in line[1]
@@ -29,7 +29,7 @@ def test_the_printed_line_makes_an_image(server: Server) -> None:
     assert httpx.get(image["url"]).content.startswith(b"\x89PNG")
 
 
-def test_health_answers_while_images_are_made(client: httpx.Client, server: Server) -> None:
+def test_health_responds_during_generation(client: httpx.Client, server: Server) -> None:
     with ThreadPoolExecutor() as pool:
         work = [
             pool.submit(httpx.post, f"{server.url}/v1/images/generations", json=SMALL | {"n": 4}, timeout=60)
@@ -58,14 +58,14 @@ def test_health_answers_while_images_are_made(client: httpx.Client, server: Serv
     assert seen == {"prior": {"ready", "generating"}, "decoder": {"ready", "generating"}}
 
 
-def test_work_that_nobody_waits_for_is_stopped(client: httpx.Client) -> None:
+def test_a_disconnect_aborts_the_request(client: httpx.Client) -> None:
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/images/generations", json=LONG, timeout=3)
     assert client.post("/v1/images/generations", json=SMALL, timeout=10).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])  # noqa: S104
-def test_who_lets_others_in_must_have_keys(host: str) -> None:
+def test_a_public_host_requires_keys(host: str) -> None:
     run = subprocess.run(
         ["make", "-s", "serve", f"HOST={host}"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -73,9 +73,9 @@ def test_who_lets_others_in_must_have_keys(host: str) -> None:
     assert "auth.open is ignored, and there are no auth.api_keys; make one with" in run.stderr
 
 
-def test_a_file_that_lets_others_in_must_have_keys(tmp_path: Path) -> None:
+def test_a_public_host_in_the_configuration_requires_keys(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    config["http_options"]["host"] = "0.0.0.0"  # noqa: S104 - it does not come to that
+    config["http_options"]["host"] = "0.0.0.0"  # noqa: S104 - the server does not start
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command = ["make", "-s", "serve", f"CONFIG={tmp_path}/config.yaml"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -92,7 +92,7 @@ def test_a_file_that_lets_others_in_must_have_keys(tmp_path: Path) -> None:
         ({"ssl_certfile": "Makefile", "ssl_keyfile": "Makefile"}, "PEM"),
     ],
 )
-def test_a_certificate_that_is_none_is_refused(tmp_path: Path, options: dict[str, str], problem: str) -> None:
+def test_an_invalid_certificate_is_rejected(tmp_path: Path, options: dict[str, str], problem: str) -> None:
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     config["http_options"] |= options
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -102,7 +102,7 @@ def test_a_certificate_that_is_none_is_refused(tmp_path: Path, options: dict[str
     assert problem in run.stderr
 
 
-def test_with_keys_others_are_let_in_by_key_only() -> None:
+def test_a_public_host_with_keys_ignores_auth_open() -> None:
     args = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())["applications"][0]["args"]
     args["auth"]["api_keys"] = [{"id": "a", "sha256": "0" * 64}]
     config = AppConfig.model_validate(args)
@@ -112,17 +112,17 @@ def test_with_keys_others_are_let_in_by_key_only() -> None:
         assert _is_local(host)
 
 
-def test_every_reference_of_the_document_leads_somewhere(client: httpx.Client) -> None:
+def test_every_openapi_reference_resolves(client: httpx.Client) -> None:
     document = client.get("/openapi.json")
     references = set(re.findall(r'"\$ref":"([^"]*)"', document.text))
     assert len(references) > 10
     for reference in references:
-        place = document.json()
+        target = document.json()
         for part in reference.removeprefix("#/").split("/"):
-            place = place[part]
+            target = target[part]
 
 
-def test_openapi_describes_the_bodies(client: httpx.Client) -> None:
+def test_openapi_describes_the_request_bodies(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     generation = paths["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     edit = paths["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]

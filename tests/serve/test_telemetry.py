@@ -1,4 +1,4 @@
-"""Logs and traces of a run that exercises every route: what they say, and what is in none of them."""
+"""Logs and traces of a run that exercises every route. They contain no prompt, image or key."""
 
 import base64
 import hashlib
@@ -38,13 +38,13 @@ def picture() -> bytes:
 
 @dataclass(frozen=True)
 class Watched:
-    """A server, all that it answered to a run, and what watches it.
+    """A server after the run, with its responses and telemetry.
 
     Attributes:
-        folder: of its files and jobs.
-        picture: the source image of the run's edits.
-        secrets: of the run's images, a part of each in the forms in which it could turn up.
-        metrics: what was scraped at the run's end.
+        folder: folder of its files and jobs.
+        answers: responses to the run's requests.
+        secrets: parts of the run's images, in each form in which a log could contain them.
+        metrics: metrics scraped at the end of the run.
     """
 
     running: Running
@@ -55,14 +55,14 @@ class Watched:
     metrics: str
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        """The log's lines of a kind, of all processes."""
+        """Returns the log lines of an event type from all processes."""
         files = self.running.logs().glob("serve/replica_*.log")
         lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         return [line for line in lines if line.get("event") == event]
 
 
-def later(http: httpx.Client, answer: httpx.Response, url: str, done: str) -> Iterator[httpx.Response]:
-    """The answer, and the one when what it is about has ended."""
+def until_done(http: httpx.Client, answer: httpx.Response, url: str, done: str) -> Iterator[httpx.Response]:
+    """Yields the response, then polls the URL and yields the final response."""
     yield answer
     until(lambda: f'"{done}"' in http.get(url).text, 120)
     yield http.get(url)
@@ -73,7 +73,7 @@ def post(http: httpx.Client, path: str, body: Any, **headers: str) -> httpx.Resp
 
 
 def images_by_every_route(http: httpx.Client, receiver: Receiver, sent: bytes) -> Iterator[httpx.Response]:
-    """Ask for all that there is to be asked for, once at least; yields the answers."""
+    """Sends requests to every route, and yields the responses."""
     data_url = f"data:image/png;base64,{base64.b64encode(sent).decode()}"
 
     traced = {"traceparent": f"00-{TRACE}-{CLIENT_SPAN}-01", "x_request_id": "traced"}
@@ -97,7 +97,7 @@ def images_by_every_route(http: httpx.Client, receiver: Receiver, sent: bytes) -
     hook = {"webhook_url": f"{receiver.url}/hook"}
     body = BODY | hook | {"images": [{"image_url": data_url}], "partial_images": 1}
     job = post(http, "/v1/images/jobs", body, x_request_id="submitted")
-    yield from later(http, job, job.headers["location"], "delivered")
+    yield from until_done(http, job, job.headers["location"], "delivered")
     yield http.get(job.headers["location"] + "/events")
     yield http.delete(job.headers["location"])
     yield http.get("/v1/images/jobs")
@@ -112,7 +112,7 @@ def images_by_hosted_apis(http: httpx.Client, sent: bytes, data_url: str) -> Ite
     for kind, fields in (("", {}), ("/image-to-image", {"image_urls": [data_url]})):
         yield post(http, f"/fal-ai/m{kind}", HOSTED | fields)
         queued = post(http, f"/queue/fal-ai/m{kind}", HOSTED | fields)
-        yield from later(http, queued, queued.json()["status_url"], "COMPLETED")
+        yield from until_done(http, queued, queued.json()["status_url"], "COMPLETED")
     yield http.get(queued.json()["response_url"])
     yield http.get(queued.json()["status_url"] + "/stream")
     yield http.put(queued.json()["cancel_url"])
@@ -123,24 +123,24 @@ def images_by_hosted_apis(http: httpx.Client, sent: bytes, data_url: str) -> Ite
     zai = BODY | {"model": "m"}
     yield post(http, "/api/paas/v4/images/generations", zai)
     task = post(http, "/api/paas/v4/async/images/generations", zai)
-    yield from later(http, task, f"/api/paas/v4/async-result/{task.json()['id']}", "SUCCESS")
+    yield from until_done(http, task, f"/api/paas/v4/async-result/{task.json()['id']}", "SUCCESS")
 
     for kind, fields in (("glm-image", {}), (EDIT, {"image_urls": [data_url]})):
         path = f"/{kind}/v1/{kind}-request"
-        asked = post(http, path, HOSTED | fields)
-        named = {"request_id": asked.json()["request_id"]}
-        yield from later(http, asked, f"{path}-result?request_id={named['request_id']}", "COMPLETED")
-        yield post(http, f"{path}-result", named)
-    yield post(http, f"/v2/requests/status/{named['request_id']}", named)
-    yield http.get(f"/v2/requests/status/{named['request_id']}")
+        submitted = post(http, path, HOSTED | fields)
+        body = {"request_id": submitted.json()["request_id"]}
+        yield from until_done(http, submitted, f"{path}-result?request_id={body['request_id']}", "COMPLETED")
+        yield post(http, f"{path}-result", body)
+    yield post(http, f"/v2/requests/status/{body['request_id']}", body)
+    yield http.get(f"/v2/requests/status/{body['request_id']}")
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder, receiver, collector = tmp_path_factory.mktemp("watched"), Receiver(), Collector()
     args = yaml.safe_load((ROOT / "configs/tiny-helpers.yaml").read_text())["applications"][0]["args"]
-    args["safety_checker"]["threshold"] = 1  # which chance does not reach
-    args["prompt_expander"]["timeout_s"] = 120  # it is loading when it is asked
+    args["safety_checker"]["threshold"] = 1  # random weights never reach it
+    args["prompt_expander"]["timeout_s"] = 120  # it is still loading at the first request
     args["models"] = [tiny_model("m"), tiny_model("broken", checkpoint=str(folder / "nowhere"))]
     args["auth"] = {"api_keys": [{"id": "somebody", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]}
     args["outbound"] = {"allow": [receiver.place]}
@@ -172,56 +172,56 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 def test_the_run_exercises_every_route(watched: Watched) -> None:
     paths = httpx.get(f"{watched.running.url}/openapi.json").json()["paths"]
-    there = {(method.upper(), path) for path in paths for method in paths[path] if path not in PROBES}
-    assert {(line["method"], line["route"]) for line in watched.lines("request")} >= there
-    assert len(there) > 30
+    expected = {(method.upper(), path) for path in paths for method in paths[path] if path not in PROBES}
+    assert {(line["method"], line["route"]) for line in watched.lines("request")} >= expected
+    assert len(expected) > 30
     statuses = Counter(answer.status_code for answer in watched.answers)
     assert statuses.keys() == {200, 202, 400, 401, 409, 500}
     assert statuses[200] > 30
 
 
-def test_no_log_trace_metric_or_error_holds_a_prompt_an_image_or_a_key(watched: Watched) -> None:
+def test_logs_traces_metrics_and_errors_contain_no_prompt_image_or_key(watched: Watched) -> None:
     logs = [file for file in watched.running.logs().rglob("*") if file.is_file()]
     refused = [answer for answer in watched.answers if answer.status_code >= 400]
-    told = {
+    outputs = {
         **{str(file): file.read_bytes() for file in logs},
         "the terminal": "".join(watched.running.log).encode(),
         "traces": b"".join(watched.collector.bodies),
         "metrics": watched.metrics.encode(),
         "errors": b"".join(answer.content for answer in refused),
     }
-    assert len(told) > 10
-    assert min(map(len, (told["traces"], told["metrics"], told["errors"]))) > 500
-    for where, written in told.items():
+    assert len(outputs) > 10
+    assert min(map(len, (outputs["traces"], outputs["metrics"], outputs["errors"]))) > 500
+    for where, written in outputs.items():
         for secret in (PROMPT[-13:].encode(), KEY.encode(), *watched.secrets):
             found = re.search(b".{,80}" + re.escape(secret) + b".{,80}", written)
             assert not found, (where, found[0])
 
 
-def test_prompts_are_kept_in_jobs_images_in_files_and_keys_nowhere(watched: Watched) -> None:
-    kept = {file: file.read_bytes() for file in watched.folder.rglob("*") if file.is_file()}
-    jobs = b"".join(data for file, data in kept.items() if file.name.startswith("jobs.db"))
+def test_only_jobs_store_prompts_and_only_files_store_images(watched: Watched) -> None:
+    stored = {file: file.read_bytes() for file in watched.folder.rglob("*") if file.is_file()}
+    jobs = b"".join(data for file, data in stored.items() if file.name.startswith("jobs.db"))
     assert PROMPT.encode() in jobs
     assert not any(secret in jobs for secret in watched.secrets)
-    files = [data for file, data in kept.items() if file.parent.name == "files"]
+    files = [data for file, data in stored.items() if file.parent.name == "files"]
     assert not any(PROMPT.encode() in data for data in files)
-    assert any(watched.secrets[4] in data for data in files), "the image that was made"
-    assert not any(KEY.encode() in data for data in kept.values())
+    assert any(watched.secrets[4] in data for data in files), "a file must contain the generated image"
+    assert not any(KEY.encode() in data for data in stored.values())
 
 
-def of_trace(watched: Watched, trace_id: str, spans: int) -> list[Span]:
-    """A trace, when all its spans have come."""
+def wait_for_trace(watched: Watched, trace_id: str, spans: int) -> list[Span]:
+    """Waits until a trace has this many spans, and returns them."""
     until(lambda: len(watched.collector.trace(trace_id)) >= spans)
     return watched.collector.trace(trace_id)
 
 
 def tree(spans: list[Span], root: str) -> dict[str, Any]:
-    """The names of all that is below a span, as nested dictionaries; equal ones are numbered."""
+    """Returns the names of the spans below a span, as nested dictionaries. Repeated names are numbered."""
     below: dict[str, Any] = {}
     for span in sorted(spans, key=lambda span: span.began):
         if span.parent_id == root:
-            alike = sum(name.split("#")[0] == span.name for name in below)
-            below[f"{span.name}#{alike}" if alike else span.name] = tree(spans, span.span_id)
+            repeats = sum(name.split("#")[0] == span.name for name in below)
+            below[f"{span.name}#{repeats}" if repeats else span.name] = tree(spans, span.span_id)
     return below
 
 
@@ -232,8 +232,8 @@ IMAGE: dict[str, Any] = {
 }
 
 
-def test_the_spans_of_a_request_are_one_tree_over_all_processes(watched: Watched) -> None:
-    spans = of_trace(watched, TRACE, 25)
+def test_a_request_has_one_trace_across_all_processes(watched: Watched) -> None:
+    spans = wait_for_trace(watched, TRACE, 25)
     ((name, below),) = tree(spans, CLIENT_SPAN).items()
     assert name == "POST /v1/images/generations"
     assert below == {
@@ -257,12 +257,12 @@ def test_the_spans_of_a_request_are_one_tree_over_all_processes(watched: Watched
         else:
             assert span.process == root.process
     processes = {span.name: span.process for span in spans if span.kind == "server"}
-    assert len(set(processes.values())) == 5, "the ingress, both stages, both helpers"
+    assert len(set(processes.values())) == 5, "expected the ingress, both stages and both helpers"
 
 
 def test_a_job_belongs_to_the_trace_of_its_submission(watched: Watched) -> None:
     (line,) = [line for line in watched.lines("request") if line.get("request_id") == "submitted"]
-    spans = of_trace(watched, line["trace_id"], 10)
+    spans = wait_for_trace(watched, line["trace_id"], 10)
     (root,) = tree(spans, "").values()
     assert root.keys() >= {"job"}
     assert root["job"].keys() >= {"image", "encoding", "storing"}
@@ -272,19 +272,19 @@ def test_a_job_belongs_to_the_trace_of_its_submission(watched: Watched) -> None:
     assert (ended["outcome"], ended["trace_id"]) == ("succeeded", line["trace_id"])
 
 
-def test_a_span_says_what_failed(watched: Watched) -> None:
+def test_spans_record_failures(watched: Watched) -> None:
     (line,) = [line for line in watched.lines("request") if line.get("request_id") == "broken"]
-    spans = of_trace(watched, line["trace_id"], 3)
+    spans = wait_for_trace(watched, line["trace_id"], 3)
     (root,) = [span for span in spans if not span.parent_id]
     assert root.failed
     assert root.attributes["error.type"] == "model_loading_failed"
     assert all(span.failed for span in spans if span.name in ("image", "prior"))
 
 
-def test_a_requests_id_is_in_the_lines_of_all_that_worked_for_it(watched: Watched) -> None:
+def test_the_request_id_is_logged_by_every_deployment(watched: Watched) -> None:
     lines = [line for line in watched.lines("unit") if line["request_id"] == "traced"]
-    by = Counter(line["deployment"].removeprefix("glm-image_") for line in lines)
-    assert by == {"m-prior": 2, "m-decoder": 2, "safety-checker": 2, "prompt-expander": 1}
+    counts = Counter(line["deployment"].removeprefix("glm-image_") for line in lines)
+    assert counts == {"m-prior": 2, "m-decoder": 2, "safety-checker": 2, "prompt-expander": 1}
     assert {line["outcome"] for line in lines} == {"made"}
     jobs = {line["job"] for line in watched.lines("job")}
     units = watched.lines("unit")
@@ -292,7 +292,7 @@ def test_a_requests_id_is_in_the_lines_of_all_that_worked_for_it(watched: Watche
     assert jobs <= {line["request_id"] for line in units if line["deployment"].endswith("m-decoder")}
 
 
-def test_loads_unloads_and_faults_have_a_line_each(watched: Watched) -> None:
+def test_loads_unloads_and_load_failures_are_logged(watched: Watched) -> None:
     loads = watched.lines("load")
     loaded = {line["deployment"] for line in loads if line["outcome"] == "loaded"}
     assert {name.removeprefix("glm-image_") for name in loaded} == {
@@ -305,7 +305,7 @@ def test_loads_unloads_and_faults_have_a_line_each(watched: Watched) -> None:
     until(lambda: loaded <= {line["deployment"] for line in watched.lines("unload")})
 
 
-def test_levels_tell_what_somebody_should_look_at(watched: Watched) -> None:
+def test_log_levels_follow_the_outcome(watched: Watched) -> None:
     levels = {(line["outcome"], line["levelname"]) for line in watched.lines("request")}
     assert levels == {("succeeded", "INFO"), ("refused", "INFO"), ("failed", "ERROR")}
     failing = [line for line in watched.lines("unit") if line["levelname"] != "INFO"]

@@ -1,4 +1,4 @@
-"""The official `zai-sdk`, unmodified but for its base URL: at once, as tasks, by key and by token."""
+"""The official `zai-sdk` with another base URL: synchronous requests, tasks, keys and tokens."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -34,11 +34,11 @@ def make(vendors: Vendors, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
 
 def size(vendors: Vendors, url: str) -> tuple[int, int]:
-    with vendors.client() as stranger:
-        return Image.open(io.BytesIO(stranger.get(url).content)).size
+    with vendors.client() as anonymous:
+        return Image.open(io.BytesIO(anonymous.get(url).content)).size
 
 
-def test_it_generates(make: Make, vendors: Vendors) -> None:
+def test_generations_return_images(make: Make, vendors: Vendors) -> None:
     made = make().images.generations(model="glm-image", n=2, quality="standard", request_id="mine", **SMALL)
     assert [size(vendors, image.url or "") for image in made.data] == [(512, 512), (512, 512)]
     extra = made.model_extra or {}
@@ -47,13 +47,13 @@ def test_it_generates(make: Make, vendors: Vendors) -> None:
     assert extra["id"]
 
 
-def test_images_are_sent_along_when_asked_for(make: Make) -> None:
+def test_images_can_be_returned_as_base64(make: Make) -> None:
     made = make(ZhipuAiClient).images.generations(model="glm-image", response_format="b64_json", **SMALL)
     assert made.data[0].url is None
     assert made.data[0].b64_json
 
 
-def test_a_task_is_made_meanwhile(make: Make, vendors: Vendors) -> None:
+def test_a_task_runs_asynchronously(make: Make, vendors: Vendors) -> None:
     client = make()
     task = client.images.async_generations(model="glm-image", user_id="user-1", **SMALL)
     assert (task.model, task.task_status) == ("glm-image", "PROCESSING")
@@ -65,7 +65,7 @@ def test_a_task_is_made_meanwhile(make: Make, vendors: Vendors) -> None:
     assert size(vendors, done.image_result[0].url or "") == (512, 512)
 
 
-def test_a_task_that_fails_says_why(make: Make) -> None:
+def test_a_failed_task_returns_its_error(make: Make) -> None:
     client = make()
     task = client.images.async_generations(model="broken", request_id="mine", **SMALL)
     until(lambda: client.images.retrieve_images_result(task.id or "").task_status == "FAIL")
@@ -74,7 +74,7 @@ def test_a_task_that_fails_says_why(make: Make) -> None:
     assert "Model loading failed" in (done.model_extra or {})["error"]["message"]
 
 
-def test_a_token_signed_by_the_key_is_as_good(make: Make, vendors: Vendors) -> None:
+def test_a_token_signed_with_the_key_is_accepted(make: Make, vendors: Vendors) -> None:
     client = make(api_key=vendors.signing_key, disable_token_cache=False)
     assert client.images.generations(model="glm-image", **SMALL).data[0].url
     assert make(api_key=vendors.signing_key).images.generations(model="glm-image", **SMALL).data[0].url
@@ -104,7 +104,7 @@ def test_a_wrong_key_raises(make: Make, key: str) -> None:
         ({"prompt": "  "}, "1214"),
     ],
 )
-def test_bad_input_raises_and_is_sent_once(
+def test_invalid_input_raises_without_a_retry(
     make: Make, sent: list[str], wrong: dict[str, Any], code: str
 ) -> None:
     with pytest.raises(core.APIRequestFailedError, match=f'"code":"{code}"') as caught:
@@ -113,7 +113,7 @@ def test_bad_input_raises_and_is_sent_once(
     assert len(sent) == 1
 
 
-def test_a_model_that_cannot_be_loaded_is_asked_for_once(make: Make, sent: list[str]) -> None:
+def test_a_load_failure_is_not_retried(make: Make, sent: list[str]) -> None:
     with pytest.raises(core.APIInternalError, match="Model loading failed"):
         make().images.generations(model="broken", **SMALL)
     assert len(sent) == 1
@@ -125,7 +125,7 @@ def test_an_unknown_task_is_a_404(make: Make) -> None:
     assert caught.value.status_code == 404
 
 
-def test_what_has_no_effect_is_taken(make: Make) -> None:
+def test_parameters_without_an_effect_are_accepted(make: Make) -> None:
     made = make().images.generations(
         model="glm-image",
         style="vivid",
