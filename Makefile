@@ -3,7 +3,7 @@
 CONFIG = configs/demo.yaml
 PYTHON ?= python3
 BIN := .venv/bin
-NODE := tests/serve/js tests/k8s tests/playground
+NODE := tests/http/js tests/k8s tests/playground
 NODE_MODULES := $(NODE:=/node_modules)
 
 .PHONY: help serve test slow soak check format benchmark lock alerts clean

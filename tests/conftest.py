@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import psycopg
 import pytest
 
@@ -20,7 +21,7 @@ needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile needs g++ (Debian: apt-get install g++)"
 )
 needs_node = pytest.mark.skipif(
-    not shutil.which("node") or not (Path(__file__).parent / "serve/js/node_modules").exists(),
+    not shutil.which("node") or not (Path(__file__).parent / "http/js/node_modules").exists(),
     reason="Debian's nodejs and npm are missing",
 )
 
@@ -127,3 +128,17 @@ def receiver() -> Iterator[Receiver]:
     receiver = Receiver()
     with receiver.receiving():
         yield receiver
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Method and path of every request that httpx sends. A request that is retried is there twice."""
+    requests: list[str] = []
+    send = httpx.HTTPTransport.handle_request
+
+    def noted(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        requests.append(f"{request.method} {request.url.path}")
+        return send(transport, request)
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", noted)
+    return requests

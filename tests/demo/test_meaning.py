@@ -17,10 +17,10 @@ from PIL import Image
 from deployments.types import Pixels
 from tests.demo.conftest import CONFIG, demo_config
 from tests.demo.judge import recognize, wrong
+from tests.job_client import ended, pixels, submit
 from tests.serve.conftest import served
 from tests.serve.test_exactness import edit
 from tests.serve.test_exactness import generate as generate_some
-from tests.serve.test_jobs import ended, pixels, submit
 from training.demo.scenes import COLOURS, Scene, Thing
 
 pytestmark = pytest.mark.slow

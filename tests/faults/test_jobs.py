@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from deployments.families.glm_image import tiny
+from tests.job_client import PATH, SMALL, pixels
 from tests.receiver import Receiver
 from tests.serve.conftest import Running, Upstream, config_file, served, tiny_model, until
-from tests.serve.test_jobs import PATH, SMALL, pixels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 JOBS = 20

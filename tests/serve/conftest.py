@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
 import signal
 import socket
-import ssl
 import subprocess
 import tempfile
 import threading
@@ -31,7 +29,6 @@ from PIL import Image
 
 from deployments.families.glm_image import tiny
 from deployments.types import Pixels
-from tests.receiver import Receiver
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
@@ -214,159 +211,6 @@ def served(config: Path, *options: str, **environment: str) -> Iterator[Running]
             pumping.join()
         _, left = psutil.wait_procs(family, timeout=10)
         assert not left, "the server left processes behind"
-
-
-@dataclass(frozen=True)
-class Guarded:
-    """A server that wants a key and has tight limits. Its model `broken` cannot be loaded.
-
-    Attributes:
-        running: the server.
-        key: that is let in.
-        other_key: likewise.
-    """
-
-    running: Running
-    key: str
-    other_key: str
-
-    @property
-    def url(self) -> str:
-        return self.running.url
-
-    def use_up_other_key(self) -> None:
-        """Ask for nearly all that it may have in a minute; half of that minute at least is left then."""
-        until(self._is_used_up)
-
-    def _is_used_up(self) -> bool:
-        body = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 100, "n": 2, "stream": True}
-        with httpx.stream(
-            "POST",
-            f"{self.url}/v1/images/generations",
-            json=body,
-            headers={"Authorization": f"Bearer {self.other_key}"},
-            timeout=120,
-        ) as answer:  # which is not waited for
-            return answer.status_code == 200 or int(answer.headers["retry-after"]) > 30
-
-
-BODY_TIMEOUT_S = 2
-MEGAPIXEL_STEPS_PER_MINUTE = 60
-
-
-@pytest.fixture(scope="package")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    folder = tmp_path_factory.mktemp("guarded")
-    key, other_key = "key-5d0c1e", "key-93ab70"
-    keys = [
-        {"id": "by-hash", "sha256": hashlib.sha256(key.encode()).hexdigest()},
-        {"id": "by-variable", "secret_env": "OTHER_KEY"},
-    ]
-    models = [
-        tiny_model("guarded", prior={"min_replicas": 1}, decoder={"min_replicas": 1}),
-        tiny_model("broken", checkpoint=str(folder / "nowhere")),
-    ]
-    limits = {
-        "max_megapixel_steps": MEGAPIXEL_STEPS_PER_MINUTE,
-        "megapixel_steps_per_minute": MEGAPIXEL_STEPS_PER_MINUTE,
-        "body_timeout_s": BODY_TIMEOUT_S,
-    }
-    config = config_file(folder, models, limits=limits, auth={"api_keys": keys})
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OTHER_KEY", other_key)
-        with served(config) as running:
-            yield Guarded(running, key, other_key)
-
-
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every request that httpx sends, once more if it is sent again."""
-    requests: list[str] = []
-    send = httpx.HTTPTransport.handle_request
-
-    def noted(transport: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
-        requests.append(f"{request.method} {request.url.path}")
-        return send(transport, request)
-
-    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", noted)
-    return requests
-
-
-@dataclass(frozen=True)
-class Vendors:
-    """A server for the vendors' clients: by https, with a certificate that it has made, and with keys.
-
-    Attributes:
-        running: the server; its model `glm-image` is a small checkpoint, and `broken` cannot be loaded.
-        certificate: by which to trust it.
-        key: that is let in.
-        signing_key: likewise, of the form `id.secret`.
-        receiver: of webhooks.
-    """
-
-    running: Running
-    certificate: Path
-    key: str
-    signing_key: str
-    receiver: Receiver
-
-    @property
-    def url(self) -> str:
-        return self.running.url
-
-    @property
-    def place(self) -> str:
-        """Host and port."""
-        return self.url.removeprefix("https://")
-
-    @property
-    def trust(self) -> dict[str, str]:
-        """What has clients trust it."""
-        return dict.fromkeys(("SSL_CERT_FILE", "NODE_EXTRA_CA_CERTS"), str(self.certificate))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """And what has fal's find it."""
-        return self.trust | {"FAL_RUN_HOST": self.place, "FAL_QUEUE_RUN_HOST": f"{self.place}/queue"}
-
-    def client(self, **headers: str) -> httpx.Client:
-        """Without a key unless there is one among the headers."""
-        trust = ssl.create_default_context(cafile=self.certificate)
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return httpx.Client(base_url=self.url, headers=named, verify=trust, timeout=150)
-
-
-@pytest.fixture(scope="package")
-def vendors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vendors]:
-    folder = tmp_path_factory.mktemp("vendors")
-    key, signing_key = "key-1b7a90", "0123456789abcdef.a-secret-of-thirty-two-bytes-or-more"
-    receiver = Receiver()
-    config = config_file(
-        folder,
-        [
-            tiny_model(
-                "glm-image",
-                checkpoint=str(tiny.cached(SMALL_SIZES)),
-                prior={"min_replicas": 1},
-                decoder={"min_replicas": 1},
-            ),
-            tiny_model("broken", checkpoint=str(folder / "nowhere")),
-        ],
-        auth={
-            "api_keys": [
-                {"id": "by-hash", "sha256": hashlib.sha256(key.encode()).hexdigest()},
-                {"id": "by-variable", "secret_env": "SIGNING_KEY"},
-            ]
-        },
-        limits={"max_json_bytes": 2**18, "max_body_bytes": 2**23, "max_image_bytes": 2**22},
-        outbound={"allow": [receiver.place]},
-    )
-    # Whoever runs the tests keeps their own certificate, and the checkpoint is not written once more.
-    hub = os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface"))
-    environment = {"HOME": str(folder), "HF_HOME": hub, "SIGNING_KEY": signing_key}
-    with receiver.receiving(), served(config, "TLS=1", **environment) as running:
-        certificate = folder / ".local/share/glm-image-server/tls/certificate.pem"
-        yield Vendors(running, certificate, key, signing_key, receiver)
 
 
 @pytest.fixture

@@ -1,22 +1,56 @@
-"""A server with keys and tight limits: slow bodies, rate limits, range requests and logs."""
+"""A server with keys: slow bodies, the log's lines, and what the log must not contain."""
 
 import base64
+import hashlib
 import io
 import json
 import re
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import httpx
-import openai
 import pytest
 from PIL import Image
 
-from tests.serve.conftest import BODY_TIMEOUT_S, Guarded, until
+from tests.serve.conftest import Running, config_file, served, tiny_model, until
 
 SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 2, "seed": 5}
 CANARY = "canary-8f1e"
+
+
+BODY_TIMEOUT_S = 2
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A server that wants a key. Its model `broken` cannot be loaded."""
+
+    running: Running
+    key: str
+    other_key: str
+
+    @property
+    def url(self) -> str:
+        return self.running.url
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("guarded")
+    key, other_key = "key-5d0c1e", "key-93ab70"
+    keys = [
+        {"id": "by-hash", "sha256": hashlib.sha256(key.encode()).hexdigest()},
+        {"id": "by-variable", "secret_env": "OTHER_KEY"},
+    ]
+    models = [
+        tiny_model("guarded", prior={"min_replicas": 1}, decoder={"min_replicas": 1}),
+        tiny_model("broken", checkpoint=str(folder / "nowhere")),
+    ]
+    config = config_file(folder, models, limits={"body_timeout_s": BODY_TIMEOUT_S}, auth={"api_keys": keys})
+    with served(config, OTHER_KEY=other_key) as running:
+        yield Guarded(running, key, other_key)
 
 
 @pytest.fixture
@@ -59,95 +93,6 @@ def test_the_body_timeout_does_not_limit_generation(http: httpx.Client) -> None:
     answer = http.post("/v1/images/generations", json=SMALL | {"num_inference_steps": 60})
     assert answer.status_code == 200
     assert answer.elapsed.total_seconds() > BODY_TIMEOUT_S, "the request must outlast the body timeout"
-
-
-def test_a_rate_limited_client_gets_a_retry_after_header(guarded: Guarded) -> None:
-    guarded.use_up_other_key()
-    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.other_key, max_retries=0) as sdk:
-        with pytest.raises(openai.RateLimitError) as caught:
-            sdk.images.generate(prompt="a boat", size="512x512", extra_body={"num_inference_steps": 100})
-        assert caught.value.type == "rate_limit_error"
-        assert caught.value.code == "rate_limit_exceeded"
-        assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
-    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.key, max_retries=0) as sdk:
-        sdk.images.generate(prompt="a boat", size="512x512", extra_body={"num_inference_steps": 2})
-
-
-def test_a_request_above_max_megapixel_steps_is_rejected(http: httpx.Client) -> None:
-    answer = http.post("/v1/images/generations", json={"prompt": "a boat", "n": 10})
-    assert answer.status_code == 400
-    error = answer.json()["error"]
-    assert error["param"] == "n"
-    assert "10 images of 1024x1024 with 50 denoising steps are 524 megapixel-steps" in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "status", "fields"),
-    [
-        (openai.BadRequestError, 400, {"prompt": ""}),
-        (openai.NotFoundError, 404, {"prompt": "a boat", "model": "dall-e-9"}),
-        (openai.APIStatusError, 413, {"prompt": "x" * 2**20}),
-        (openai.InternalServerError, 500, {"prompt": "a boat", "model": "broken", "size": "512x512"}),
-    ],
-)
-def test_the_openai_client_raises_the_error_of_each_status(
-    guarded: Guarded, kind: type[openai.APIStatusError], status: int, fields: dict[str, str]
-) -> None:
-    """The client's own retries are on. The server must prevent them after a failed generation."""
-    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=guarded.key) as sdk:
-        with pytest.raises(kind) as caught:
-            sdk.images.generate(**fields, extra_headers={"X-Request-ID": f"tried-{status}"})  # type: ignore[call-overload]
-        assert caught.value.status_code == status
-        assert caught.value.request_id == f"tried-{status}"
-        until(lambda: attempts(guarded, f"tried-{status}") > 0)
-        assert attempts(guarded, f"tried-{status}") == 1
-
-
-def attempts(guarded: Guarded, request_id: str) -> int:
-    return sum(
-        line.get("request_id") == request_id and "route" in line for line in guarded.running.log_lines()
-    )
-
-
-def test_files_support_range_requests(http: httpx.Client) -> None:
-    (image,) = http.post("/v1/images/generations", json=SMALL).json()["data"]
-    whole = http.get(image["url"])
-    data, size = whole.content, len(whole.content)
-    assert whole.headers["accept-ranges"] == "bytes"
-    for requested, start, end in (
-        ("0-99", 0, 100),
-        (f"100-{size * 2}", 100, size),
-        ("1000-", 1000, size),
-        ("-10", size - 10, size),
-    ):
-        part = http.get(image["url"], headers={"Range": f"bytes={requested}"})
-        assert part.status_code == 206
-        assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{size}"
-        assert part.headers["content-type"] == "image/png"
-        assert part.content == data[start:end]
-    for unsatisfiable in (f"{size}-", "-0"):
-        rejected = http.get(image["url"], headers={"Range": f"bytes={unsatisfiable}"})
-        assert rejected.status_code == 416
-        assert rejected.headers["content-range"] == f"bytes */{size}"
-        assert rejected.json()["error"]["message"]
-    for invalid in (
-        "bytes=5-1",
-        "bytes=-",
-        "bytes=0-1,5-6",
-        "lines=1-2",
-        "bytes=a-b",
-        "bytes=" + "9" * 5000 + "-",
-    ):
-        answer = http.get(image["url"], headers={"Range": invalid})
-        assert (answer.status_code, answer.content) == (200, data)
-    changed = http.get(image["url"], headers={"Range": "bytes=0-9", "If-Range": '"other"'})
-    assert changed.content == data
-    same = http.get(image["url"], headers={"Range": "bytes=0-9", "If-Range": whole.headers["etag"]})
-    assert same.content == data[:10]
-    assert http.head("/v1/internal/unload").status_code == 405
-    head = http.head(image["url"])
-    assert (head.status_code, head.content) == (200, b"")
-    assert head.headers["content-length"] == str(size)
 
 
 def test_each_request_is_logged_as_json(http: httpx.Client, guarded: Guarded) -> None:

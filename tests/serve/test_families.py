@@ -184,9 +184,13 @@ def test_a_job_and_fals_api_return_the_same_pixels(client: openai.OpenAI, http: 
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [
-        ({"model": "glm-image", "negative_prompt": "x"}, "negative_prompt", "glm-image has none"),
-        ({"model": "glm-image", "cfg_normalization": True}, "cfg_normalization", "glm-image has none"),
-        ({"model": "glm-image", "strength": 0.5}, "strength", "glm-image has none"),
+        ({"model": "glm-image", "negative_prompt": "x"}, "negative_prompt", "not supported by glm-image"),
+        (
+            {"model": "glm-image", "cfg_normalization": True},
+            "cfg_normalization",
+            "not supported by glm-image",
+        ),
+        ({"model": "glm-image", "strength": 0.5}, "strength", "not supported by glm-image"),
         ({"model": "z-image", "strength": 0.5}, "strength", "no source image"),
         ({"model": "z-image-turbo", "negative_prompt": "x"}, "negative_prompt", "guidance is off"),
         ({"model": "z-image", "guidance_scale": 0, "cfg_normalization": True}, "cfg_normalization", "is off"),

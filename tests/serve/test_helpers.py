@@ -124,7 +124,7 @@ class TestOpenAI:
     def test_an_image_that_is_not_flagged_is_unchanged(self, sdk: openai.OpenAI, helped: Helped) -> None:
         assert np.array_equal(generate(sdk, SAFE), helped.images[SAFE])
 
-    def test_a_flagged_image_is_an_error(self, sdk: openai.OpenAI, sent: list[str]) -> None:
+    def test_a_flagged_image_is_an_error(self, sdk: openai.OpenAI) -> None:
         for n in (1, 2):
             with pytest.raises(openai.BadRequestError) as refused:
                 generate(sdk, UNSAFE + 1 - n, n=n)

@@ -6,13 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from deployments.families.glm_image import tiny
 from tests.conftest import needs_node
-from tests.serve.conftest import ROOT, Server, Vendors
+from tests.http.conftest import KEY, OTHER_KEY, Endpoint, keys
+from tests.serve.conftest import ROOT, SMALL_SIZES, Server, config_file, served, tiny_model
 
 README = (ROOT / "README.md").read_text()
 ADDRESS = "http://127.0.0.1:8000"
@@ -53,11 +57,27 @@ def test_the_python_program_generates_and_edits_an_image(server: Server, tmp_pat
             assert image.size == (512, 512)
 
 
-def run(vendors: Vendors, command: list[str], program: str, cwd: Path = ROOT) -> str:
+@pytest.fixture(scope="module")
+def vendors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """A server by https, with a certificate that it has made, and with keys."""
+    folder = tmp_path_factory.mktemp("vendors")
+    stages: Any = {"prior": {"min_replicas": 1}, "decoder": {"min_replicas": 1}}
+    model = tiny_model("glm-image", checkpoint=str(tiny.cached(SMALL_SIZES)), **stages)
+    # Whoever runs the tests keeps their own certificate, and the checkpoint is not written once more.
+    hub = os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface"))
+    with served(
+        config_file(folder, [model], auth=keys()), "TLS=1", HOME=str(folder), HF_HOME=hub, OTHER_KEY=OTHER_KEY
+    ) as running:
+        certificate = folder / ".local/share/glm-image-server/tls/certificate.pem"
+        yield Endpoint(running.url, KEY, OTHER_KEY, certificate)
+
+
+def run(vendors: Endpoint, command: list[str], program: str, cwd: Path = ROOT) -> str:
     """Runs an example of the README with the test server's address and key, and returns its output."""
     assert "none" in program
     assert "127.0.0.1:8000" in program
     program = program.replace(ADDRESS, vendors.url).replace("127.0.0.1:8000", vendors.place)
+    assert vendors.certificate
     folder = vendors.certificate.parents[4]
     return subprocess.run(
         [*command, re.sub(r"\bnone\b", vendors.key, program)],
@@ -70,7 +90,7 @@ def run(vendors: Vendors, command: list[str], program: str, cwd: Path = ROOT) ->
     ).stdout
 
 
-def test_three_lines_point_fals_python_client_to_the_server(vendors: Vendors) -> None:
+def test_three_lines_point_fals_python_client_to_the_server(vendors: Endpoint) -> None:
     lines, program = block("sh", "FAL_RUN_HOST"), block("python", "fal_client")
     assert len(lines.strip().splitlines()) == 3
     printed = run(vendors, ["bash", "-c"], f"{lines}\n{sys.executable} - <<'END'\n{program}END")
@@ -79,18 +99,18 @@ def test_three_lines_point_fals_python_client_to_the_server(vendors: Vendors) ->
 
 
 @needs_node
-def test_the_example_of_fals_javascript_client_works(vendors: Vendors) -> None:
+def test_the_example_of_fals_javascript_client_works(vendors: Endpoint) -> None:
     program = block("js", "@fal-ai/client")
-    printed = run(vendors, ["node", "--input-type=module", "-e"], program, ROOT / "tests/serve/js")
+    printed = run(vendors, ["node", "--input-type=module", "-e"], program, ROOT / "tests/http/js")
     assert printed.startswith(f"{vendors.url}/files/")
 
 
-def test_the_example_of_zais_client_works(vendors: Vendors) -> None:
+def test_the_example_of_zais_client_works(vendors: Endpoint) -> None:
     printed = run(vendors, [sys.executable, "-c"], block("python", "zai"))
     assert printed.startswith(f"{vendors.url}/files/")
 
 
-def test_the_example_of_pixazos_api_works(vendors: Vendors) -> None:
+def test_the_example_of_pixazos_api_works(vendors: Endpoint) -> None:
     command = block("sh", "glm-image-request").replace("curl", f"curl --cacert {vendors.certificate}")
     assert json.loads(run(vendors, ["bash", "-c"], command))["status"] == "COMPLETED"
 

@@ -4,12 +4,12 @@ import json
 import re
 
 from tests.conftest import needs_node
-from tests.serve.conftest import Vendors, until
-from tests.serve.javascript import passed
+from tests.http.conftest import Endpoint, until
+from tests.http.javascript import passed
 
 
 @needs_node
-def test_the_javascript_client_works(vendors: Vendors) -> None:
+def test_the_javascript_client_works(vendors: Endpoint) -> None:
     receiver = vendors.receiver
     environment = vendors.trust | {"BASE_URL": vendors.url, "KEY": vendors.key, "HOOK": receiver.url}
     match = re.search("told of ([0-9a-f-]{36})", passed("fal.test.js", 15, **environment))

@@ -1,4 +1,4 @@
-"""The requests and answers that the vendors' documents print, with this server's address and keys.
+"""The requests and answers in the vendors' documents, with this server's address and keys.
 
 fal: https://fal.ai/models/fal-ai/glm-image/image-to-image/llms.txt, Z.ai: https://docs.z.ai/guides/image/glm-image,
 Pixazo: https://www.pixazo.ai/models/text-to-image/glm-image-api.
@@ -22,10 +22,7 @@ from PIL import Image
 from serve_app.dialects import pixazo
 from serve_app.errors import Busy, RequestError, server_error
 from tests.conftest import needs_node
-from tests.serve.conftest import ROOT, Vendors, until
-
-pytestmark = pytest.mark.timeout(600)
-slow = pytest.mark.slow
+from tests.http.conftest import ROOT, Endpoint, until
 
 KITTEN = (
     "A cute little kitten sitting on a sunny windowsill, with the background of blue sky and white clouds."
@@ -64,7 +61,7 @@ Sized = Callable[[str], tuple[int, int]]
 
 
 def covers(answer: Any, example: Any) -> bool:
-    """Whether an answer has all that an example has, of the same kinds."""
+    """Returns whether an answer has every field of an example, with values of the same types."""
     if type(answer) is not type(example):
         return False
     if isinstance(example, dict):
@@ -82,7 +79,7 @@ def assert_is_pixazos(answer: Any) -> None:
 
 
 def completed(ask: Callable[[], httpx.Response]) -> Any:
-    """What is answered at last when Pixazo's clients poll."""
+    """Polls as Pixazo's clients do; returns the last answer."""
     until(lambda: ask().json()["status"] not in ("QUEUED", "PROCESSING"), 120)
     answer = ask().json()
     assert_is_pixazos(answer)
@@ -90,22 +87,22 @@ def completed(ask: Callable[[], httpx.Response]) -> Any:
 
 
 @pytest.fixture
-def http(vendors: Vendors) -> Iterator[httpx.Client]:
-    """As Pixazo's clients say who they are."""
+def http(vendors: Endpoint) -> Iterator[httpx.Client]:
+    """A client that sends its key as Pixazo's clients do."""
     with vendors.client(ocp_apim_subscription_key=vendors.key) as client:
         yield client
 
 
 @pytest.fixture
-def size(vendors: Vendors) -> Iterator[Sized]:
-    """Tells the size of an image, for which nobody needs a key."""
+def size(vendors: Endpoint) -> Iterator[Sized]:
+    """Returns the size of an image at a URL. Images need no key."""
     with vendors.client() as stranger:
         yield lambda url: Image.open(io.BytesIO(stranger.get(url).raise_for_status().content)).size
 
 
 @pytest.fixture(scope="module")
-def catwalk(vendors: Vendors) -> str:
-    """Where the image is that the documents edit."""
+def catwalk(vendors: Endpoint) -> str:
+    """URL of the image that the documents edit."""
     file = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").resize((1024, 1536)).save(file, "PNG")
     with vendors.client(authorization=f"Key {vendors.key}") as client:
@@ -115,8 +112,8 @@ def catwalk(vendors: Vendors) -> str:
 
 
 @pytest.fixture
-def run(vendors: Vendors) -> Run:
-    """Runs a program that finds the server where the vendors' do, and returns what it prints."""
+def run(vendors: Endpoint) -> Run:
+    """Runs a program in the environment of the vendors' clients; returns its output."""
     places = {"ZAI_BASE_URL": f"{vendors.url}/api/paas/v4", "CURL_CA_BUNDLE": str(vendors.certificate)}
 
     def run(*command: str, cwd: Path = ROOT) -> str:
@@ -135,8 +132,7 @@ def run(vendors: Vendors) -> Run:
     return run
 
 
-@slow
-def test_fals_full_example(vendors: Vendors, size: Sized, catwalk: str) -> None:
+def test_fals_full_example(vendors: Endpoint, size: Sized, catwalk: str) -> None:
     body = {"prompt": "Make the dress red."} | OPTIONS | {"image_urls": catwalk}
     with vendors.client(authorization=f"Key {vendors.key}") as fal:
         answer = fal.post("/fal-ai/glm-image/image-to-image", json=body)
@@ -150,9 +146,8 @@ def assert_is_fals(answer: Any, size: Sized) -> None:
     assert size(answer["images"][0]["url"]) == (1024, 1024)
 
 
-@slow
-def test_fals_example_with_curl(run: Run, vendors: Vendors, size: Sized, catwalk: str) -> None:
-    """Its body is the example with what is required."""
+def test_fals_example_with_curl(run: Run, vendors: Endpoint, size: Sized, catwalk: str) -> None:
+    """The body is the document's example of the required fields."""
     printed = run(
         "bash",
         "-c",
@@ -169,7 +164,6 @@ def test_fals_example_with_curl(run: Run, vendors: Vendors, size: Sized, catwalk
     assert_is_fals(json.loads(printed), size)
 
 
-@slow
 def test_fals_example_in_python(run: Run, size: Sized, catwalk: str) -> None:
     *log, result = run(
         sys.executable,
@@ -198,9 +192,8 @@ print(result)
     assert_is_fals(ast.literal_eval(result), size)
 
 
-@slow
 @needs_node
-def test_fals_example_in_javascript(run: Run, vendors: Vendors, catwalk: str) -> None:
+def test_fals_example_in_javascript(run: Run, vendors: Endpoint, catwalk: str) -> None:
     program = f"""
 import {{ fal }} from "@fal-ai/client";
 fal.config({{ proxyUrl: {{ url: "{vendors.url}/api/fal/proxy", when: "always" }} }});
@@ -220,14 +213,13 @@ const result = await fal.subscribe("fal-ai/glm-image/image-to-image", {{
 console.log(JSON.stringify(result.data));
 console.log(result.requestId);
 """
-    printed = run("node", "--input-type=module", "-e", program, cwd=ROOT / "tests/serve/js").splitlines()
+    printed = run("node", "--input-type=module", "-e", program, cwd=ROOT / "tests/http/js").splitlines()
     assert any(line.startswith("began ") for line in printed)
     assert covers(json.loads(printed[-2]), FALS_IMAGES)
     assert len(printed[-1]) == 36
 
 
-@slow
-def test_zais_example_with_curl(run: Run, vendors: Vendors, size: Sized) -> None:
+def test_zais_example_with_curl(run: Run, vendors: Endpoint, size: Sized) -> None:
     printed = run(
         "bash",
         "-c",
@@ -245,8 +237,7 @@ def test_zais_example_with_curl(run: Run, vendors: Vendors, size: Sized) -> None
     assert size(json.loads(printed)["data"][0]["url"]) == (1280, 1280)
 
 
-@slow
-def test_zais_example_in_python(run: Run, vendors: Vendors, size: Sized) -> None:
+def test_zais_example_in_python(run: Run, vendors: Endpoint, size: Sized) -> None:
     printed = run(
         sys.executable,
         "-c",
@@ -263,9 +254,8 @@ print(response.data[0].url)
     assert size(printed.strip()) == (1280, 1280)
 
 
-@slow
-def test_zais_example_in_java(vendors: Vendors, size: Sized) -> None:
-    """The request that it sends, which names the encoding too."""
+def test_zais_example_in_java(vendors: Endpoint, size: Sized) -> None:
+    """The request that the Java client sends. It declares the encoding."""
     body = {"model": "glm-image", "prompt": KITTEN, "size": "1280x1280"}
     kind = "application/json; charset=UTF-8"
     with vendors.client(authorization=f"Bearer {vendors.key}", content_type=kind) as java:
@@ -274,8 +264,7 @@ def test_zais_example_in_java(vendors: Vendors, size: Sized) -> None:
     assert size(answer.json()["data"][0]["url"]) == (1280, 1280)
 
 
-@slow
-def test_the_sizes_that_zai_recommends(vendors: Vendors, size: Sized) -> None:
+def test_the_sizes_that_zai_recommends(vendors: Endpoint, size: Sized) -> None:
     recommended = ("1280x1280", "1568x1056", "1056x1568", "1472x1088", "1088x1472", "1728x960", "960x1728")
     with vendors.client(authorization=f"Bearer {vendors.key}") as zai:
         tasks = []
@@ -296,9 +285,8 @@ def test_the_sizes_that_zai_recommends(vendors: Vendors, size: Sized) -> None:
             assert f"{width}x{height}" == one
 
 
-@slow
-def test_pixazos_example_with_curl(run: Run, vendors: Vendors, http: httpx.Client, size: Sized) -> None:
-    """And the workflow: submit, poll by GET, fetch what the output names."""
+def test_pixazos_example_with_curl(run: Run, vendors: Endpoint, http: httpx.Client, size: Sized) -> None:
+    """The document's workflow: submit, poll by GET, fetch the URLs of the output."""
     options = json.dumps({"prompt": MENU} | OPTIONS, indent=0)
     submitted = json.loads(
         run(
@@ -328,24 +316,21 @@ def test_pixazos_example_with_curl(run: Run, vendors: Vendors, http: httpx.Clien
 """,
     )
     assert json.loads(printed) == done
-    # What the examples in Python, in JavaScript, and in no language declare.
+    # The content types of the examples in Python and JavaScript, and none.
     for kind in ("application/json", "text/plain;charset=UTF-8", None):
         body = json.dumps({"request_id": request_id})
         answer = http.post(status, content=body, headers={"Content-Type": kind} if kind else None)
         assert answer.json() == done
 
 
-@slow
-def test_pixazos_minimum_request_answers_with_the_images_when_it_is_asked_to_wait(
-    http: httpx.Client, size: Sized
-) -> None:
+def test_pixazos_minimum_request_returns_the_images_if_it_waits(http: httpx.Client, size: Sized) -> None:
     headers = {"Cache-Control": "no-cache", "Prefer": "wait=120"}
     done = http.post(SUBMIT, json={"prompt": MENU}, headers=headers).json()
     assert_is_pixazos(done)
     assert size(done["images"][0]["url"]) == (1024, 1024)
 
 
-def test_pixazos_full_request_is_refused_for_its_prompt_expansion(http: httpx.Client) -> None:
+def test_pixazos_full_request_is_rejected_for_its_prompt_expansion(http: httpx.Client) -> None:
     body = {"prompt": MENU} | ALL_OPTIONS | {"enable_prompt_expansion": True}
     refused = http.post(SUBMIT, json=body, headers={"Cache-Control": "no-cache"})
     assert refused.status_code == 400
@@ -353,7 +338,6 @@ def test_pixazos_full_request_is_refused_for_its_prompt_expansion(http: httpx.Cl
     assert "enable_prompt_expansion" in refused.json()["error"]["message"]
 
 
-@slow
 def test_pixazos_full_request_without_prompt_expansion(http: httpx.Client) -> None:
     files = []
     for expansion in ({}, {"enable_prompt_expansion": False}):
@@ -367,11 +351,10 @@ def test_pixazos_full_request_without_prompt_expansion(http: httpx.Client) -> No
     assert files[0] == files[1]
 
 
-@slow
 def test_pixazos_example_of_an_edit_with_curl(
-    run: Run, vendors: Vendors, http: httpx.Client, size: Sized, catwalk: str
+    run: Run, vendors: Endpoint, http: httpx.Client, size: Sized, catwalk: str
 ) -> None:
-    """Its body is the minimum request; and the workflow: submit, poll the result, fetch it."""
+    """The minimum request, and the document's workflow: submit, poll the result, fetch it."""
     submitted = json.loads(
         run(
             "bash",
@@ -407,7 +390,6 @@ def test_pixazos_example_of_an_edit_with_curl(
     assert json.loads(printed) == done
 
 
-@slow
 def test_pixazos_full_request_of_an_edit(http: httpx.Client, size: Sized, catwalk: str) -> None:
     body = {"prompt": "Make the dress red.", "image_urls": [catwalk]} | ALL_OPTIONS
     headers = {"Cache-Control": "no-cache", "Prefer": "wait=120"}
@@ -427,7 +409,7 @@ def test_pixazos_example_of_a_wrong_size(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("key", [{}, {"Ocp-Apim-Subscription-Key": "YOUR_SUBSCRIPTION_KEY"}])
-def test_pixazos_example_of_a_key_that_is_none(vendors: Vendors, key: dict[str, str]) -> None:
+def test_pixazos_example_of_a_missing_key(vendors: Endpoint, key: dict[str, str]) -> None:
     message = "Missing or invalid Ocp-Apim-Subscription-Key header"
     with vendors.client() as stranger:
         answer = stranger.post(SUBMIT, json={"prompt": MENU}, headers=key)
@@ -446,7 +428,7 @@ def test_pixazos_example_of_an_edit_without_a_prompt(http: httpx.Client) -> None
 
 
 def test_pixazos_example_of_an_unknown_edit(http: httpx.Client) -> None:
-    """By the id that the document prints."""
+    """The id is that of the document."""
     answer = http.post(RESULT_OF_EDIT, json={"request_id": f"{EDIT}_019dxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx"})
     assert (answer.status_code, answer.json()) == (
         404,
@@ -472,5 +454,5 @@ def test_pixazos_example_of_an_unknown_edit(http: httpx.Client) -> None:
         ),
     ],
 )
-def test_pixazos_examples_of_errors_that_are_rare(error: RequestError, body: Any) -> None:
+def test_pixazos_examples_of_rare_errors(error: RequestError, body: Any) -> None:
     assert json.loads(bytes(pixazo.error_response(error, {"path": SUBMIT}).body)) == body

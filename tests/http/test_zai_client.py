@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from zai import ZaiClient, ZhipuAiClient, core
 
-from tests.serve.conftest import Vendors, until
+from tests.http.conftest import Endpoint, until
 
 SMALL: dict[str, Any] = {
     "prompt": "a boat",
@@ -19,7 +19,7 @@ Make = Callable[..., ZaiClient]
 
 
 @pytest.fixture
-def make(vendors: Vendors, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def make(vendors: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     monkeypatch.setenv("SSL_CERT_FILE", str(vendors.certificate))
     clients: list[ZaiClient] = []
 
@@ -33,12 +33,12 @@ def make(vendors: Vendors, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
         one.close()  # type: ignore[no-untyped-call]
 
 
-def size(vendors: Vendors, url: str) -> tuple[int, int]:
+def size(vendors: Endpoint, url: str) -> tuple[int, int]:
     with vendors.client() as anonymous:
         return Image.open(io.BytesIO(anonymous.get(url).content)).size
 
 
-def test_generations_return_images(make: Make, vendors: Vendors) -> None:
+def test_generations_return_images(make: Make, vendors: Endpoint) -> None:
     made = make().images.generations(model="glm-image", n=2, quality="standard", request_id="mine", **SMALL)
     assert [size(vendors, image.url or "") for image in made.data] == [(512, 512), (512, 512)]
     extra = made.model_extra or {}
@@ -53,7 +53,7 @@ def test_images_can_be_returned_as_base64(make: Make) -> None:
     assert made.data[0].b64_json
 
 
-def test_a_task_runs_asynchronously(make: Make, vendors: Vendors) -> None:
+def test_a_task_runs_asynchronously(make: Make, vendors: Endpoint) -> None:
     client = make()
     task = client.images.async_generations(model="glm-image", user_id="user-1", **SMALL)
     assert (task.model, task.task_status) == ("glm-image", "PROCESSING")
@@ -74,10 +74,10 @@ def test_a_failed_task_returns_its_error(make: Make) -> None:
     assert "Model loading failed" in (done.model_extra or {})["error"]["message"]
 
 
-def test_a_token_signed_with_the_key_is_accepted(make: Make, vendors: Vendors) -> None:
-    client = make(api_key=vendors.signing_key, disable_token_cache=False)
+def test_a_token_signed_with_the_key_is_accepted(make: Make, vendors: Endpoint) -> None:
+    client = make(api_key=vendors.other_key, disable_token_cache=False)
     assert client.images.generations(model="glm-image", **SMALL).data[0].url
-    assert make(api_key=vendors.signing_key).images.generations(model="glm-image", **SMALL).data[0].url
+    assert make(api_key=vendors.other_key).images.generations(model="glm-image", **SMALL).data[0].url
 
 
 @pytest.mark.parametrize("key", ["wrong", "0123456789abcdef.another-secret-of-thirty-two-bytes-or-more"])

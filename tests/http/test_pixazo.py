@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serve.conftest import Vendors, until
+from tests.http.conftest import Endpoint, until
 
 IMAGE, EDIT = "glm-image", "glm-image-image-to-image"
 SMALL = {"prompt": "a boat", "image_size": "square", "num_inference_steps": 2, "seed": 5}
@@ -20,7 +20,7 @@ FIELDS = {
 
 
 @pytest.fixture
-def http(vendors: Vendors) -> Iterator[httpx.Client]:
+def http(vendors: Endpoint) -> Iterator[httpx.Client]:
     with vendors.client(ocp_apim_subscription_key=vendors.key) as client:
         yield client
 
@@ -81,7 +81,7 @@ def test_an_edit_has_its_own_ids_and_routes(http: httpx.Client) -> None:
     assert (other_route.status_code, other_route.json()["error"]["code"]) == (404, "NOT_FOUND")
 
 
-def test_an_invalid_source_url_is_rejected(vendors: Vendors, http: httpx.Client) -> None:
+def test_an_invalid_source_url_is_rejected(vendors: Endpoint, http: httpx.Client) -> None:
     body = SMALL | {"image_urls": ["https://localhost/boat.png"]}
     refused = http.post(f"/{EDIT}/v1/{EDIT}-request", json=body)
     assert (refused.status_code, refused.json()["code"]) == (400, "VALIDATION_ERROR")
@@ -109,7 +109,7 @@ def test_an_unknown_request_is_a_404(http: httpx.Client, request_id: str) -> Non
         assert answer.json() == {"error": {"code": "NOT_FOUND", "message": "Operation not found"}}
 
 
-def test_a_request_of_another_key_is_a_404(vendors: Vendors, http: httpx.Client) -> None:
+def test_a_request_of_another_key_is_a_404(vendors: Endpoint, http: httpx.Client) -> None:
     queued = submit(http)
-    with vendors.client(authorization=f"Bearer {vendors.signing_key}") as another:
+    with vendors.client(authorization=f"Bearer {vendors.other_key}") as another:
         assert another.get(queued["polling_url"]).status_code == 404

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from PIL import Image
 
-from tests.serve.conftest import Vendors, until
+from tests.http.conftest import Endpoint, until
 
 APP = "fal-ai/glm-image"
 SMALL = {"prompt": "a boat", "image_size": "square", "num_inference_steps": 10, "seed": 5}
@@ -26,7 +26,7 @@ LONG = SMALL | {"image_size": {"width": 2048, "height": 2048}, "num_inference_st
 
 
 @pytest.fixture(scope="module")
-def fal(vendors: Vendors) -> Iterator[Any]:
+def fal(vendors: Endpoint) -> Iterator[Any]:
     """The `fal_client` module. It reads its host settings when it is imported."""
     with pytest.MonkeyPatch.context() as environment:
         for name, value in (vendors.environment | {"FAL_KEY": vendors.key}).items():
@@ -38,7 +38,7 @@ def fal(vendors: Vendors) -> Iterator[Any]:
 
 
 @pytest.fixture
-def http(vendors: Vendors) -> Iterator[httpx.Client]:
+def http(vendors: Endpoint) -> Iterator[httpx.Client]:
     with vendors.client(authorization=f"Key {vendors.key}") as client:
         yield client
 
@@ -111,7 +111,7 @@ def test_requests_are_queued_by_priority(fal: Any, busy: None) -> None:
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_cancelling_stops_a_running_request(
-    fal: Any, vendors: Vendors, http: httpx.Client, stage: str
+    fal: Any, vendors: Endpoint, http: httpx.Client, stage: str
 ) -> None:
     handle = fal.submit(APP, arguments=LONG | {"num_images": 1, "image_size": "square_hd"})
     until(lambda: f"image 0: {stage} stage" in messages(handle.status(with_logs=True)))
@@ -215,7 +215,7 @@ def test_a_wrong_key_or_an_unknown_app_raises(fal: Any) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["OK", "ERROR"])
-def test_webhooks_are_signed(fal: Any, vendors: Vendors, http: httpx.Client, outcome: str) -> None:
+def test_webhooks_are_signed(fal: Any, vendors: Endpoint, http: httpx.Client, outcome: str) -> None:
     receiver = vendors.receiver
     app = APP if outcome == "OK" else "fal-ai/broken"
     handle = fal.submit(app, arguments=SMALL, webhook_url=receiver.url)
@@ -264,7 +264,7 @@ asyncio.run(main())
 """
 
 
-def test_the_asynchronous_client_works(vendors: Vendors) -> None:
+def test_the_asynchronous_client_works(vendors: Endpoint) -> None:
     run = subprocess.run(  # in a separate process, because the client leaves connections open
         [sys.executable, "-c", ASYNCHRONOUS],
         env=os.environ | vendors.environment | {"FAL_KEY": vendors.key},
@@ -298,7 +298,7 @@ def picture() -> bytes:
     return file.getvalue()
 
 
-def test_an_upload_url_accepts_one_image_without_a_key(vendors: Vendors, http: httpx.Client) -> None:
+def test_an_upload_url_accepts_one_image_without_a_key(vendors: Endpoint, http: httpx.Client) -> None:
     upload = start_upload(http)
     with vendors.client() as anonymous:
         assert anonymous.put(upload["upload_url"], content=picture()).status_code == 200

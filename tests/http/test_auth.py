@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from serve_app.http.auth import presented_keys
-from tests.serve.conftest import Guarded
+from tests.http.conftest import Endpoint
 
 PUBLIC = {
     "/health",
@@ -29,7 +29,7 @@ PUBLIC = {
 
 
 @pytest.fixture
-def http(guarded: Guarded) -> Iterator[httpx.Client]:
+def http(guarded: Endpoint) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=guarded.url, timeout=60) as http:
         yield http
 
@@ -53,7 +53,7 @@ def test_every_route_except_public_ones_requires_a_key(http: httpx.Client) -> No
     "path",
     ["/nowhere", "/v1/../health", "/files/../v1/models", "/playground/../v1/models", "/HEALTH", "//health"],
 )
-def test_unlisted_paths_require_a_key(guarded: Guarded, path: str) -> None:
+def test_unlisted_paths_require_a_key(guarded: Endpoint, path: str) -> None:
     with closing(HTTPConnection(guarded.url.removeprefix("http://"), timeout=10)) as connection:
         connection.request("GET", path)  # httpx would normalize the path
         assert connection.getresponse().status == 401
@@ -69,7 +69,7 @@ def test_unlisted_paths_require_a_key(guarded: Guarded, path: str) -> None:
     ],
 )
 def test_a_key_is_accepted_in_each_supported_header(
-    http: httpx.Client, guarded: Guarded, header: dict[str, str]
+    http: httpx.Client, guarded: Endpoint, header: dict[str, str]
 ) -> None:
     for key in (guarded.key, guarded.other_key):
         sent = {name: value.format(key=key) for name, value in header.items()}
@@ -95,7 +95,7 @@ def test_a_key_is_accepted_in_each_supported_header(
     ],
 )
 def test_a_key_in_an_unsupported_form_is_rejected(
-    http: httpx.Client, guarded: Guarded, header: dict[str, str]
+    http: httpx.Client, guarded: Endpoint, header: dict[str, str]
 ) -> None:
     values = {"key": guarded.key, "sha256": hashlib.sha256(guarded.key.encode()).hexdigest()}
     sent = {name: value.format(**values) for name, value in header.items()}
@@ -103,10 +103,9 @@ def test_a_key_in_an_unsupported_form_is_rejected(
     assert http.get("/v1/models", params={"key": guarded.key, "api_key": guarded.key}).status_code == 401
 
 
-def test_a_missing_key_is_rejected_before_the_body_is_read(guarded: Guarded) -> None:
-    host, port = guarded.url.removeprefix("http://").split(":")
+def test_a_missing_key_is_rejected_before_the_body_is_read(guarded: Endpoint) -> None:
     for headers in ("Content-Length: 10000000", "Transfer-Encoding: chunked"):
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
+        with socket.create_connection(guarded.address, timeout=10) as connection:
             head = f"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}"
             connection.sendall(f"{head}\r\n\r\n".encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 401")
@@ -118,7 +117,7 @@ def test_long_headers_are_parsed_quickly() -> None:
         assert len(presented_keys([(b"authorization", value)])) <= 1
 
 
-def test_the_openai_client_raises_an_authentication_error(guarded: Guarded) -> None:
+def test_the_openai_client_raises_an_authentication_error(guarded: Endpoint) -> None:
     with (
         openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong") as sdk,
         pytest.raises(openai.AuthenticationError, match="The API key is not known here"),
