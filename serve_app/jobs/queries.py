@@ -14,7 +14,7 @@ from serve_app.jobs.records import UnreadableRecord
 from serve_app.jobs.tables import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from sqlalchemy import ColumnElement, Delete, Select, Update
     from sqlalchemy.orm import Session
@@ -35,6 +35,15 @@ def jobs() -> Select[Job]:
     )
     position = case((Job.state == "queued", ahead), else_=literal(None))
     return select(Job).options(with_expression(Job.position, position))
+
+
+def orphaned(active: Collection[str]) -> ColumnElement[bool]:
+    """Returns the condition that no worker runs a job any more.
+
+    Args:
+        active: ids of the jobs that the caller runs.
+    """
+    return and_(Job.state == "running", Job.lease_until < now(), Job.id.not_in(active))
 
 
 def end_jobs(ttl_s: float, state: State, **values: Any) -> Update:

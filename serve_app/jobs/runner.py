@@ -162,7 +162,7 @@ class JobRunner:
     async def _begin_jobs(self) -> None:
         """Begins jobs while there is room."""
         while models := self._with_room():
-            job = await self._store.claim(self._worker, models)
+            job = await self._store.claim(self._worker, models, self._active)
             if job is None:
                 return
             await self._delete_files(job, sources=False)  # what an earlier runner has left
@@ -194,7 +194,7 @@ class JobRunner:
         for one in active:
             one.has_news = False
         try:
-            ours = await self._store.renew(self._worker, news)
+            ours = await self._store.renew(self._worker, [one.job.id for one in active], news)
         except Exception:
             for one in active:
                 one.has_news = True
@@ -204,7 +204,7 @@ class JobRunner:
                 one.stop("not ours")
 
     async def _reap(self) -> None:
-        for job in await self._store.reap():
+        for job in await self._store.reap(self._active):
             facts = FAULT | {"job": job.id}
             logger.warning("job %s %s: no server ran it to its end", job.id, job.state, extra=facts)
             metrics.JOBS_ENDED.add(api=job.api, model=job.model, state=job.state)

@@ -27,6 +27,7 @@ from serve_app.jobs.queries import (
     first_job,
     no_job,
     one_job,
+    orphaned,
     owned_by,
     readable_jobs,
     update_jobs,
@@ -278,13 +279,17 @@ class JobStore:
 
         return await self._database.write(call)
 
-    async def claim(self, worker: str, models: Collection[str]) -> Job | None:
-        """Begins the next job of these models, if there is one; the worker holds its lease from now on."""
+    async def claim(self, worker: str, models: Collection[str], active: Collection[str] = ()) -> Job | None:
+        """Begins the next job of these models, if there is one; the worker holds its lease from now on.
+
+        Args:
+            worker: id of the worker.
+            models: names of the models.
+            active: ids of the jobs that the worker runs. It keeps them although their leases have expired.
+        """
 
         def call(session: Session) -> Job | None:
-            # A worker's own expired lease is renewed by `renew`: its work goes on.
-            left = and_(Job.state == "running", Job.lease_until < now(), Job.worker != worker)
-            free = or_(Job.state == "queued", left)
+            free = or_(Job.state == "queued", orphaned(active))
             following = (
                 select(Job.seq)
                 .where(free, Job.model.in_(models), ~Job.cancelling, Job.attempts < MAX_ATTEMPTS)
@@ -319,11 +324,22 @@ class JobStore:
             self._notify(job.id)
         return job
 
-    async def renew(self, worker: str, news: Collection[JobProgress]) -> set[str]:
-        """Renews a worker's leases and stores the news of its jobs; returns the ids of jobs to go on with."""
+    async def renew(
+        self, worker: str, active: Collection[str], news: Collection[JobProgress] = ()
+    ) -> set[str]:
+        """Renews a worker's leases and stores the news of its jobs.
+
+        Args:
+            worker: id of the worker.
+            active: ids of the jobs that it runs.
+            news: their news since the last call.
+
+        Returns:
+            The ids of those that are still the worker's and not cancelled.
+        """
 
         def call(session: Session) -> set[str]:
-            ours = and_(Job.worker == worker, Job.state == "running")
+            ours = and_(Job.worker == worker, Job.state == "running", Job.id.in_(active))
             session.execute(update_jobs(ours).values(lease_until=now() + LEASE_S))
             for one in news:
                 session.execute(
@@ -379,8 +395,11 @@ class JobStore:
 
         await self._database.write(call)
 
-    async def reap(self) -> list[Job]:
+    async def reap(self, active: Collection[str] = ()) -> list[Job]:
         """Ends jobs that no runner will end: too late to start, cancelled without a runner, begun too often.
+
+        Args:
+            active: ids of the jobs that the caller runs. It ends them itself.
 
         Returns:
             The jobs that it has ended, without unreadable ones.
@@ -390,7 +409,6 @@ class JobStore:
             f"The job was interrupted {MAX_ATTEMPTS} times and was given up; the server's log says why.",
             code="interrupted",
         )
-        orphaned = and_(Job.state == "running", Job.lease_until < now())
 
         def call(session: Session) -> list[Job]:
             ended: list[int] = []
@@ -399,10 +417,10 @@ class JobStore:
                     end_jobs(self._ttl_s, "failed", error=StoredError.of(late)),
                     and_(Job.state == "queued", Job.start_by < now(), Job.started_at.is_(None)),
                 ),
-                (end_jobs(self._ttl_s, "cancelled"), and_(orphaned, Job.cancelling)),
+                (end_jobs(self._ttl_s, "cancelled"), and_(orphaned(active), Job.cancelling)),
                 (
                     end_jobs(self._ttl_s, "failed", error=StoredError.of(hopeless)),
-                    and_(orphaned, Job.attempts >= MAX_ATTEMPTS),
+                    and_(orphaned(active), Job.attempts >= MAX_ATTEMPTS),
                 ),
             ):
                 ended += session.scalars(ending.where(which).returning(Job.seq))

@@ -123,9 +123,9 @@ class FaultyStore(JobStore):
         self._count("finish")
         return await super().finish(*args, **kwargs)
 
-    async def reap(self) -> list[Job]:
+    async def reap(self, *args: Any) -> list[Job]:
         self._count("reap")
-        return await super().reap()
+        return await super().reap(*args)
 
     async def expire(self) -> list[Job]:
         self._count("expire")

@@ -44,7 +44,7 @@ def test_a_running_job_shows_its_progress_and_ends_once(store: JobStore) -> None
         begun = await claimed(store)
         assert (begun.state, begun.attempts, begun.position) == ("running", 1, None)
         news = JobProgress(id=job.id, progress=[StoredProgress(stage="prior", done=1, total=2)])
-        assert await store.renew("w", [news]) == {job.id}
+        assert await store.renew("w", [job.id], [news]) == {job.id}
         seen = await store.get(OWNER, job.id)
         assert seen.progress == news.progress
         assert seen.version > begun.version
@@ -54,7 +54,7 @@ def test_a_running_job_shows_its_progress_and_ends_once(store: JobStore) -> None
         assert ended.ended_at
         assert ended.expires_at == pytest.approx(ended.ended_at + 100, abs=0.1)
         assert not await store.finish("w", no_news(job), "failed", error=BROKEN)
-        assert await store.renew("w", [news]) == set()
+        assert await store.renew("w", [job.id], [news]) == set()
 
     asyncio.run(main())
 
@@ -71,7 +71,7 @@ def test_a_job_of_a_dead_runner_is_begun_again_and_ended_by_the_new_runner_only(
         again = await claimed(store, "alive")
         assert (again.id, again.attempts) == (first.id, 2)
         assert (await claimed(store, "alive")).id == later.id
-        assert await store.renew("dead", [no_news(first)]) == set()
+        assert await store.renew("dead", [first.id], [no_news(first)]) == set()
         late = [replace(IMAGE, name="late.png")]
         assert not await store.finish("dead", no_news(first), "succeeded", images=late)
         assert await store.finish("alive", no_news(first), "succeeded", images=[IMAGE])
@@ -96,10 +96,40 @@ def test_a_runner_that_renews_late_does_not_begin_its_own_job_again(
         monkeypatch.setattr(store_module, "LEASE_S", -1)
         job = await submitted(store)
         await claimed(store)
-        assert await store.claim("w", MODELS) is None
+        assert await store.claim("w", MODELS, [job.id]) is None
+        assert await store.reap([job.id]) == []
         monkeypatch.setattr(store_module, "LEASE_S", 15)
-        assert await store.renew("w", []) == {job.id}
+        assert await store.renew("w", [job.id]) == {job.id}
         assert await store.claim("another", MODELS) is None
+
+    asyncio.run(main())
+
+
+def test_a_runner_that_has_lost_its_own_job_begins_it_again(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        job = await submitted(store)
+        await claimed(store)
+        monkeypatch.setattr(store_module, "LEASE_S", 15)
+        assert await store.renew("w", []) == set()
+        again = await claimed(store)
+        assert (again.id, again.attempts) == (job.id, 2)
+
+    asyncio.run(main())
+
+
+def test_a_runner_does_not_end_its_own_job_after_an_outage_of_the_database(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        job = await submitted(store)
+        for attempt in range(store_module.MAX_ATTEMPTS):
+            await claimed(store, f"w{attempt}")
+        assert await store.reap([job.id]) == []
+        assert await store.finish(f"w{attempt}", no_news(job), "succeeded", images=[IMAGE])
 
     asyncio.run(main())
 

@@ -107,7 +107,7 @@ def test_the_records_of_a_running_job_are_read_as_written(database: Database) ->
             previews=[StoredPreview(image=1, index=0, name="p.png")],
             log=[LogLine(at=1.5, message="began")],
         )
-        await store.renew("w", [news])
+        await store.renew("w", [news.id], [news])
         seen = await store.get(OWNER, job.id)
         assert (seen.progress, seen.previews, seen.log) == (news.progress, news.previews, news.log)
         assert await stored_form(database, "progress") == [None, {"stage": "decoder", "done": 1, "total": 2}]

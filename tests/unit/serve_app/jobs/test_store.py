@@ -109,7 +109,7 @@ def test_a_running_job_is_cancelled_by_its_runner_and_cannot_end_otherwise(store
         assert not await store.finish("w", no_news(job), "cancelled"), "its owner has not cancelled it"
         cancelling = await store.cancel(OWNER, job.id)
         assert (cancelling.state, cancelling.cancelling) == ("running", True)
-        assert await store.renew("w", []) == set()
+        assert await store.renew("w", [job.id]) == set()
         assert not await store.finish("w", no_news(job), "succeeded", images=[IMAGE])
         assert await store.finish("w", no_news(job), "cancelled")
         assert (await store.get(OWNER, job.id)).state == "cancelled"
