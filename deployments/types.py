@@ -111,7 +111,8 @@ class ImageRequest(StageRequest):
         cfg_normalization: whether guidance may not lengthen the velocity; for families that support it.
         strength: share of the source image to paint over, above 0 to 1; for families that support it.
         previews: number of previews wanted, 0 to 3. Few steps give fewer.
-        sources: source images of legal sizes; empty for text-to-image.
+        sources: source images of legal sizes; empty for text-to-image. The ingress may have a reference to
+            them here, which Ray resolves on the way to the stage.
         prior: result of the prior stage; None before it.
     """
 

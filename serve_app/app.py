@@ -3,7 +3,7 @@
 import asyncio
 import warnings
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -27,7 +27,7 @@ from serve_app.errors import Busy, ReplicaDied, Unavailable
 from serve_app.files.store import FileStore
 from serve_app.generation import prompt_expansion, safety
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model
+from serve_app.generation.image import Model, StageCall
 from serve_app.generation.prompt_expansion import PromptExpansion
 from serve_app.generation.safety import SafetyCheck
 from serve_app.generation.sources import SourceReader
@@ -189,8 +189,8 @@ class Ingress:
         models = {
             model.name: Model(
                 config=model,
-                prior=_caller(stages[model.name]["prior"].generate),
-                decode=_caller(stages[model.name]["decoder"].decode),
+                prior=_stage_caller(stages[model.name]["prior"].generate),
+                decode=_stage_caller(stages[model.name]["decoder"].decode),
             )
             for model in config.models
         }
@@ -199,6 +199,7 @@ class Ingress:
             config.limits,
             SourceReader(outbound, files, config.limits),
             changed.set,
+            share=ray.put,
             safety=_safety(config, stages),
             expansion=_expansion(config, stages, outbound),
         )
@@ -248,12 +249,21 @@ def _expansion(
     return PromptExpansion(expander, ask, config.limits.max_prompt_chars)
 
 
-def _caller(method: DeploymentHandle[Any]) -> Callable[[Any], AsyncGenerator[Any, None]]:
+def _stage_caller(method: DeploymentHandle[Any]) -> StageCall:
+    """Returns a method of a model's stage like `_caller`; its source images are in Ray's object store.
+
+    Ray resolves a reference only if it is an argument of its own.
+    """
+    call = _caller(method)
+    return lambda request: call(replace(request, sources=()), request.sources)
+
+
+def _caller(method: DeploymentHandle[Any]) -> Callable[..., AsyncGenerator[Any, None]]:
     """Returns a stage's method as an asynchronous generator function that knows no Ray."""
     streaming = method.options(stream=True)
 
-    async def call(request: Any) -> AsyncGenerator[Any, None]:
-        items: Any = streaming.remote(request)
+    async def call(*args: Any) -> AsyncGenerator[Any, None]:
+        items: Any = streaming.remote(*args)
         try:
             async for item in items:
                 yield item

@@ -38,8 +38,16 @@ class PriorStage(Stage[PriorEngine]):
         self._loader.thread.submit(engine.run)
         return engine
 
-    async def generate(self, request: ImageRequest) -> AsyncIterator[Event | Prior]:
-        """Yields the events of one unit, then its prior. A cancelled call stops as soon as the engine can."""
+    async def generate(
+        self, request: ImageRequest, sources: tuple[Pixels, ...]
+    ) -> AsyncIterator[Event | Prior]:
+        """Yields the events of one unit, then its prior. A cancelled call stops as soon as the engine can.
+
+        Args:
+            request: the request without its source images.
+            sources: its source images, which the caller shares among its units.
+        """
+        request = replace(request, sources=sources)
         items = self._answers(request, lambda engine, call: engine.submit(request, call))
         async with aclosing(items):
             async for item in items:
@@ -62,14 +70,21 @@ class DecoderStage(Stage[Decoder]):
     def _load(self, report: Callable[[float], None]) -> Decoder:
         return self._model.traits.decoder().load(self._model, report)
 
-    async def decode(self, request: ImageRequest) -> AsyncIterator[Event | Pixels]:
+    async def decode(
+        self, request: ImageRequest, sources: tuple[Pixels, ...]
+    ) -> AsyncIterator[Event | Pixels]:
         """Yields the events of one unit, then its pixels. A cancelled call stops within a denoising step.
+
+        Args:
+            request: the request without its source images.
+            sources: its source images, which the caller shares among its units.
 
         Raises:
             OtherWeights: the request's prior is missing, or was made by another model.
         """
         if request.prior is None or request.prior.weights != self._model.weights:
             raise OtherWeights
+        request = replace(request, sources=sources)
         items = self._answers(
             request, lambda decoder, call: self._loader.thread.submit(decoder.decode, request, call)
         )

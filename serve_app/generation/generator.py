@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deployments.observability import tracing
 from serve_app.errors import InvalidParameter, NotFound, RequestError, stopping
@@ -41,6 +41,7 @@ class Generator:
         limits: limits of requests.
         sources: reads and decodes source images.
         on_change: called when a request begins, and when it ends.
+        share: takes a request's source images; returns what its stages are called with, such as a reference.
         safety: the safety checker; None without one.
         expansion: the prompt expander; None without one.
 
@@ -55,12 +56,14 @@ class Generator:
         sources: SourceReader,
         on_change: Callable[[], None] = lambda: None,
         *,
+        share: Callable[[tuple[Pixels, ...]], Any] = lambda pixels: pixels,
         safety: SafetyCheck | None = None,
         expansion: PromptExpansion | None = None,
     ) -> None:
         self._models = models
         self._limits = limits
         self._sources = sources
+        self._share = share
         self._safety = safety
         self._expansion = expansion
         self._admission = Admission(limits)
@@ -238,13 +241,16 @@ class Generator:
                     request.prompt, editing=bool(request.pixels), request_id=request.request_id
                 )
             metrics.note_part(request.model, "expansion", expansion.seconds)
+        # They may have tens of megabytes: a thread serialises them, once for all images and both stages.
+        sources = await asyncio.to_thread(self._share, request.pixels) if request.pixels else ()
         attempts = [expansion]
         if expansion.prompt != request.prompt:
             problem = f"the new prompt is too long for {request.model}"
             attempts.append(Expansion(request.prompt, expansion.seconds, problem))
         for attempt in attempts:
             painted = replace(request, prompt=attempt.prompt)
-            images = [self._image(painted, attempt, image) for image in range(request.n)]
+            outcomes: list[str] = []
+            images = [self._image(painted, attempt, image, sources, outcomes) for image in range(request.n)]
             try:
                 async with aclosing(merged(images)) as events:
                     async for event in events:
@@ -254,14 +260,18 @@ class Generator:
             except InvalidParameter as error:
                 if error.code != TOO_LONG or attempt is attempts[-1]:
                     raise
+                outcomes.clear()  # the next attempt makes the same images
             else:
                 return
+            finally:
+                for outcome in outcomes:
+                    metrics.IMAGES.add(api=request.api, model=request.model, outcome=outcome)
 
     async def _image(
-        self, request: ResolvedRequest, expansion: Expansion, image: int
+        self, request: ResolvedRequest, expansion: Expansion, image: int, sources: Any, outcomes: list[str]
     ) -> AsyncGenerator[Event, None]:
-        """Makes one image, and counts it by its outcome."""
-        unit = Unit(self._models[request.model], request, image, self._risk)
+        """Makes one image; adds its outcome to the list."""
+        unit = Unit(self._models[request.model], request, image, sources, self._risk)
         outcome = "failed"
         self._units.append(unit)
         try:
@@ -284,7 +294,7 @@ class Generator:
             raise
         finally:
             self._units.remove(unit)
-            metrics.IMAGES.add(api=request.api, model=request.model, outcome=outcome)
+            outcomes.append(outcome)
 
     def _count(self, request: ResolvedRequest, image: GeneratedImage) -> None:
         """Counts an image's pixels and where its time went."""

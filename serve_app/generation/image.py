@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,6 +62,7 @@ class Unit:
         model: the model.
         request: the request.
         image: index of the image, from 0.
+        sources: its source images, or a reference to them.
         risk: checks images.
 
     Attributes:
@@ -71,7 +72,7 @@ class Unit:
         progress: progress of the stage that works on it; None while it waits for one.
     """
 
-    def __init__(self, model: Model, request: ResolvedRequest, image: int, risk: Risk) -> None:
+    def __init__(self, model: Model, request: ResolvedRequest, image: int, sources: Any, risk: Risk) -> None:
         self.model = request.model
         self.request_id = request.request_id
         self.began = time.monotonic()
@@ -80,7 +81,7 @@ class Unit:
         self._request = request
         self._image = image
         self._risk = risk
-        self._unit = request.unit(image)
+        self._unit = request.unit(image, sources)
         self._prior = Prior()
         self._working_since = 0.0
         self._seconds: dict[Stage, float] = {"prior": 0, "decoder": 0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from deployments.types import ImageRequest
 
@@ -109,8 +109,13 @@ class ResolvedRequest(GenerationRequest):
     seed: int
     pixels: tuple[Pixels, ...] = field(default=(), repr=False)
 
-    def unit(self, image: int) -> ImageRequest:
-        """Returns the stages' request for one image, counted from 0."""
+    def unit(self, image: int, sources: Any) -> ImageRequest:
+        """Returns the stages' request for one image.
+
+        Args:
+            image: index of the image, from 0.
+            sources: `pixels`, or a reference to them.
+        """
         width, height = self.size
         return ImageRequest(
             prompt=self.prompt,
@@ -123,7 +128,7 @@ class ResolvedRequest(GenerationRequest):
             cfg_normalization=self.cfg_normalization,
             strength=self.strength,
             previews=self.partial_images,
-            sources=self.pixels,
+            sources=sources,
             submitted_at=time.time(),
             request_id=self.request_id,
         )

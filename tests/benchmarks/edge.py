@@ -38,10 +38,10 @@ PIXELS: Pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=
 class Stage:
     """A prior and decoder stage without a model."""
 
-    async def generate(self, _: ImageRequest) -> AsyncIterator[PriorTokens]:
+    async def generate(self, _: ImageRequest, sources: tuple[Pixels, ...]) -> AsyncIterator[PriorTokens]:
         yield TOKENS
 
-    async def decode(self, _: ImageRequest) -> AsyncIterator[Pixels]:
+    async def decode(self, _: ImageRequest, sources: tuple[Pixels, ...]) -> AsyncIterator[Pixels]:
         yield PIXELS
 
 
@@ -59,11 +59,11 @@ class Bare:
     @bare_app.post("/")
     async def generate(self) -> dict[str, int]:
         asked = ImageRequest(prompt="a boat", width=512, height=512, seed=1)
-        async for tokens in self._prior.generate.remote(asked):
+        async for tokens in self._prior.generate.remote(asked, ()):
             request = ImageRequest(
                 prompt="a boat", width=512, height=512, seed=1, steps=2, guidance_scale=1.5, prior=tokens
             )
-        async for pixels in self._decoder.decode.remote(request):
+        async for pixels in self._decoder.decode.remote(request, ()):
             size = len(encode(pixels, Encoding()))
         return {"size": size}
 

@@ -98,7 +98,11 @@ class Bench:
         stages: dict[Any, Any] = {cls: cls.__new__(cls) for cls in (Prior, Decoder)}
         for stage in stages.values():
             await stage.__init__(model)  # as Serve does
-        served = Model(config=model, prior=stages[Prior].generate, decode=stages[Decoder].decode)
+        served = Model(
+            config=model,
+            prior=lambda request: stages[Prior].generate(request, ()),
+            decode=lambda request: stages[Decoder].decode(request, ()),
+        )
         files, outbound = FileStore(config.storage), Outbound(config.outbound)
         sources = SourceReader(outbound, files, config.limits)
         generator = Generator({model.name: served}, config.limits, sources)

@@ -50,10 +50,11 @@ def make(
         decode: StageCall = decode,
         names: tuple[str, ...] = ("m",),
         on_change: Callable[[], None] = lambda: None,
+        share: Callable[[tuple[Pixels, ...]], Any] = lambda pixels: pixels,
         **limits: Any,
     ) -> Generator:
         configs = [model_config().model_copy(update={"name": name}) for name in names]
         models = {one.name: Model(config=one, prior=prior, decode=decode) for one in configs}
-        return Generator(models, Limits(**limits), sources, on_change)
+        return Generator(models, Limits(**limits), sources, on_change, share=share)
 
     return generator

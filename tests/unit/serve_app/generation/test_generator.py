@@ -1,12 +1,14 @@
 """The path of a request over stand-ins for the stages: seeds, defaults, and failures among several images."""
 
 import asyncio
+import io
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
 from deployments.types import Event as StageEvent
@@ -43,6 +45,32 @@ def test_an_image_larger_than_requested_is_cropped_to_its_middle(
     (request,) = decoded
     assert (request.width, request.height) == (1280, 736)
     assert image.pixels.shape == (720, 1279, 3)
+
+
+def test_source_images_are_shared_once_for_all_images_and_both_stages(
+    make: Make, decoded: list[ImageRequest]
+) -> None:
+    shared: list[tuple[Pixels, ...]] = []
+    started: list[ImageRequest] = []
+
+    def share(pixels: tuple[Pixels, ...]) -> str:
+        shared.append(pixels)
+        return "a reference"
+
+    async def prior(request: ImageRequest) -> AsyncGenerator[PriorTokens, None]:
+        started.append(request)
+        yield TOKENS
+
+    file = io.BytesIO()
+    Image.new("RGB", (512, 512)).save(file, "PNG")
+    asyncio.run(images_of(make(prior, share=share), n=3, sources=(file.getvalue(),)))
+    ((pixels,),) = shared
+    assert pixels.shape == (512, 512, 3)
+    sent: list[Any] = [request.sources for request in started + decoded]
+    assert sent == ["a reference"] * 6
+    asyncio.run(images_of(make(share=share)))
+    assert len(shared) == 1
+    assert decoded[-1].sources == ()
 
 
 def test_a_familys_name_stands_for_its_first_model_unless_a_model_has_it(make: Make) -> None:
