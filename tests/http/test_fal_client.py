@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from PIL import Image
 
 from tests.http.conftest import Endpoint, until
+from tests.pictures import picture
 
 APP = "fal-ai/glm-image"
 SMALL = {"prompt": "a boat", "image_size": "square", "num_inference_steps": 10, "seed": 5}
@@ -290,12 +291,6 @@ def start_upload(http: httpx.Client) -> Any:
     answer = http.post("/storage/upload/initiate", json=body, params={"storage_type": "fal-cdn-v3"})
     assert answer.status_code == 200
     return answer.json()
-
-
-def picture() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (512, 512), "blue").save(file, "PNG")
-    return file.getvalue()
 
 
 def test_an_upload_url_accepts_one_image_without_a_key(vendors: Endpoint, http: httpx.Client) -> None:

@@ -1,32 +1,25 @@
 """Jobs from the client's side: submission, events, results, cancellation and ownership."""
 
 import base64
-import io
 import uuid
 from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
 
 from tests.http.conftest import Endpoint
 from tests.job_client import PATH, SMALL, ended, submit
-
-
-def picture(shade: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (512, 512), (shade, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+from tests.pictures import picture
 
 
 def test_edit_jobs_are_accepted_as_form_and_as_json(client: httpx.Client) -> None:
     fields = SMALL | {"num_inference_steps": "2", "seed": "3"}
-    by_form = client.post(PATH, data=fields, files={"image": picture(200)})
+    by_form = client.post(PATH, data=fields, files={"image": picture((200, 0, 0))})
     assert by_form.status_code == 202, by_form.text
-    url = f"data:image/png;base64,{base64.b64encode(picture(200)).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode(picture((200, 0, 0))).decode()}"
     by_json = submit(client, seed=3, images=[{"image_url": url}])
     (one,), (other,) = (ended(client, job)["result"]["data"] for job in (by_form.json(), by_json))
-    direct = client.post("/v1/images/edits", data=fields, files={"image": picture(200)}).json()
+    direct = client.post("/v1/images/edits", data=fields, files={"image": picture((200, 0, 0))}).json()
     files = [client.get(image["url"]).content for image in (one, other, direct["data"][0])]
     assert files[0] == files[1] == files[2]
 

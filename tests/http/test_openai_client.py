@@ -1,16 +1,15 @@
 """Generation and edits with the official `openai` client, unmodified."""
 
 import base64
-import io
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
-from PIL import Image
 
 from tests.http.conftest import Endpoint
+from tests.pictures import opened, picture
 
 EXTRA = {"num_inference_steps": 2, "seed": 5}
 
@@ -19,18 +18,6 @@ EXTRA = {"num_inference_steps": 2, "seed": 5}
 def sdk(server: Endpoint) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as sdk:
         yield sdk
-
-
-def source(color: str, size: tuple[int, int] = (512, 512)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, "PNG")
-    return file.getvalue()
-
-
-def opened(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
 
 
 def test_generate_returns_urls_by_default(sdk: openai.OpenAI) -> None:
@@ -90,7 +77,7 @@ def test_requests_without_a_seed_get_different_seeds(sdk: openai.OpenAI) -> None
 
 
 def test_an_edit_has_the_size_of_its_source_image(sdk: openai.OpenAI) -> None:
-    answer = sdk.images.edit(image=source("red", (700, 513)), prompt="make it blue", extra_body=EXTRA)
+    answer = sdk.images.edit(image=picture("red", (700, 513)), prompt="make it blue", extra_body=EXTRA)
     assert answer.size == "704x512"
     assert answer.data is not None
     assert answer.data[0].url is not None
@@ -99,7 +86,7 @@ def test_an_edit_has_the_size_of_its_source_image(sdk: openai.OpenAI) -> None:
 
 def test_an_edit_accepts_four_source_images(sdk: openai.OpenAI) -> None:
     answer = sdk.images.edit(
-        image=[source(color) for color in ("red", "green", "blue", "white")],
+        image=[picture(color) for color in ("red", "green", "blue", "white")],
         prompt="combine them",
         size="512x512",
         response_format="b64_json",
@@ -114,7 +101,7 @@ def test_a_json_edit_accepts_image_urls(sdk: openai.OpenAI, server: Endpoint) ->
 
     https://platform.openai.com/docs/api-reference/images
     """
-    red = source("red")
+    red = picture("red")
 
     def edited(url: str) -> Any:
         body = {"prompt": "make it blue", "response_format": "b64_json", "images": [{"image_url": url}]}
@@ -147,7 +134,7 @@ def test_an_invalid_parameter_is_named(sdk: openai.OpenAI) -> None:
 
 def test_an_unsupported_parameter_is_rejected(sdk: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        sdk.images.edit(image=source("red"), mask=source("white"), prompt="x")
+        sdk.images.edit(image=picture("red"), mask=picture("white"), prompt="x")
     assert caught.value.param == "mask"
     assert caught.value.code == "unsupported_parameter"
 
@@ -184,7 +171,7 @@ def test_hints_and_empty_values_are_accepted(sdk: openai.OpenAI) -> None:
     )
     assert answer.background == "opaque"
     edited = sdk.images.edit(
-        image=source("red"),
+        image=picture("red"),
         prompt="make it blue",
         input_fidelity="high",
         background="auto",
@@ -206,7 +193,7 @@ def test_every_response_has_a_request_id(sdk: openai.OpenAI) -> None:
 
 
 def test_an_edit_can_be_streamed(sdk: openai.OpenAI) -> None:
-    (event,) = sdk.images.edit(image=source("red"), prompt="make it blue", stream=True, extra_body=EXTRA)
+    (event,) = sdk.images.edit(image=picture("red"), prompt="make it blue", stream=True, extra_body=EXTRA)
     assert event.type == "image_edit.completed"
     assert opened(base64.b64decode(event.b64_json)).size == (512, 512)
     details = event.usage.input_tokens_details

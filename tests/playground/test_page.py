@@ -138,7 +138,7 @@ def test_code_snippets_generate_the_same_image(visit: Visit, tmp_path: Path) -> 
 def programs(visit: Visit, folder: Path, file: bytes) -> None:
     """Runs the code snippets that the viewer of the newest image shows."""
     visit.page.locator(".open").first.click()
-    modules = Path(__file__).parents[1] / "serve/js/node_modules"
+    modules = Path(__file__).parents[1] / "http/js/node_modules"
     if not (folder / "node_modules").exists():
         (folder / "node_modules").symlink_to(modules)
     for language, command in RUN.items():

@@ -2,15 +2,14 @@
 
 import asyncio
 import base64
-import io
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from PIL import Image
 
+from tests.pictures import opened, picture
 from tests.serve.conftest import Server, until
 
 EXTRA = {"num_inference_steps": 2, "seed": 5}
@@ -20,18 +19,6 @@ EXTRA = {"num_inference_steps": 2, "seed": 5}
 def sdk(server: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as sdk:
         yield sdk
-
-
-def source(color: str, size: tuple[int, int] = (512, 512)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, "PNG")
-    return file.getvalue()
-
-
-def opened(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
 
 
 def test_a_stream_contains_previews_and_each_image(sdk: openai.OpenAI) -> None:
@@ -73,7 +60,7 @@ def test_the_asynchronous_client_generates_edits_and_streams_concurrently(server
                 sdk.images.generate(
                     prompt="a boat", size="512x512", response_format="b64_json", extra_body=EXTRA
                 ),
-                sdk.images.edit(image=source("red"), prompt="make it blue", extra_body=EXTRA),
+                sdk.images.edit(image=picture("red"), prompt="make it blue", extra_body=EXTRA),
                 stream(),
             )
 
