@@ -26,7 +26,10 @@ LEASE_S = 15
 @pytest.fixture
 def config(tmp_path: Path, receiver: Receiver) -> Callable[..., Path]:
     return lambda **args: config_file(
-        tmp_path, [tiny_model("glm-image", prior={"max_batch_size": 2})], outbound={"allow": [receiver.place]}, **args
+        tmp_path,
+        [tiny_model("glm-image", prior={"max_batch_size": 2})],
+        outbound={"allow": [receiver.place]},
+        **args,
     )
 
 

@@ -146,7 +146,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return rows
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1600)
 def test_every_step_is_done(whole: list[Row]) -> None:
     assert [(row["step"], row["end"]) for row in whole if "end" in row] == [
@@ -156,7 +156,7 @@ def test_every_step_is_done(whole: list[Row]) -> None:
     assert {row["skipped"] for row in whole if "skipped" in row} == {"needs a GPU"}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1600)
 def test_a_seed_has_the_same_bytes_in_every_process(whole: list[Row]) -> None:
     same = [row["same"] for row in whole if "same" in row]
@@ -165,7 +165,7 @@ def test_a_seed_has_the_same_bytes_in_every_process(whole: list[Row]) -> None:
     assert [row["same_again"] for row in whole if "same_again" in row] == [True, True]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1600)
 def test_the_whole_server(whole: list[Row]) -> None:
     values = {
