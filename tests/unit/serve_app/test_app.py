@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import ray
 from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
@@ -18,6 +19,7 @@ from deployments.types import PriorTokens
 from serve_app import app as app_module
 from serve_app.app import Ingress
 from serve_app.config import AppConfig
+from tests.pictures import picture
 
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))
 PIXELS = np.zeros((1024, 1024, 3), dtype=np.uint8)
@@ -54,14 +56,18 @@ class Method:
 
     def __init__(self, *items: Any) -> None:
         self.answers = [Items(item) for item in items]
-        self.calls = 0
+        self.arguments: list[tuple[Any, ...]] = []
+
+    @property
+    def calls(self) -> int:
+        return len(self.arguments)
 
     def options(self, *, stream: bool) -> "Method":
         assert stream
         return self
 
-    def remote(self, _: object) -> Items:
-        self.calls += 1
+    def remote(self, *arguments: Any) -> Items:
+        self.arguments.append(arguments)
         return self.answers[self.calls - 1]
 
 
@@ -82,13 +88,17 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AppConfig:
     )
 
 
-async def ask(config: AppConfig, prior: Method, decoder: Method) -> httpx.Response:
+async def ask(config: AppConfig, prior: Method, decoder: Method, *sources: bytes) -> httpx.Response:
     stages: Any = {
         "m": {"prior": SimpleNamespace(generate=prior), "decoder": SimpleNamespace(decode=decoder)}
     }
     transport = httpx.ASGITransport(Ingress(config, stages).__serve_build_asgi_app__())
     async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
         body = {"prompt": "a boat", "response_format": "b64_json"}
+        if sources:
+            return await client.post(
+                "/v1/images/edits", data=body, files=[("image", file) for file in sources]
+            )
         return await client.post("/v1/images/generations", json=body)
 
 
@@ -97,6 +107,28 @@ def test_a_request_is_one_call_of_each_stage(config: AppConfig) -> None:
         prior, decoder = Method(TOKENS), Method(PIXELS)
         assert (await ask(config, prior, decoder)).status_code == 200
         assert (prior.calls, decoder.calls) == (1, 1)
+
+    asyncio.run(main())
+
+
+def test_source_images_are_put_into_rays_object_store_once(
+    config: AppConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put: list[Any] = []
+
+    def reference(pixels: Any) -> str:
+        put.append(pixels)
+        return "a reference"
+
+    monkeypatch.setattr(ray, "put", reference)
+
+    async def main() -> None:
+        prior, decoder = Method(TOKENS), Method(PIXELS)
+        assert (await ask(config, prior, decoder, picture(), picture("blue"))).status_code == 200
+        assert [image.shape for image in put[0]] == [(512, 512, 3)] * 2
+        assert len(put) == 1
+        for ((request, sources),) in (prior.arguments, decoder.arguments):
+            assert (request.sources, sources) == ((), "a reference")
 
     asyncio.run(main())
 
