@@ -20,10 +20,10 @@ serve: .venv/serve.stamp ## Serve CONFIG (configs/demo.yaml) on HOST:PORT (127.0
 test: .venv/dev.stamp $(NODE_MODULES) ## Run the tests
 	$(BIN)/pytest -m "not slow and not soak"
 
-slow: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that take long: faults, load, the playground, the demo, examples
+slow: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that take long: faults, load, the playground, the demo, helpers
 	$(BIN)/pytest -m "slow and not soak"
 
-soak: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that do the same over and over, and those of a whole cluster
+soak: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that repeat the same many times, and those of a whole cluster
 	$(BIN)/pytest -m soak
 
 check: .venv/dev.stamp ## Lint; check formatting, types, spelling and sentences
