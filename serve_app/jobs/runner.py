@@ -162,7 +162,7 @@ class JobRunner:
     async def _begin_jobs(self) -> None:
         """Begins jobs while there is room."""
         while models := self._with_room():
-            job = await self._store.claim(self._worker, models, self._active)
+            job = await self._store.claim(self._worker, models, list(self._active))
             if job is None:
                 return
             await self._delete_files(job, sources=False)  # what an earlier runner has left
@@ -204,7 +204,7 @@ class JobRunner:
                 one.stop("not ours")
 
     async def _reap(self) -> None:
-        for job in await self._store.reap(self._active):
+        for job in await self._store.reap(list(self._active)):
             facts = FAULT | {"job": job.id}
             logger.warning("job %s %s: no server ran it to its end", job.id, job.state, extra=facts)
             metrics.JOBS_ENDED.add(api=job.api, model=job.model, state=job.state)

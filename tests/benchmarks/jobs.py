@@ -16,7 +16,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.serve.conftest import Running, config_file, served, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import Running, config_file, served, tiny_model
 
 PATH = "/v1/images/jobs"
 BODY = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 1}

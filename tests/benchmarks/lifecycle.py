@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.faults.conftest import Client
-from tests.serve.conftest import config_file, served, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import config_file, served, tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 import httpx
 
 from deployments.families.glm_image import tiny
-from tests.serve.conftest import config_file, served, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import config_file, served, tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,7 +21,8 @@ from PIL import Image
 from deployments.families.glm_image import tiny
 from deployments.scaling import RENEWAL_S
 from tests.faults.conftest import SMALL, Client
-from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import Upstream, config_file, served, tiny_model
 
 pytestmark = pytest.mark.soak
 STEPS = 4

@@ -19,7 +19,8 @@ import pytest
 from deployments.families.glm_image import tiny
 from deployments.helpers.chat_model import tiny as chat_model
 from tests.faults.conftest import Client
-from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import Upstream, config_file, served, tiny_model
 from tests.serve.test_helpers import expanded
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,9 @@ import pytest
 
 from deployments.families.glm_image import tiny
 from tests.job_client import PATH, SMALL, pixels
+from tests.polling import until
 from tests.receiver import Receiver
-from tests.serve.conftest import Running, Upstream, config_file, served, tiny_model, until
+from tests.serve.conftest import Running, Upstream, config_file, served, tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 JOBS = 10

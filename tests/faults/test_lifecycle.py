@@ -18,7 +18,8 @@ import pytest
 
 from deployments.families.glm_image import tiny
 from tests.faults.conftest import Client, first_refused
-from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import Upstream, config_file, served, tiny_model
 
 pytestmark = pytest.mark.slow
 LONG: dict[str, Any] = {"num_inference_steps": 100}

@@ -20,7 +20,8 @@ from deployments.scaling import find_registry
 from serve_app.app import build_app
 from serve_app.config import AppConfig
 from tests.faults.conftest import Client, first_refused
-from tests.serve.conftest import ROOT, Running, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import ROOT, Running, tiny_model
 
 pytestmark = pytest.mark.slow
 GPU = {"deployment": {"ray_actor_options": {"num_cpus": 0, "num_gpus": 1}}}

@@ -14,7 +14,8 @@ import pytest
 
 from deployments.families.glm_image import tiny
 from tests.faults.conftest import Client
-from tests.serve.conftest import Upstream, config_file, served, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import Upstream, config_file, served, tiny_model
 
 pytestmark = pytest.mark.slow
 MAX_PENDING, BEYOND = 20, 30

@@ -23,7 +23,8 @@ import yaml
 
 from deployments.families.glm_image import tiny
 from tests.faults.conftest import Client
-from tests.serve.conftest import ROOT, config_file, served, until
+from tests.polling import until
+from tests.serve.conftest import ROOT, config_file, served
 
 IDLE_S = 10
 

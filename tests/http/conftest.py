@@ -9,9 +9,8 @@ import asyncio
 import hashlib
 import ssl
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from serve_app.http.tls import self_signed
 from serve_app.jobs.database import Database
 from serve_app.outbound import Outbound
 from tests.http.stages import BROKEN, Stages, lifecycle
+from tests.polling import until
 from tests.receiver import Receiver
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ KEY, OTHER_KEY = "key-1b7a90", "0123456789abcdef.a-secret-of-thirty-two-bytes-or
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What the clients of a server know.
+    """Address and keys of a server, for its clients.
 
     Attributes:
         url: base URL.
@@ -182,14 +182,6 @@ def keys() -> dict[str, Any]:
     """Returns the setting `auth` for both keys: one by its hash, one by an environment variable."""
     by_hash = {"id": "by-hash", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}
     return {"api_keys": [by_hash, {"id": "by-variable", "secret_env": "OTHER_KEY"}]}
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    """Polls a condition; returns when it holds."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="package")

@@ -12,15 +12,16 @@ import pytest
 from PIL import Image
 
 from deployments.types import ImageRequest, Pixels
-from tests.http.conftest import Endpoint, until
+from tests.http.conftest import Endpoint
 from tests.http.stages import pixels_of
+from tests.polling import until
 
 PROMPT, SEED, STEPS = 'a boat called "Aurora"', 2**40 + 11, 10
 OURS = {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": SEED}
 FAL = OURS | {"image_size": "square", "output_format": "png"}
 EDIT = "glm-image-image-to-image"
 IMAGE = ImageRequest(prompt=PROMPT, width=512, height=512, seed=SEED, steps=STEPS, guidance_scale=1.5)
-"""What the stages must be asked for."""
+"""Request that the stages must get."""
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from PIL import Image
 
-from tests.http.conftest import Endpoint, until
+from tests.http.conftest import Endpoint
 from tests.pictures import picture
+from tests.polling import until
 
 APP = "fal-ai/glm-image"
 SMALL = {"prompt": "a boat", "image_size": "square", "num_inference_steps": 10, "seed": 5}

@@ -4,8 +4,9 @@ import json
 import re
 
 from tests.conftest import needs_node
-from tests.http.conftest import Endpoint, until
+from tests.http.conftest import Endpoint
 from tests.http.javascript import passed
+from tests.polling import until
 
 
 @needs_node

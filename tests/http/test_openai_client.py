@@ -182,16 +182,6 @@ def test_hints_and_empty_values_are_accepted(sdk: openai.OpenAI) -> None:
     assert edited.size == "512x512"
 
 
-def test_every_response_has_a_request_id(sdk: openai.OpenAI) -> None:
-    answer = sdk.images.generate(
-        prompt="a boat", size="512x512", extra_body=EXTRA, extra_headers={"X-Request-ID": "mine-1"}
-    )
-    assert answer._request_id == "mine-1"
-    with pytest.raises(openai.BadRequestError) as caught:
-        sdk.images.generate(prompt="")
-    assert caught.value.request_id
-
-
 def test_an_edit_can_be_streamed(sdk: openai.OpenAI) -> None:
     (event,) = sdk.images.edit(image=picture("red"), prompt="make it blue", stream=True, extra_body=EXTRA)
     assert event.type == "image_edit.completed"

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.http.conftest import Endpoint, until
+from tests.http.conftest import Endpoint
+from tests.polling import until
 
 IMAGE, EDIT = "glm-image", "glm-image-image-to-image"
 SMALL = {"prompt": "a boat", "image_size": "square", "num_inference_steps": 2, "seed": 5}

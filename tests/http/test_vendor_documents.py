@@ -22,7 +22,8 @@ from PIL import Image
 from serve_app.dialects import pixazo
 from serve_app.errors import Busy, RequestError, server_error
 from tests.conftest import needs_node
-from tests.http.conftest import ROOT, Endpoint, until
+from tests.http.conftest import ROOT, Endpoint
+from tests.polling import until
 
 KITTEN = (
     "A cute little kitten sitting on a sunny windowsill, with the background of blue sky and white clouds."

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from zai import ZaiClient, ZhipuAiClient, core
 
-from tests.http.conftest import Endpoint, until
+from tests.http.conftest import Endpoint
+from tests.polling import until
 
 SMALL: dict[str, Any] = {
     "prompt": "a boat",

@@ -35,7 +35,8 @@ from ray.cluster_utils import Cluster
 
 from deployments.families.glm_image import tiny
 from deployments.types import Pixels
-from tests.serve.conftest import OTHER_SIZES, ROOT, SMALL_SIZES, Running, Upstream, until
+from tests.polling import until
+from tests.serve.conftest import OTHER_SIZES, ROOT, SMALL_SIZES, Running, Upstream
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 KEY = "key-of-the-cluster"

@@ -17,7 +17,8 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Playwright, expect, sync_playwright
 
 from deployments.families.glm_image import tiny
-from tests.serve.conftest import SMALL_SIZES, START_TIMEOUT_S, config_file, served, stages, tiny_model, until
+from tests.polling import until
+from tests.serve.conftest import SMALL_SIZES, START_TIMEOUT_S, config_file, served, stages, tiny_model
 
 WAIT_MS = 60_000
 SLOW: dict[str, str | int] = {"num_inference_steps": 100, "size": "1024x1024"}

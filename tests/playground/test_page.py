@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, expect
 
 from tests.conftest import needs_node
 from tests.playground.conftest import KEY, Visit, answered, bring, picture, visiting
-from tests.serve.conftest import until
+from tests.polling import until
 
 pytestmark = pytest.mark.slow
 

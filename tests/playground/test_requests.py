@@ -8,7 +8,7 @@ from playwright.sync_api import Browser, Route, expect
 
 from tests.playground.conftest import SLOW, Visit, answered, bring, picture, visiting
 from tests.playground.line import Line
-from tests.serve.conftest import until
+from tests.polling import until
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from PIL import Image
 
 from deployments.families.glm_image import tiny
 from deployments.types import Pixels
+from tests.polling import until
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
@@ -145,14 +145,6 @@ def config_file(folder: Path, models: list[dict[str, Any]], **args: Any) -> Path
 
 def _tiny_config() -> Any:
     return yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 180) -> None:
-    """Return when the condition holds, which is looked at often."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def stages(url: str, *, replicas: int = 1) -> set[str]:

@@ -1,7 +1,6 @@
 """A server with keys: slow bodies, the log's lines, and what the log must not contain."""
 
 import base64
-import hashlib
 import io
 import json
 import re
@@ -14,7 +13,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.serve.conftest import Running, config_file, served, tiny_model, until
+from tests.http.conftest import KEY, OTHER_KEY, keys
+from tests.polling import until
+from tests.serve.conftest import Running, config_file, served, tiny_model
 
 SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 2, "seed": 5}
 CANARY = "canary-8f1e"
@@ -39,18 +40,13 @@ class Guarded:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("guarded")
-    key, other_key = "key-5d0c1e", "key-93ab70"
-    keys = [
-        {"id": "by-hash", "sha256": hashlib.sha256(key.encode()).hexdigest()},
-        {"id": "by-variable", "secret_env": "OTHER_KEY"},
-    ]
     models = [
         tiny_model("guarded", prior={"min_replicas": 1}, decoder={"min_replicas": 1}),
         tiny_model("broken", checkpoint=str(folder / "nowhere")),
     ]
-    config = config_file(folder, models, limits={"body_timeout_s": BODY_TIMEOUT_S}, auth={"api_keys": keys})
-    with served(config, OTHER_KEY=other_key) as running:
-        yield Guarded(running, key, other_key)
+    config = config_file(folder, models, limits={"body_timeout_s": BODY_TIMEOUT_S}, auth=keys())
+    with served(config, OTHER_KEY=OTHER_KEY) as running:
+        yield Guarded(running, KEY, OTHER_KEY)
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from PIL import Image
 from deployments.families.glm_image import tiny as glm_image
 from deployments.families.z_image import tiny as z_image
 from deployments.types import Pixels
-from tests.serve.conftest import ROOT, Upstream, config_file, served, until
+from tests.polling import until
+from tests.serve.conftest import ROOT, Upstream, config_file, served
 
 pytestmark = pytest.mark.slow
 PROMPT = "A lighthouse with the words ÖFFNUNG 9–17 on it"

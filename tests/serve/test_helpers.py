@@ -25,7 +25,8 @@ from deployments.helpers.chat_model import tiny as chat_model
 from deployments.types import Pixels
 from serve_app.generation.prompt_expansion import INSTRUCTION
 from tests.classifiers import flagging
-from tests.serve.conftest import ROOT, Running, Upstream, config_file, served, until
+from tests.polling import until
+from tests.serve.conftest import ROOT, Running, Upstream, config_file, served
 
 pytestmark = pytest.mark.slow
 PROMPT = "a boat"

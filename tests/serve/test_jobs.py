@@ -7,7 +7,8 @@ import httpx
 import numpy as np
 
 from tests.job_client import PATH, SMALL, ended, events, pixels, submit
-from tests.serve.conftest import Server, Upstream, until
+from tests.polling import until
+from tests.serve.conftest import Server, Upstream
 
 
 def test_a_job_returns_the_images_of_the_same_synchronous_request(

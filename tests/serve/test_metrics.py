@@ -13,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.observability.metrics import LOADS, UNLOADS, WORK, Histogram, Metric
 from serve_app.observability import metrics
+from tests.polling import until
 from tests.receiver import Receiver
-from tests.serve.conftest import Running, config_file, served, tiny_model, until
+from tests.serve.conftest import Running, config_file, served, tiny_model
 
 pytestmark = pytest.mark.slow
 STEPS = 3

@@ -13,6 +13,7 @@ import yaml
 
 from serve_app.__main__ import _closed, _is_local
 from serve_app.config import AppConfig
+from tests.http.test_bad_input import GROUPS, rejected
 from tests.serve.conftest import ROOT, Server
 
 SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 1, "seed": 3}
@@ -62,6 +63,16 @@ def test_a_disconnect_aborts_the_request(client: httpx.Client) -> None:
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/images/generations", json=LONG, timeout=3)
     assert client.post("/v1/images/generations", json=SMALL, timeout=10).status_code == 200
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_bad_input_does_not_grow_the_ingress(client: httpx.Client, server: Server, group: str) -> None:
+    (ingress,) = server.running.replicas("Ingress")
+    before = ingress.memory_info().rss
+    for number, (request, status, param) in enumerate(GROUPS[group]):
+        rejected(client, request, status, param, f"case {number}")
+    assert client.post("/v1/images/generations", json=SMALL).status_code == 200
+    assert ingress.memory_info().rss < 1.5 * before
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])  # noqa: S104

@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from tests.pictures import opened, picture
-from tests.serve.conftest import Server, until
+from tests.polling import until
+from tests.serve.conftest import Server
 
 EXTRA = {"num_inference_steps": 2, "seed": 5}
 
@@ -78,3 +79,13 @@ def test_closing_a_stream_aborts_its_request(server: Server) -> None:
             assert answer.headers["content-type"].startswith("text/event-stream")
             until(lambda: client.get("/v1/internal/status").json()["status"] == "generating")
         until(lambda: not client.get("/v1/internal/status").json()["units"], timeout_s=10)
+
+
+def test_every_response_has_a_request_id(sdk: openai.OpenAI) -> None:
+    answer = sdk.images.generate(
+        prompt="a boat", size="512x512", extra_body=EXTRA, extra_headers={"X-Request-ID": "mine-1"}
+    )
+    assert answer._request_id == "mine-1"
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk.images.generate(prompt="")
+    assert caught.value.request_id

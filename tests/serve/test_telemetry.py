@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 
 from serve_app.observability.telemetry import PROBES
+from tests.polling import until
 from tests.receiver import Receiver
-from tests.serve.conftest import ROOT, Running, config_file, served, tiny_model, until
+from tests.serve.conftest import ROOT, Running, config_file, served, tiny_model
 from tests.spans import Collector, Span
 
 pytestmark = pytest.mark.slow
