@@ -130,9 +130,9 @@ def lacking_gpus(config: AppConfig) -> str | None:
     if wanted <= present or config.cluster.autoscaling:
         return None
     return (
-        f"The configuration asks for {wanted:g} GPUs, and Ray finds {present:g}. Choose another "
-        f"configuration, "
-        "reduce max_replicas or num_gpus, or set cluster.autoscaling: true where nodes come on demand."
+        f"The configuration asks for {wanted:g} GPUs, and Ray finds {present:g}. "
+        "Choose another configuration, reduce max_replicas or num_gpus, or set cluster.autoscaling: true "
+        "where nodes come on demand."
     )
 
 

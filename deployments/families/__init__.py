@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+    from typing import Self
 
     from deployments.config import ModelConfig
     from deployments.stages.calls import Call
@@ -26,12 +27,12 @@ GUIDANCE_PARAMETERS: frozenset[Parameter] = frozenset({"negative_prompt", "cfg_n
 """Parameters that have no effect without guidance."""
 
 
-class PriorEngine(Protocol):
-    """Computes priors from prompts and source images, for several requests at once.
+class FamilyEngine(Protocol):
+    """What the engines of both stages share.
 
     Attributes:
         fault: reason why the engine has stopped for good, or None while it works.
-        done: number of tokens drawn for all requests so far. Engines that draw none count the tokens read.
+        done: number of items done for all requests so far.
         unit: name of the counted items.
     """
 
@@ -40,8 +41,8 @@ class PriorEngine(Protocol):
     unit: str
 
     @classmethod
-    def load(cls, model: ModelConfig, report: Callable[[float], None]) -> PriorEngine:
-        """Loads the components of the prior stage and no others.
+    def load(cls, model: ModelConfig, report: Callable[[float], None]) -> Self:
+        """Loads the components of its stage and no others.
 
         Args:
             model: configuration of the model.
@@ -51,6 +52,13 @@ class PriorEngine(Protocol):
         Raises:
             CheckpointError: a component is missing or does not fit.
         """
+
+
+class PriorEngine(FamilyEngine, Protocol):
+    """Computes priors from prompts and source images, for several requests at once.
+
+    It counts the tokens that it draws. An engine that draws none counts the tokens that it reads.
+    """
 
     def submit(self, request: ImageRequest, call: Call) -> Future[Prior]:
         """Enqueues one unit and returns the future of its prior. May be called from any thread.
@@ -64,31 +72,8 @@ class PriorEngine(Protocol):
         """Processes submitted units. Returns only after a fault."""
 
 
-class Decoder(Protocol):
-    """Turns priors into pixels. Used by one thread at a time.
-
-    Attributes:
-        fault: reason why the decoder has stopped for good, or None while it works.
-        done: number of denoising steps run for all requests so far.
-        unit: name of the counted items.
-    """
-
-    fault: Exception | None
-    done: int
-    unit: str
-
-    @classmethod
-    def load(cls, model: ModelConfig, report: Callable[[float], None]) -> Decoder:
-        """Loads the components of the decoder stage and no others.
-
-        Args:
-            model: configuration of the model.
-            report: called repeatedly with the share of the loading that is done, 0 to 1. Compilation is
-                part of the loading.
-
-        Raises:
-            CheckpointError: a component is missing or does not fit.
-        """
+class Decoder(FamilyEngine, Protocol):
+    """Turns priors into pixels. Used by one thread at a time. It counts denoising steps."""
 
     def decode(self, request: ImageRequest, call: Call) -> Pixels:
         """Computes the pixels of one unit. Reports previews, and progress after every denoising step.

@@ -31,7 +31,7 @@ class Decoder(PipelineDecoder):
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> Decoder:
-        """Implements `deployments.families.Decoder.load`."""
+        """Implements `deployments.families.FamilyEngine.load`."""
         read = 1.0
         if model.decoder.compiles:
             compilation.prepare(model.compile_cache)

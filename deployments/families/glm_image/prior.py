@@ -128,7 +128,7 @@ class PriorEngine:
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
-        """Implements `deployments.families.PriorEngine.load`."""
+        """Implements `deployments.families.FamilyEngine.load`."""
         compiles = model.prior.device == "cuda"
         if compiles:
             compilation.prepare(model.compile_cache)

@@ -85,7 +85,7 @@ class PriorEngine:
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
-        """Implements `deployments.families.PriorEngine.load`."""
+        """Implements `deployments.families.FamilyEngine.load`."""
         text_encoder, tokenizer = checkpoint.load_prior(model, report)
         return cls(
             text_encoder,
