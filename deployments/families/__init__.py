@@ -28,7 +28,7 @@ GUIDANCE_PARAMETERS: frozenset[Parameter] = frozenset({"negative_prompt", "cfg_n
 
 
 class FamilyEngine(Protocol):
-    """What the engines of both stages share.
+    """An engine of either stage.
 
     Attributes:
         fault: reason why the engine has stopped for good, or None while it works.

@@ -40,7 +40,7 @@ class Generator:
         models: models by name; the first one is the default.
         limits: limits of requests.
         sources: reads and decodes source images.
-        on_change: called when a request begins, and when it ends.
+        on_change: called when a request is ready for its model, and when it ends.
         share: takes a request's source images; returns what its stages are called with, such as a reference.
         safety: the safety checker; None without one.
         expansion: the prompt expander; None without one.
@@ -182,7 +182,7 @@ class Generator:
                 if not size_is_known:
                     await self.charge(resolved)
                 telemetry.note_request(resolved)
-                self._running.begin(running, resolved)
+                self._running.make_ready(running, resolved)
                 yield running
 
     @asynccontextmanager
@@ -198,7 +198,7 @@ class Generator:
             TimedOut: its deadline has passed.
         """
         async with self._run_within(request, self._limits.job_deadline_s) as running:
-            self._running.begin(running, request)
+            self._running.make_ready(running, request)
             yield running
 
     @asynccontextmanager

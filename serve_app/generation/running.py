@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 @dataclass(eq=False, kw_only=True)
 class RunningRequest:
-    """A request that was accepted. Its work begins when its source images are decoded.
+    """A request that was accepted. It is ready for its model once its source images are decoded.
 
     Attributes:
         model: name of its model.
@@ -44,23 +44,23 @@ class RunningRequest:
     _has_started: bool = False
 
     @property
-    def has_begun(self) -> bool:
-        """Whether its work has begun, so that it needs its model."""
+    def is_ready(self) -> bool:
+        """Whether it is ready for its model."""
         return self._request is not None
 
     @property
     def request(self) -> ResolvedRequest:
-        """The request, once its work has begun."""
+        """The request with all its parameters, once it is ready."""
         if self._request is None:
-            raise RuntimeError("the request has not begun")
+            raise RuntimeError("the request is not ready")
         return self._request
 
-    def begin(self, request: ResolvedRequest) -> None:
-        """Begins its work."""
+    def make_ready(self, request: ResolvedRequest) -> None:
+        """Makes it ready for its model."""
         self._request = request
 
     def note_start(self) -> None:
-        """Notes that a stage has begun: from now on only the deadline counts."""
+        """Notes that a stage has begun with it: from now on only the deadline counts."""
         if not self._has_started and not self.aborted and not self.timeout.expired():
             self._has_started = True
             self.timeout.reschedule(self.deadline)
@@ -94,7 +94,7 @@ class RunningRequests:
     """All requests that run in this process.
 
     Args:
-        on_change: called when a request begins, and when it ends.
+        on_change: called when a request is ready for its model, and when it ends.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
@@ -142,9 +142,9 @@ class RunningRequests:
             self._on_change()
             running.ended.set()
 
-    def begin(self, running: RunningRequest, request: ResolvedRequest) -> None:
-        """Begins the work of a request that was added."""
-        running.begin(request)
+    def make_ready(self, running: RunningRequest, request: ResolvedRequest) -> None:
+        """Makes a request that was added ready for its model."""
+        running.make_ready(request)
         self._on_change()
 
     @property
@@ -154,8 +154,8 @@ class RunningRequests:
 
     def needed(self) -> list[str]:
         """Returns the names of the models and helpers that have work."""
-        begun = [running for running in self._all if running.has_begun]
-        return sorted({name for running in begun for name in (running.model, *running.helpers)})
+        ready = [running for running in self._all if running.is_ready]
+        return sorted({name for running in ready for name in (running.model, *running.helpers)})
 
     def count(self, models: Collection[str]) -> int:
         """Returns the number of requests of these models."""

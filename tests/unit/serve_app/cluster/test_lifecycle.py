@@ -44,15 +44,15 @@ class Cluster:
     async def request(self, ended: list[str]) -> None:
         """Runs a request until it is stopped."""
         async with self.running.add("m", frozenset(), 1, 60) as running:
-            self.begin(running)
+            self.make_ready(running)
             try:
                 await asyncio.Future()
             finally:
                 ended.append("request")
 
-    def begin(self, running: RunningRequest) -> None:
+    def make_ready(self, running: RunningRequest) -> None:
         request: Any = object()
-        self.running.begin(running, request)
+        self.running.make_ready(running, request)
 
 
 def test_an_unload_returns_when_the_replicas_have_stopped() -> None:
@@ -130,7 +130,7 @@ def test_a_model_that_a_request_needs_is_loading_and_not_unloaded() -> None:
             assert (await lifecycle.statuses())["m"]["prior"] == {"state": "unloaded"}, (
                 "it is not accepted yet"
             )
-            cluster.begin(running)
+            cluster.make_ready(running)
             assert (await lifecycle.statuses())["m"]["prior"] == {"state": "loading"}
 
     asyncio.run(main())

@@ -122,13 +122,13 @@ def test_cancelling_the_listener_stops_all_generators() -> None:
     assert run(main) == ["a", "b"]
 
 
-def test_an_accepted_request_needs_its_model_only_once_it_has_begun() -> None:
+def test_an_accepted_request_needs_its_model_only_once_it_is_ready() -> None:
     async def main(_: Sources) -> None:
         requests = RunningRequests(lambda: None)
         async with requests.add("m", frozenset({"helper"}), 2, 60) as running:
             assert (requests.needed(), requests.count(["m"]), requests.units) == ([], 1, 2)
             request: Any = object()
-            requests.begin(running, request)
+            requests.make_ready(running, request)
             assert requests.needed() == ["helper", "m"]
         assert (requests.needed(), requests.count(["m"]), requests.units) == ([], 0, 0)
 
