@@ -131,7 +131,8 @@ class Stage(Generic[Engine]):
 
     def __del__(self) -> None:
         """Cleans up. Serve calls this when it stops the replica."""
-        metrics.UNLOADS.add()
-        logger.info("unloaded", extra={"event": "unload"})
+        if self._loader.loaded:
+            metrics.UNLOADS.add()
+            logger.info("unloaded", extra={"event": "unload"})
         self._reporter.leave()
         tracing.stop()

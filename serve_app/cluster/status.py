@@ -94,8 +94,8 @@ class StatusReader:
         """Returns the states.
 
         Args:
-            fresh: whether to read them now. Otherwise they are at most a second old; a client that polls
-                does not wait and gets those of its last poll, which are at most five seconds old.
+            fresh: whether to read them now. Otherwise, states that are older than a second are read again,
+                and the caller gets the ones before, if they are at most five seconds old, without waiting.
         """
         age = time.monotonic() - self._read_at
         if fresh or (age > MAX_AGE_S and not self._reading):
@@ -148,6 +148,9 @@ class StatusReader:
         replicas: dict[Any, int] = dict(overview.replica_states)
         running, starting = replicas.get("RUNNING", 0), replicas.get("STARTING", 0)
         reported: dict[str, Any] = {report["state"]: report for report in reports}
+        if starting and not running and "loading" not in reported:
+            return self._starting(stage)
+        self._silent_since.pop(stage.name, None)
         # Replicas run when they have loaded, or failed to. Reports of a killed replica stay for a while, and
         # a new registry has none yet.
         ready = min(running, sum(report["state"] == "ready" for report in reports)) if reported else running
@@ -159,8 +162,7 @@ class StatusReader:
         if running:
             return cast("StageStatus", reported.get("loading") or reported["failed"])
         if starting:
-            return reported.get("loading") or self._starting(stage)
-        self._silent_since.pop(stage.name, None)
+            return cast("StageStatus", reported["loading"])
         if "STOPPING" in replicas:
             return {"state": "unloading"}
         if overview.status == "UNHEALTHY" or overview.status == "DEPLOY_FAILED":

@@ -116,6 +116,11 @@ class Generator:
         return list(self._units)
 
     @property
+    def pending(self) -> int:
+        """Number of unfinished images of requests, without those of jobs."""
+        return self._admission.pending
+
+    @property
     def running(self) -> RunningRequests:
         """The requests that run."""
         return self._running

@@ -83,6 +83,7 @@ class Unit:
         self._risk = risk
         self._unit = request.unit(image, sources)
         self._prior = Prior()
+        self._previews = 0
         self._working_since = 0.0
         self._seconds: dict[Stage, float] = {"prior": 0, "decoder": 0}
 
@@ -185,10 +186,12 @@ class Unit:
         raise ReplicaDied
 
     async def _event(self, stage: Stage, event: Progress | Preview) -> StageProgress | PartialImage | None:
-        """Returns a stage's event in the request's terms; None for a preview that may not be shown."""
+        """Returns a stage's event in the request's terms; None for a preview that is not to be shown."""
         if isinstance(event, Preview):
-            if not await self._may_be_shown(event.pixels):
+            # A stage that is called again repeats its previews.
+            if event.index < self._previews or not await self._may_be_shown(event.pixels):
                 return None
+            self._previews = event.index + 1
             return PartialImage(image=self._image, index=event.index, pixels=event.pixels)
         if self.progress is None:
             self._working_since = time.monotonic() - event.seconds
@@ -196,7 +199,7 @@ class Unit:
         return self.progress
 
     async def _may_be_shown(self, preview: Pixels) -> bool:
-        """Checks a preview. One that cannot be checked is not shown; the image itself is checked later."""
+        """Returns whether the safety checker lets a preview pass. If it fails, the preview is left out."""
         with suppress(RequestError):
             return not is_flagged(await self._risk(preview, self._request))
         return False

@@ -22,7 +22,7 @@ from serve_app.dialects import DIALECTS
 from serve_app.dialects.base import Dialect, dialect_of
 from serve_app.errors import Invalid, RequestError, Unavailable, server_error
 from serve_app.http.auth import Authentication, Keys
-from serve_app.http.errors import ProtocolError
+from serve_app.http.errors import ProtocolError, status_of
 from serve_app.http.middleware import BodyLimit, HangUpGuard, HeadAsGet
 from serve_app.http.openapi import describe
 from serve_app.jobs.webhooks import Webhooks
@@ -129,7 +129,7 @@ def _add_document(app: FastAPI, routers: list[APIRouter]) -> None:
 
 def _add_error_handlers(app: FastAPI, routers: list[APIRouter], respond: Respond) -> None:
     def answer(request: Request, error: RequestError) -> JSONResponse:
-        telemetry.note_error(error.code)
+        telemetry.note_error(error.code, status_of(error))
         return respond(request.scope, error)
 
     @app.exception_handler(RequestError)

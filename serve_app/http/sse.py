@@ -11,7 +11,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.responses import StreamingResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from starlette.types import Receive, Scope, Send
 
@@ -42,21 +42,23 @@ class EventStream(StreamingResponse):
         self._pump = pump
 
     @classmethod
-    async def begin(cls, events: AsyncGenerator[Event | None, None]) -> EventStream:
-        """Starts a generator in a task of its own; returns when it has yielded None for the first time.
+    async def begin(
+        cls, generate: Callable[[Callable[[], Awaitable[None]]], AsyncGenerator[Event | None, None]]
+    ) -> EventStream:
+        """Starts a generator in a task of its own; returns when it has accepted the request.
 
         Args:
-            events: yields events, and None to wait until everything before it is sent. It begins with None,
-                as soon as the request is accepted. An error before that is raised here.
+            generate: takes a function that waits until all events so far are sent; returns the generator.
+                The generator yields None as soon as it has accepted the request, then the events. An error
+                before that is raised here.
         """
         items: asyncio.Queue[Event | _End | None] = asyncio.Queue()
+        events = generate(items.join)
 
         async def run() -> None:
             async with aclosing(events):
                 async for event in events:
                     items.put_nowait(event)
-                    if event is None:
-                        await items.join()
 
         pump = asyncio.create_task(run())
         pump.add_done_callback(lambda _: items.put_nowait(_END))

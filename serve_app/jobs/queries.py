@@ -67,7 +67,7 @@ def end_jobs(ttl_s: float, state: State, **values: Any) -> Update:
 
 
 def update_jobs(*which: ColumnElement[bool]) -> Update:
-    """Returns an update of jobs that leaves loaded ones as they are: they are loaded again."""
+    """Returns an update of jobs. It does not change `Job` objects in memory; the caller loads them again."""
     return update(Job).where(*which).execution_options(synchronize_session=False)
 
 
@@ -87,7 +87,7 @@ def one_job(session: Session, which: ColumnElement[bool]) -> Job:
 
 
 def readable_jobs(session: Session, seqs: Sequence[int]) -> list[Job]:
-    """Returns the jobs of these numbers in their order, without unreadable ones."""
+    """Returns the jobs of these numbers in their order, without unreadable and deleted ones."""
     try:
         found = {job.seq: job for job in session.scalars(jobs().where(Job.seq.in_(seqs)))}
     except UnreadableRecord:
@@ -95,7 +95,7 @@ def readable_jobs(session: Session, seqs: Sequence[int]) -> list[Job]:
             return []
         middle = len(seqs) // 2
         return readable_jobs(session, seqs[:middle]) + readable_jobs(session, seqs[middle:])
-    return [found[seq] for seq in seqs]
+    return [found[seq] for seq in seqs if seq in found]
 
 
 def owned_by(owner: Owner) -> ColumnElement[bool]:

@@ -57,6 +57,7 @@ class ActiveJob:
         is_ending: whether its outcome is being stored, so that it can no longer be stopped.
         saves: its images on their way into the file store, which nothing stops.
         previewing: its previews on their way into the file store.
+        lines: lines of its log before the one of its end.
     """
 
     job: Job
@@ -67,6 +68,7 @@ class ActiveJob:
     is_ending: bool = False
     saves: list[asyncio.Task[tuple[str, int]]] = field(default_factory=list)
     previewing: set[asyncio.Task[None]] = field(default_factory=set)
+    lines: int | None = None
 
     def stop(self, why: Literal["not ours", "later"]) -> None:
         """Stops it, unless it is ending."""
@@ -79,6 +81,11 @@ class ActiveJob:
         if len(self.news.log) < MAX_LOG_LINES:
             self.news.log.append(LogLine(at=time.time(), message=message))
             self.has_news = True
+
+    def log_end(self, state: State) -> None:
+        """Adds the last line to its log, in place of one that `log_end` has added before."""
+        self.lines = len(self.news.log) if self.lines is None else self.lines
+        self.news.log[self.lines :] = [LogLine(at=time.time(), message=state)]
 
 
 class JobRunner:
@@ -146,8 +153,9 @@ class JobRunner:
 
     async def cancel(self, owner: Owner, job_id: str) -> Job:
         """Cancels a job; see `JobStore.cancel`. One that runs here stops within a token or a step."""
-        job = await self._store.cancel(owner, job_id)
-        if job.state == "cancelled":
+        job, has_ended = await self._store.cancel(owner, job_id)
+        if has_ended:
+            metrics.JOBS_ENDED.add(api=job.api, model=job.model, state=job.state)
             await self._delete_files(job)
         elif active := self._active.get(job_id):
             active.stop("not ours")
@@ -253,13 +261,13 @@ class JobRunner:
         """Ends a job in the store; returns its state, or None if this server was not to end it."""
         if active.stopped == "later":
             return None
-        active.log(state)
+        active.log_end(state)
         if await self._finish(active, state, made, why):
             return state
         if state == "cancelled":
             return None
         # It was cancelled just now, or it is another server's.
-        active.news.log[-1] = LogLine(at=time.time(), message="cancelled")
+        active.log_end("cancelled")
         return "cancelled" if await self._finish(active, "cancelled") else None
 
     async def _finish(

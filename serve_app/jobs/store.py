@@ -236,17 +236,21 @@ class JobStore:
 
         return await self._database.read(call)
 
-    async def cancel(self, owner: Owner, job_id: str) -> Job:
+    async def cancel(self, owner: Owner, job_id: str) -> tuple[Job, bool]:
         """Cancels a job: a queued one at once, a running one when its runner learns of it.
+
+        Returns:
+            The job, and whether this call has ended it.
 
         Raises:
             NotFound: the owner has no such job.
             Conflict: the job has succeeded or failed.
         """
 
-        def call(session: Session) -> Job:
+        def call(session: Session) -> tuple[Job, bool]:
             mine = belongs_to(job_id, owner)
-            session.execute(end_jobs(self._ttl_s, "cancelled").where(mine, Job.state == "queued"))
+            ending = end_jobs(self._ttl_s, "cancelled").where(mine, Job.state == "queued")
+            has_ended = session.scalar(ending.returning(Job.id)) is not None
             running = update_jobs(mine, Job.state == "running")
             session.execute(running.values(cancelling=True, version=Job.version + 1))
             job = first_job(session, mine)
@@ -254,11 +258,11 @@ class JobStore:
                 raise no_job()
             if job.state in ("succeeded", "failed"):
                 raise Conflict(f"The job has {job.state} already.", code="job_has_ended")
-            return job
+            return job, has_ended
 
-        job = await self._database.write(call)
+        cancelled = await self._database.write(call)
         self._notify(job_id)
-        return job
+        return cancelled
 
     async def purge(self, owner: Owner, job_id: str) -> Job:
         """Deletes an ended job; returns it. Its webhook is not called any more.
@@ -364,15 +368,20 @@ class JobStore:
     ) -> bool:
         """Ends a job of a worker. It ends as cancelled if and only if its owner asked for that.
 
+        After `Unavailable`, the job may have ended all the same. The same call tells.
+
         Returns:
-            Whether it ended. If not, it is another worker's by now, or it is to be cancelled.
+            Whether it has ended so. If not, it is another worker's by now, or it is to be cancelled.
         """
 
         def call(session: Session) -> bool:
             ours = and_(Job.id == news.id, Job.worker == worker, Job.state == "running")
             ours = and_(ours, Job.cancelling if state == "cancelled" else ~Job.cancelling)
             ending = end_jobs(self._ttl_s, state, images=list(images), error=error, log=news.log)
-            return len(session.scalars(ending.where(ours).returning(Job.id)).all()) == 1
+            if session.scalar(ending.where(ours).returning(Job.id)):
+                return True
+            job = first_job(session, Job.id == news.id)
+            return job is not None and job.state == state and job.log == news.log  # by an earlier call
 
         done = await self._database.write(call)
         self._notify(news.id)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deployments.observability import tracing
-from serve_app.errors import Busy, Conflict, InvalidParameter
+from serve_app.errors import Busy, Conflict, Full, InvalidParameter
 from serve_app.generation import images
 from serve_app.generation.request import Encoding
 from serve_app.jobs.records import StoredEncoding, StoredRequest
@@ -106,9 +106,6 @@ class Submitter:
         """
         request = what.request
         self._generator.check(request)
-        await self._files.check_room()
-        if what.webhook_url is not None:
-            await self._check_webhook(what.webhook_url)
         if what.idempotency_key is None:
             await self._store.check_room()
         pixels = await self._generator.decode_sources(request.sources, request.model)
@@ -127,15 +124,17 @@ class Submitter:
         )
         if what.idempotency_key is not None and (known := await self._store.known(job)):
             return known, False
+        if what.webhook_url is not None:
+            await self._check_webhook(what.webhook_url)
+        await self._files.check_room()
         await self._generator.charge(resolved)
-        job.sources = [
-            await self._files.save(await asyncio.to_thread(images.encode, source, Encoding()), "png")
-            for source in pixels
-        ]
-        sources = job.sources
+        sources = job.sources = []
         try:
+            for source in pixels:
+                file = await asyncio.to_thread(images.encode, source, Encoding())
+                sources.append(await self._files.save(file, "png"))
             job, is_new = await self._store.submit(job, request.start_within_s)
-        except (Busy, Conflict):  # after any other error the job may be stored all the same
+        except (Busy, Conflict, Full):  # after any other error the job may be stored all the same
             await self._files.delete(sources)
             raise
         if not is_new:

@@ -39,7 +39,7 @@ class Gauges:
         Raises:
             Unavailable: the database cannot be reached; the gauges of jobs keep their values.
         """
-        metrics.PENDING.set(self._generator.running.units)
+        metrics.PENDING.set(self._generator.pending)
         if self._files.kept_bytes is not None:
             metrics.FILES_BYTES.set(self._files.kept_bytes)
         counts = await self._store.counts()

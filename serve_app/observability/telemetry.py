@@ -69,9 +69,14 @@ def note_images(made: list[GeneratedImage]) -> None:
         note(not_expanded=problem)
 
 
-def note_error(code: str) -> None:
-    """Adds the code of an error to the line. The status of a stream does not show it."""
-    note(error=code)
+def note_error(code: str, status: int) -> None:
+    """Adds an error to the line.
+
+    Args:
+        code: its code.
+        status: its HTTP status. A stream that breaks has another one: it has begun with a 200.
+    """
+    note(error=code, error_status=status)
 
 
 def note_job_end(job: Job, outcome: str, seconds: float, failure: StoredError | None) -> None:
@@ -107,9 +112,11 @@ def _outcome(status: int, facts: Mapping[str, Any]) -> str:
     """Returns the outcome of a request for the metrics."""
     if not status:
         return "cancelled"
+    if status < 400:
+        status = facts.get("error_status", status)
     if status == HTTPStatus.TOO_MANY_REQUESTS or facts.get("error") == "stopping":
         return "rejected"
-    if status >= 500 or (status < 400 and "error" in facts):  # a stream that broke
+    if status >= 500:
         return "failed"
     return "refused" if status >= 400 else "succeeded"
 
@@ -178,6 +185,7 @@ class Requests:
         """Counts a request that has ended, writes its line and completes its span."""
         method, route = scope["method"], getattr(scope.get("route"), "path", "no route")
         api, outcome = self._api_of(scope), _outcome(status, facts)
+        facts.pop("error_status", None)
         facts |= {
             "event": "request",
             "api": api,

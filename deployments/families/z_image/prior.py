@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import OrderedDict
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,7 +114,9 @@ class PriorEngine:
             )
         with suppress(queue.Empty):
             while True:
-                self._queue.get_nowait().future.set_exception(self.fault)
+                future = self._queue.get_nowait().future
+                with suppress(InvalidStateError):  # the request was cancelled while it waited
+                    future.set_exception(self.fault)
 
     def _process_batch(self, batch: list[_PendingRequest]) -> None:
         """Processes a batch of requests. A tokenizer error fails one request, a device error all of them."""

@@ -27,7 +27,7 @@ from serve_app.dialects.fal.schemas import (
 )
 from serve_app.dialects.hosted import InputReader
 from serve_app.errors import Conflict, NotFound, RequestError
-from serve_app.http.errors import CLIENT_CLOSED
+from serve_app.http.errors import CLIENT_CLOSED, status_of
 from serve_app.jobs.submission import Submission
 from serve_app.jobs.tables import Job, Owner, Priority
 from serve_app.observability import telemetry
@@ -167,7 +167,7 @@ def _add_status(routes: APIRouter, services: Services) -> None:
                 shown = views.status(seen, services.base(request), news)
                 yield ServerSentEvent(raw_data=shown.model_dump_json(exclude_none=True))
         except RequestError as error:  # the status has been sent, and this API has no error events
-            telemetry.note_error(error.code)
+            telemetry.note_error(error.code, status_of(error))
 
     @routes.get(
         QUEUED,

@@ -28,6 +28,7 @@ from serve_app.dialects.openai.schemas import (
     images_response,
 )
 from serve_app.errors import Invalid, RequestError
+from serve_app.http.errors import status_of
 from serve_app.jobs.submission import Submission
 from serve_app.jobs.tables import Job, Owner, Priority, State
 from serve_app.jobs.webhooks import MAX_TRIES, Message, Sign
@@ -341,7 +342,7 @@ def _add_reading(routes: APIRouter, services: Services) -> None:
                     event=seen.state, id=seen.mark, raw_data=shown.model_dump_json(exclude_none=True)
                 )
         except RequestError as error:  # the status has been sent
-            telemetry.note_error(error.code)
+            telemetry.note_error(error.code, status_of(error))
             body = bytes(error_response(error, request.scope).body).decode()
             yield ServerSentEvent(event="error", raw_data=body)
 

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -40,11 +41,12 @@ from serve_app.errors import Invalid, RequestError, server_error
 from serve_app.generation import images
 from serve_app.generation.delivery import in_base64
 from serve_app.generation.events import GeneratedImage, PartialImage, StageProgress, in_order
+from serve_app.http.errors import status_of
 from serve_app.http.sse import Event, EventStream
 from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from deployments.config import ModelConfig
     from serve_app.config import Limits
@@ -111,17 +113,21 @@ async def _answer(
     if fields.partial_images and not fields.stream:
         raise Invalid("Previews come in a stream only; set stream to true.", param="partial_images")
     if fields.stream:
-        return await EventStream.begin(_events(services.generator, request, parsed, kind))
+        return await EventStream.begin(partial(_events, services.generator, request, parsed, kind))
     base = None if fields.response_format == "b64_json" else services.base(request)
     made = await services.delivery.make(parsed.request, base)
     return images_response(made, parsed.quality, parsed.request.encoding.format, time.time())
 
 
 async def _events(
-    generator: Generator, request: Request, parsed: Parsed[Any], kind: str
+    generator: Generator,
+    request: Request,
+    parsed: Parsed[Any],
+    kind: str,
+    all_sent: Callable[[], Awaitable[None]],
 ) -> AsyncGenerator[Event | None, None]:
     """Yields the events of a stream; see `EventStream.begin`."""
-    is_accepted = False
+    is_accepted = is_made = False
     try:
         async with generator.admit(parsed.request) as running:
             is_accepted = True
@@ -134,11 +140,14 @@ async def _events(
                     if not isinstance(event, StageProgress):
                         yield await _rendered(event, parsed, kind)
             telemetry.note_images(in_order(made))
-            yield None  # the request holds its place, and a drain waits, until all is sent
+            is_made = True
+            await all_sent()  # until then the request keeps its place, and a drain waits for it
     except Exception as error:
         if not is_accepted:
             raise
-        yield _error_event(request, error)
+        # A request with all its images has ended only for its place: a slow client gets them all the same.
+        if not is_made:
+            yield _error_event(request, error)
 
 
 async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], kind: str) -> Event:
@@ -165,7 +174,7 @@ def _error_event(request: Request, error: Exception) -> Event:
     if not isinstance(error, RequestError):
         logger.error("a stream failed", exc_info=error, extra=FAULT)
         error = server_error()
-    telemetry.note_error(error.code)
+    telemetry.note_error(error.code, status_of(error))
     return "error", json.loads(bytes(error_response(error, request.scope).body))
 
 

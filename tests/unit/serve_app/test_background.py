@@ -328,11 +328,8 @@ def test_the_gauges_are_set_again_after_an_error(
                 raise outcomes.pop(0)
             return Counts()
 
-    class Running:
-        units = 4
-
     class Generator:
-        running = Running()
+        pending = 4
 
     class Files:
         kept_bytes = None

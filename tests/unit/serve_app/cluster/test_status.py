@@ -1,6 +1,7 @@
 """The state of a stage, from Serve's counts of its replicas and from their reports."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,6 +120,29 @@ def test_a_replica_without_a_report_waits_for_a_gpu(
         return [first["m"]["prior"], (await stages.read(fresh=True))["m"]["prior"]]
 
     assert asyncio.run(read_twice()) == [{"state": "loading"}, {"state": "loading", "reason": reason}]
+
+
+def test_a_replica_that_replaces_a_dead_one_has_its_own_time_to_start(
+    controller: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stages = reader([], num_gpus=1)
+
+    async def read_later() -> list[Any]:
+        nonlocal now
+        seen = []
+        for replicas in ({"STARTING": 1}, {"RUNNING": 1}, {"STARTING": 1}):
+            controller.replicas = replicas
+            seen.append((await stages.read(fresh=True))["m"]["prior"])
+            now += 2 * status.PROCESS_START_S
+        return seen
+
+    assert asyncio.run(read_later()) == [
+        {"state": "loading"},
+        {"state": "ready", "replicas": 1},
+        {"state": "loading"},
+    ]
 
 
 def test_a_polling_client_does_not_wait_and_serve_is_read_once_a_second(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
 from deployments.types import Event as StageEvent
-from deployments.types import ImageRequest, Pixels, PriorTokens, Progress
+from deployments.types import ImageRequest, Pixels, Preview, PriorTokens, Progress
 from serve_app.errors import Failed, InvalidParameter, NotFound, ReplicaDied
 from serve_app.generation import image as unit
 from serve_app.generation.events import Event, GeneratedImage, PartialImage, StageProgress
@@ -211,6 +211,24 @@ def test_an_image_whose_replica_dies_is_made_once_more(make: Make, decoded: list
     (image,) = asyncio.run(images_of(make(dies_once)))
     assert calls[0] == calls[1]
     assert [request.seed for request in decoded] == [image.facts.seed]
+
+
+def test_no_preview_is_shown_twice_if_the_decoder_dies(make: Make) -> None:
+    calls: list[ImageRequest] = []
+
+    async def dies_once(request: ImageRequest) -> AsyncGenerator[StageEvent | Pixels, None]:
+        calls.append(request)
+        yield Progress(done=1, total=4, seconds=0.1)
+        yield Preview(index=0, pixels=PREVIEW)
+        if len(calls) == 1:
+            raise ReplicaDied
+        yield Preview(index=1, pixels=PREVIEW)
+        yield PREVIEW
+
+    events: list[Event] = []
+    asyncio.run(collect(make(decode=dies_once), events, partial_images=2))
+    assert len(calls) == 2
+    assert [event.index for event in events if isinstance(event, PartialImage)] == [0, 1]
 
 
 def test_an_image_whose_replicas_keep_dying_fails(make: Make) -> None:

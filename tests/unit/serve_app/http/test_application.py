@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from deployments.types import ImageRequest
 from serve_app.background import Periodic
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
-from tests.unit.serve_app.http.conftest import client_of
+from tests.unit.serve_app.http.conftest import MakeServices, client_of
 
 Make = Callable[..., FastAPI]
 
@@ -172,6 +173,49 @@ def test_the_periodic_tasks_run_as_long_as_the_application(
         assert len(reports) == ended
 
     asyncio.run(main())
+
+
+def test_a_client_that_reads_until_after_the_deadline_gets_its_image(make_services: MakeServices) -> None:
+    """The request has given up its place by then."""
+    services = make_services(limits={"deadline_s": 0.5})
+    app = create_app(services)
+    body = json.dumps({"prompt": "a boat", "size": "512x512", "stream": True}).encode()
+    chunks: list[bytes] = []
+
+    async def main() -> None:
+        hangs = asyncio.Event()
+        left = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            if (message := next(left, None)) is None:
+                await hangs.wait()
+            return message
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                async with asyncio.timeout(20):
+                    while services.generator.pending:  # noqa: ASYNC110 - there is no event for it
+                        await asyncio.sleep(0.01)
+                chunks.append(message.get("body", b""))
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": "/v1/images/generations",
+            "raw_path": b"/v1/images/generations",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json"), (b"host", b"here")],
+            "server": ("here", 80),
+            "client": ("there", 1),
+            "scheme": "http",
+        }
+        await app(scope, receive, send)
+
+    asyncio.run(main())
+    assert re.findall(rb"^event: (.*)$", b"".join(chunks), re.MULTILINE) == [b"image_generation.completed"]
+    assert chunks[-1] == b""
 
 
 def test_a_fault_is_an_error_without_details_and_is_raised_for_the_log(

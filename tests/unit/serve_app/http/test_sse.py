@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from serve_app.http import sse
 from serve_app.http.sse import Event, EventStream
 
+AllSent = Callable[[], Awaitable[None]]
 Events = AsyncGenerator[Event | None, None]
 
 
@@ -17,7 +18,7 @@ def event(text: str) -> Event:
     return "said", {"text": text}
 
 
-async def sent(events: Events, leave_after: int | None = None) -> list[bytes]:
+async def sent(events: Callable[[AllSent], Events], leave_after: int | None = None) -> list[bytes]:
     """Returns the chunks of the body. The client leaves after some of them, if a number is given."""
     stream = await EventStream.begin(events)
     chunks: list[bytes] = []
@@ -39,28 +40,28 @@ async def sent(events: Events, leave_after: int | None = None) -> list[bytes]:
 
 
 def test_events_are_sent_in_their_order() -> None:
-    async def events() -> Events:
+    async def events(all_sent: AllSent) -> Events:
         yield None
         yield event("one")
         yield event("two\nlines")
 
-    assert asyncio.run(sent(events())) == [
+    assert asyncio.run(sent(events)) == [
         b'event: said\ndata: {"text": "one"}\n\n',
         b'event: said\ndata: {"text": "two\\nlines"}\n\n',
     ]
 
 
-def test_the_answer_begins_with_the_first_barrier() -> None:
+def test_the_answer_begins_when_the_request_is_accepted() -> None:
     order: list[str] = []
 
-    async def events() -> Events:
+    async def events(all_sent: AllSent) -> Events:
         await asyncio.sleep(0.01)
         order.append("accepted")
         yield None
         yield event("one")
 
     async def main() -> None:
-        stream = await EventStream.begin(events())
+        stream = await EventStream.begin(events)
         order.append("begun")
 
         async def send(message: Any) -> None:
@@ -73,19 +74,19 @@ def test_the_answer_begins_with_the_first_barrier() -> None:
     assert order == ["accepted", "begun", "answered"]
 
 
-def test_work_waits_at_a_barrier_until_all_is_sent() -> None:
+def test_work_can_wait_until_all_is_sent() -> None:
     order: list[str] = []
 
-    async def events() -> Events:
+    async def events(all_sent: AllSent) -> Events:
         yield None
         yield event("one")
         yield event("two")
         order.append("made")
-        yield None
+        await all_sent()
         order.append("released")
 
     async def main() -> None:
-        stream = await EventStream.begin(events())
+        stream = await EventStream.begin(events)
 
         async def send(message: Any) -> None:
             await asyncio.sleep(0.01)
@@ -97,25 +98,50 @@ def test_work_waits_at_a_barrier_until_all_is_sent() -> None:
     assert order == ["made", "one", "two", "released"]
 
 
-def test_an_error_before_the_first_barrier_is_raised_at_once() -> None:
-    async def events() -> Events:
+def test_a_client_gets_everything_if_the_work_no_longer_waits_for_it() -> None:
+    chunks: list[bytes | None] = []
+
+    async def main() -> None:
+        has_ended = asyncio.Event()
+
+        async def events(all_sent: AllSent) -> Events:
+            yield None
+            yield event("one")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await all_sent()
+            has_ended.set()
+
+        async def send(message: Any) -> None:
+            await has_ended.wait()
+            chunks.append(message.get("body"))
+
+        stream = await EventStream.begin(events)
+        await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert chunks == [None, b'event: said\ndata: {"text": "one"}\n\n', b""]
+
+
+def test_an_error_before_the_acceptance_is_raised_at_once() -> None:
+    async def events(all_sent: AllSent) -> Events:
         raise ValueError("early")
         yield
 
     with pytest.raises(ValueError, match="early"):
-        asyncio.run(sent(events()))
+        asyncio.run(sent(events))
 
 
 def test_a_later_error_breaks_the_answer_after_the_events_before_it() -> None:
     chunks: list[bytes] = []
 
-    async def events() -> Events:
+    async def events(all_sent: AllSent) -> Events:
         yield None
         yield event("one")
         raise ValueError("late")
 
     async def main() -> None:
-        stream = await EventStream.begin(events())
+        stream = await EventStream.begin(events)
 
         async def send(message: Any) -> None:
             if message.get("body"):
@@ -131,12 +157,12 @@ def test_a_later_error_breaks_the_answer_after_the_events_before_it() -> None:
 def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
 
-    async def events() -> Events:
+    async def events(all_sent: AllSent) -> Events:
         yield None
         await asyncio.sleep(0.1)
         yield event("one")
 
-    *comments, last = asyncio.run(sent(events()))
+    *comments, last = asyncio.run(sent(events))
     assert len(comments) >= 2
     assert all(comment.startswith(b":") for comment in comments)
     assert b"one" in last
@@ -146,7 +172,7 @@ def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_work_ends_when_the_client_leaves(leave_after: int) -> None:
     ended = []
 
-    async def events() -> Events:
+    async def events(all_sent: AllSent) -> Events:
         try:
             yield None
             yield event("one")
@@ -155,7 +181,7 @@ def test_work_ends_when_the_client_leaves(leave_after: int) -> None:
             ended.append(True)
 
     async def leave() -> None:
-        assert len(await asyncio.wait_for(sent(events(), leave_after), 5)) <= 1
+        assert len(await asyncio.wait_for(sent(events, leave_after), 5)) <= 1
         assert ended
 
     asyncio.run(leave())
@@ -164,7 +190,7 @@ def test_work_ends_when_the_client_leaves(leave_after: int) -> None:
 def test_work_ends_when_the_client_leaves_before_the_answer_begins() -> None:
     ended = []
 
-    async def events() -> Events:
+    async def events(all_sent: AllSent) -> Events:
         try:
             await asyncio.Future()
             yield None
@@ -172,7 +198,7 @@ def test_work_ends_when_the_client_leaves_before_the_answer_begins() -> None:
             ended.append(True)
 
     async def leave() -> None:
-        beginning = asyncio.create_task(EventStream.begin(events()))
+        beginning = asyncio.create_task(EventStream.begin(events))
         await asyncio.sleep(0.01)
         beginning.cancel()
         with contextlib.suppress(asyncio.CancelledError):

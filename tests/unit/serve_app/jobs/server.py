@@ -12,7 +12,7 @@ from deployments.config import ModelConfig
 from deployments.types import Event, ImageRequest, Pixels, Preview, PriorTokens, Progress
 from serve_app.background import Background
 from serve_app.config import Limits, OutboundConfig, StorageConfig
-from serve_app.errors import Failed
+from serve_app.errors import Failed, Full, Unavailable
 from serve_app.files.store import FileStore
 from serve_app.generation.generator import Generator
 from serve_app.generation.image import Model
@@ -77,6 +77,23 @@ class FailingStages(Stages):
         yield
 
 
+class SmallFiles(FileStore):
+    """A file store that is full after one file."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        super().__init__(config)
+        self._has_room = True
+
+    async def check_room(self) -> None:
+        if not self._has_room:
+            raise Full("There is no room.")
+
+    async def save_as(self, name: str, data: bytes) -> None:
+        await self.check_room()
+        self._has_room = False
+        await super().save_as(name, data)
+
+
 class SlowFiles(FileStore):
     """A file store that saves nothing until it may."""
 
@@ -95,7 +112,7 @@ class FaultyStore(JobStore):
     """A job store whose first call of one method raises an unexpected error.
 
     Args:
-        faulty: name of the method.
+        faulty: name of the method. For `committed`, the connection is lost while `finish` commits.
 
     Attributes:
         calls: number of calls of each method.
@@ -121,7 +138,10 @@ class FaultyStore(JobStore):
 
     async def finish(self, *args: Any, **kwargs: Any) -> bool:
         self._count("finish")
-        return await super().finish(*args, **kwargs)
+        has_ended = await super().finish(*args, **kwargs)
+        if self._faulty == "committed" and self.calls["finish"] == 1:
+            raise Unavailable("the connection is lost")
+        return has_ended
 
     async def reap(self, *args: Any) -> list[Job]:
         self._count("reap")
@@ -147,7 +167,7 @@ class Server:
         max_jobs: see `JobStore`.
         ttl_s: see `JobStore`.
         faulty: see `FaultyStore`; empty for a store without faults.
-        slow_files: whether the files are `SlowFiles`.
+        make_files: makes the file store.
     """
 
     def __init__(
@@ -160,7 +180,7 @@ class Server:
         max_jobs: int = 100,
         ttl_s: float = 100,
         faulty: str = "",
-        slow_files: bool = False,
+        make_files: Callable[[StorageConfig], FileStore] = FileStore,
     ) -> None:
         limits, outbound, submitted = Limits(), Outbound(OutboundConfig()), asyncio.Event()
         models = {
@@ -174,7 +194,7 @@ class Server:
         self.stages = stages
         self.database = database
         self.background = Background()
-        self.files = SlowFiles(storage) if slow_files else FileStore(storage)
+        self.files = make_files(storage)
         self.store = FaultyStore(database, max_jobs=max_jobs, ttl_s=ttl_s, faulty=faulty)
         self.generator = Generator(models, limits, SourceReader(outbound, self.files, limits))
         self.submitter = Submitter(self.store, self.generator, self.files, outbound, submitted)

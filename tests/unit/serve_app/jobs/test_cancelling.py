@@ -4,6 +4,8 @@ import asyncio
 
 import pytest
 
+from serve_app.jobs import runner as runner_module
+from serve_app.observability import metrics
 from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, SlowFiles
 from tests.unit.serve_app.jobs.stored import OWNER
 
@@ -41,7 +43,7 @@ def test_a_job_is_stopped_when_another_server_cancels_it(make: Make) -> None:
 
 def test_cancelling_a_job_whose_images_are_being_stored_leaves_no_file(make: Make) -> None:
     async def main() -> None:
-        server = make(slow_files=True)
+        server = make(make_files=SlowFiles)
         assert isinstance(server.files, SlowFiles)
         job_id = (await server.submit(n=2)).id
         server.stages.may_continue()
@@ -55,12 +57,42 @@ def test_cancelling_a_job_whose_images_are_being_stored_leaves_no_file(make: Mak
     asyncio.run(main())
 
 
-def test_a_queued_job_is_cancelled_with_its_sources(make: Make) -> None:
+def test_the_log_of_a_job_that_another_server_cancels_as_it_ends_has_one_end(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "MAX_LOG_LINES", 3)
+    monkeypatch.setattr(runner_module, "RENEW_INTERVAL_S", 1000)
+
+    async def main() -> None:
+        server, other = make(make_files=SlowFiles), make()
+        assert isinstance(server.files, SlowFiles)
+        job_id = (await server.submit()).id
+        server.stages.may_continue()
+        async with server.runner.run_in_background():
+            await server.files.is_saving.wait()
+            await other.runner.cancel(OWNER, job_id)
+            server.files.may_save.set()
+            job = await server.ended(job_id)
+            await server.has_no_files()
+        lines = [line.message for line in job.log]
+        assert lines == ["began", "image 0: prior stage", "image 0: decoder stage", "cancelled"]
+
+    asyncio.run(main())
+
+
+def test_a_queued_job_is_cancelled_with_its_sources_and_counted_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[dict[str, str]] = []
+    monkeypatch.setattr(metrics.JOBS_ENDED, "add", lambda **labels: counted.append(labels))
+
     async def main() -> None:
         server = make()
         job_id = (await server.submit(sources=(SOURCE_FILE,))).id
         assert server.kept
-        assert (await server.runner.cancel(OWNER, job_id)).state == "cancelled"
-        assert server.kept == []
+        for _ in range(2):
+            assert (await server.runner.cancel(OWNER, job_id)).state == "cancelled"
+            assert server.kept == []
+        assert len(counted) == 1
 
     asyncio.run(main())

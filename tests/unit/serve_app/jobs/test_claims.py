@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from serve_app.jobs import store as store_module
-from serve_app.jobs.records import StoredProgress
+from serve_app.jobs.records import LogLine, StoredProgress
 from serve_app.jobs.store import JobProgress, JobStore
 from tests.unit.serve_app.jobs.stored import BROKEN, IMAGE, MODELS, OWNER, claimed, no_news, submitted
 
@@ -55,6 +55,19 @@ def test_a_running_job_shows_its_progress_and_ends_once(store: JobStore) -> None
         assert ended.expires_at == pytest.approx(ended.ended_at + 100, abs=0.1)
         assert not await store.finish("w", no_news(job), "failed", error=BROKEN)
         assert await store.renew("w", [job.id], [news]) == set()
+
+    asyncio.run(main())
+
+
+def test_an_end_whose_answer_was_lost_can_be_asked_for_again(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        await claimed(store)
+        news = JobProgress(id=job.id, log=[LogLine(at=1, message="succeeded")])
+        assert await store.finish("w", news, "succeeded", images=[IMAGE])
+        assert await store.finish("w", news, "succeeded", images=[IMAGE])
+        other_end = JobProgress(id=job.id, log=[LogLine(at=2, message="succeeded")])
+        assert not await store.finish("w", other_end, "succeeded", images=[IMAGE])
 
     asyncio.run(main())
 

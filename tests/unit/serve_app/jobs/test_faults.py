@@ -8,7 +8,7 @@ from sqlalchemy import text
 from serve_app.errors import Unavailable
 from serve_app.jobs import runner as runner_module
 from serve_app.jobs.records import StoredProgress
-from tests.unit.serve_app.jobs.server import Make, Server
+from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, Server
 from tests.unit.serve_app.jobs.stored import OWNER, submitted
 
 
@@ -93,6 +93,21 @@ def test_a_job_ends_after_an_unexpected_error(make: Make, caplog: pytest.LogCapt
         assert (job.state, job.attempts) == ("succeeded", 1)
         assert [image.name for image in job.images] == server.kept
         assert f"job {job_id} could not be ended and is tried again" in caplog.text
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("frequent")
+def test_a_job_keeps_its_images_if_the_connection_is_lost_while_its_end_is_stored(make: Make) -> None:
+    async def main() -> None:
+        server = make(faulty="committed")
+        job_id = (await server.submit(sources=(SOURCE_FILE,))).id
+        server.stages.may_continue()
+        async with server.runner.run_in_background():
+            job = await server.ended(job_id)
+            await server.until(lambda: server.store.calls["finish"] == 2)
+        assert (job.state, len(job.images)) == ("succeeded", 1)
+        assert [image.name for image in job.images] == server.kept
 
     asyncio.run(main())
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from serve_app.errors import Busy, Conflict, NotFound
+from serve_app.jobs.queries import readable_jobs
 from serve_app.jobs.records import StoredEncoding
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Job, Owner, State
@@ -93,8 +94,10 @@ def test_requests_with_one_idempotency_key_make_one_job(store: JobStore) -> None
 def test_a_queued_job_is_cancelled_at_once(store: JobStore) -> None:
     async def main() -> None:
         job = await submitted(store)
-        assert (await store.cancel(OWNER, job.id)).state == "cancelled"
-        assert (await store.cancel(OWNER, job.id)).state == "cancelled", "it may be repeated"
+        job, has_ended = await store.cancel(OWNER, job.id)
+        assert (job.state, has_ended) == ("cancelled", True)
+        job, has_ended = await store.cancel(OWNER, job.id)
+        assert (job.state, has_ended) == ("cancelled", False), "it may be repeated"
         assert await store.claim("w", MODELS) is None
         with pytest.raises(NotFound):
             await store.cancel(ANOTHER, job.id)
@@ -107,7 +110,8 @@ def test_a_running_job_is_cancelled_by_its_runner_and_cannot_end_otherwise(store
         job = await submitted(store)
         await claimed(store)
         assert not await store.finish("w", no_news(job), "cancelled"), "its owner has not cancelled it"
-        cancelling = await store.cancel(OWNER, job.id)
+        cancelling, has_ended = await store.cancel(OWNER, job.id)
+        assert not has_ended
         assert (cancelling.state, cancelling.cancelling) == ("running", True)
         assert await store.renew("w", [job.id]) == set()
         assert not await store.finish("w", no_news(job), "succeeded", images=[IMAGE])
@@ -287,5 +291,20 @@ def test_unfinished_jobs_are_counted_by_state(store: JobStore) -> None:
         counts = await store.counts()
         assert (counts.queued, counts.running) == (1, 1)
         assert 0 <= counts.oldest_s < 10
+
+    asyncio.run(main())
+
+
+def test_a_job_that_was_deleted_meanwhile_is_left_out(
+    store: JobStore, database_url: str, open_database: Open
+) -> None:
+    """PostgreSQL shows each query of a transaction what was committed before the query."""
+
+    async def main() -> None:
+        job = await submitted(store)
+        found = await open_database(database_url).read(
+            lambda session: readable_jobs(session, [job.seq + 1, job.seq])
+        )
+        assert [one.id for one in found] == [job.id]
 
     asyncio.run(main())

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from serve_app.errors import Busy, Conflict, InvalidParameter, Unavailable
-from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make
+from serve_app.errors import Busy, Conflict, Full, InvalidParameter, Unavailable
+from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, SmallFiles
 
 
 def test_a_draining_server_rejects_jobs(make: Make) -> None:
@@ -50,5 +50,27 @@ def test_an_idempotency_key_names_the_first_job_and_keeps_its_sources_once(make:
         with pytest.raises(Conflict):
             await server.try_to_submit(idempotency_key="i", steps=3, sources=(SOURCE_FILE,))
         assert server.kept == first.sources
+
+    asyncio.run(main())
+
+
+def test_a_job_whose_sources_do_not_fit_leaves_no_file(make: Make) -> None:
+    async def main() -> None:
+        server = make(make_files=SmallFiles)
+        with pytest.raises(Full):
+            await server.submit(sources=(SOURCE_FILE, SOURCE_FILE))
+        assert server.kept == []
+
+    asyncio.run(main())
+
+
+def test_a_full_server_still_answers_a_repeated_submission_with_its_job(make: Make) -> None:
+    async def main() -> None:
+        server = make(make_files=SmallFiles)
+        first, _ = await server.try_to_submit(idempotency_key="i", sources=(SOURCE_FILE,))
+        with pytest.raises(Full):
+            await server.submit()
+        again, is_new = await server.try_to_submit(idempotency_key="i", sources=(SOURCE_FILE,))
+        assert (again.id, is_new) == (first.id, False)
 
     asyncio.run(main())

@@ -72,7 +72,8 @@ class Server:
         """Returns a job that has ended."""
         answer = {"base_url": "http://here", "quality": None, "response_format": None}
         job = await submitted(self.store, owner=OWNER, answer=answer, webhook_url=url)
-        return await self.store.cancel(OWNER, job.id)
+        cancelled, _ = await self.store.cancel(OWNER, job.id)
+        return cancelled
 
     async def until(self, job: Job, condition: Callable[[Job], object]) -> Job:
         """Returns the job when it meets the condition."""

@@ -24,6 +24,16 @@ def answering(status: int, **facts: str) -> App:
     return app
 
 
+def breaking(code: str, status: int) -> App:
+    """Returns an application whose stream ends with an error."""
+
+    async def app(_: Any, __: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        telemetry.note_error(code, status)
+
+    return app
+
+
 async def broken(*_: object) -> None:
     raise RuntimeError
 
@@ -40,7 +50,8 @@ async def left(*_: object) -> None:
         (answering(429, error="busy"), "/v1/models", "WARNING", "rejected"),
         (answering(503, error="stopping"), "/v1/models", "WARNING", "rejected"),
         (answering(503, error="unavailable"), "/v1/models", "ERROR", "failed"),
-        (answering(200, error="server_error"), "/v1/models", "ERROR", "failed"),
+        (breaking("server_error", 500), "/v1/models", "ERROR", "failed"),
+        (breaking("moderation_blocked", 400), "/v1/models", "INFO", "refused"),
         (broken, "/v1/models", "ERROR", "failed"),
         (left, "/v1/models", "INFO", "cancelled"),
         (answering(200), "/health", "DEBUG", "succeeded"),
@@ -56,6 +67,7 @@ def test_the_level_of_a_line_shows_whether_an_operator_should_look(
     assert line.levelname == level
     facts = vars(line)
     assert (facts["event"], facts["outcome"], facts["route"]) == ("request", outcome, path)
+    assert "error_status" not in facts
 
 
 def test_the_facts_of_concurrent_requests_do_not_mix(caplog: pytest.LogCaptureFixture) -> None:

@@ -202,7 +202,8 @@ def test_what_is_no_number_is_not_kept(running: PriorEngine) -> None:
 
 
 def test_after_a_fault_all_requests_fail(engine: PriorEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = [engine.submit(request(str(i)), Call()) for i in range(ROWS + 2)]
+    cancelled, *waiting = [engine.submit(request(str(i)), Call()) for i in range(ROWS + 3)][::-1]
+    assert cancelled.cancel()
     monkeypatch.setattr(engine, "_encode", lambda _: 1 / 0)
     monkeypatch.setattr(guard, "_free", lambda _: RuntimeError("the device is lost"))
     engine.run()
