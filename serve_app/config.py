@@ -30,8 +30,7 @@ class Limits(Config):
         default=64,
         ge=1,
         description="Most unfinished images of requests in one ingress replica. More are rejected with a 429 "
-        "and "
-        "`Retry-After`.",
+        "and `Retry-After`.",
     )
     max_pending_per_key: int | None = Field(
         default=None,
@@ -43,8 +42,7 @@ class Limits(Config):
         default=None,
         ge=1,
         description="Most work of one API key a minute, in one ingress replica. The minute begins with a "
-        "request. "
-        "More is rejected with a 429 and `Retry-After`. Unlimited if unset.",
+        "request. More is rejected with a 429 and `Retry-After`. Unlimited if unset.",
     )
     deadline_s: float = Field(
         default=580,
@@ -91,8 +89,7 @@ class Limits(Config):
         default=2**25,
         ge=256,
         description="Most pixels of a source image, checked before it is decoded. Decoding takes up to 17 "
-        "bytes "
-        "a pixel, for one image at a time.",
+        "bytes a pixel, for one image at a time.",
     )
 
 
@@ -160,8 +157,7 @@ class StorageConfig(Config):
     presigned: bool = Field(
         default=False,
         description="Whether URLs in answers point to the object store, signed for `ttl_s`. Otherwise they "
-        "point "
-        "to `/files/` of this server.",
+        "point to `/files/` of this server.",
     )
     ttl_s: int = Field(default=7 * 86_400, ge=1, description="Seconds after which a file is deleted.")
     max_bytes: int = Field(
@@ -171,8 +167,7 @@ class StorageConfig(Config):
         default=2**30,
         ge=0,
         description="Free bytes to leave on a folder's disk. With less, nothing is written, and requests for "
-        "a "
-        "`url` get a 507.",
+        "a `url` get a 507.",
     )
 
     @model_validator(mode="after")
@@ -230,8 +225,7 @@ class SafetyCheckerConfig(Config):
     classifier: ClassifierConfig = Field(
         default_factory=ClassifierConfig,
         description="The classifier, in a deployment of its own. It has the keys `deployment` to "
-        "`cpu_threads` of "
-        "`models[].prior`, and:",
+        "`cpu_threads` of `models[].prior`, and:",
     )
     threshold: float = Field(
         default=0.5, gt=0, le=1, description="Score, 0 to 1, from which an image is flagged."
@@ -241,14 +235,12 @@ class SafetyCheckerConfig(Config):
         gt=0,
         le=1,
         description="Threshold of requests with `moderation: low` (OpenAI) or `enable_safety_checker: false` "
-        "(fal, "
-        "Pixazo). Their images are not checked if unset.",
+        "(fal, Pixazo). Their images are not checked if unset.",
     )
     on_failure: Literal["closed", "open"] = Field(
         default="closed",
         description="Policy for images that cannot be checked: `closed` fails their requests, `open` "
-        "delivers "
-        "them.",
+        "delivers them.",
     )
     timeout_s: float = Field(
         default=60,
@@ -301,8 +293,7 @@ class ClusterConfig(Config):
     autoscaling: bool = Field(
         default=False,
         description="Whether nodes with GPUs come on demand. If not, a configuration that needs more GPUs "
-        "than "
-        "the cluster has is rejected at the start.",
+        "than the cluster has is rejected at the start.",
     )
 
 

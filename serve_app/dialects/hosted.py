@@ -107,8 +107,7 @@ class ImageInput(JSONFields):
     enable_safety_checker: bool | None = Field(
         default=None,
         description="Whether to check images, if the server has a safety checker (see `/v1/models`). "
-        "Defaults "
-        "to true.",
+        "Defaults to true.",
     )
     output_format: Literal["jpeg", "png"] | None = Field(default=None, description="Defaults to `jpeg`.")
     sync_mode: bool | None = Field(

@@ -69,8 +69,7 @@ class Status(BaseModel):
     queue_length: int = Field(description="Images that wait for a stage.")
     jobs_queued: int = Field(
         description="Queued jobs of all ingress replicas, counted every five seconds while the database can "
-        "be "
-        "reached."
+        "be reached."
     )
     units: list[UnitStatus]
 

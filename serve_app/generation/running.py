@@ -84,9 +84,8 @@ class RunningRequest:
                 f"The request did not start within {self.start_within_s:g} s.", code="start_timeout"
             )
         return TimedOut(
-            f"The request took longer than the {self.deadline_s:g} s allowed and was stopped. If "
-            "the model was still loading, try again later; else ask for fewer images or steps, or for a "
-            "smaller size."
+            f"The request took longer than the {self.deadline_s:g} s allowed and was stopped. If the model "
+            "was still loading, try again later; else ask for fewer images or steps, or for a smaller size."
         )
 
 

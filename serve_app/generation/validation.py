@@ -107,8 +107,7 @@ def check_work(request: GenerationRequest, model: ModelConfig, limits: Limits) -
         raise InvalidParameter(
             "n",
             f"is too large: {request.n} images of {width}x{height} with {steps} denoising steps are "
-            f"{work:.0f} "
-            f"megapixel-steps, and a request may have {limits.max_megapixel_steps}; ask for fewer images or "
-            "steps, or for a smaller size",
+            f"{work:.0f} megapixel-steps, and a request may have {limits.max_megapixel_steps}; ask for fewer "
+            "images or steps, or for a smaller size",
         )
     return work

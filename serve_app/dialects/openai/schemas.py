@@ -81,8 +81,7 @@ class ImageRequest(Fields):
     quality: Literal["low", "medium", "standard", "high", "hd", "auto", "xhigh", "max"] | None = Field(
         default=None,
         description="Denoising steps, unless `num_inference_steps` is set: low 15; medium, standard 30; "
-        "high, hd, "
-        "auto 50; xhigh 75; max 100. Defaults to the model's steps.",
+        "high, hd, auto 50; xhigh 75; max 100. Defaults to the model's steps.",
     )
     background: Literal["auto", "opaque"] | None = Field(default=None, description="Images are opaque.")
     num_inference_steps: int | None = Field(default=None, description="Denoising steps.")
