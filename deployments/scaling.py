@@ -187,7 +187,7 @@ class ScalingPolicy:
         self._unloaded_at = 0.0  # time of the last unload that was obeyed
         self._unloading = False  # whether replicas of that unload are left
         self._asleep = False  # whether the minimum is waived, from an unload to the next need
-        self._spare_since: float | None = None  # start of the time in which there have been spare replicas
+        self._spare_since: float | None = None  # since when there are more replicas than needed
         self._most_wanted = 0  # most replicas wanted within that time
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

@@ -74,6 +74,11 @@ class TooLarge(Invalid):
 
     CODE = "request_too_large"
 
+    def for_api(self, names: Mapping[str, str]) -> RequestError:
+        """Returns the error with the API's name of the parameter."""
+        param = self.param and names.get(self.param, self.param)
+        return TooLarge(self.message, code=self.code, param=param)
+
 
 class Refused(RequestError):
     """The client may not do that."""
@@ -149,4 +154,4 @@ def stopping() -> Unavailable:
 
 def image_too_large(limit: int) -> TooLarge:
     """Returns the error for a source image of more than `limit` bytes."""
-    return TooLarge(f"The image is larger than the {limit} bytes allowed.", param="image")
+    return TooLarge(f"The image is larger than the {limit} bytes allowed.", param="sources")

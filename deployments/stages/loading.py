@@ -66,8 +66,8 @@ class Loader(Generic[Engine]):
     async def wait(self, has_ready_sibling: Callable[[], bool]) -> None:
         """Returns when the first try has ended. Serve sends requests as soon as the constructor returns.
 
-        The constructor must not raise, so that requests get the reason for a failure. The exception is a
-        stage with another replica that can serve them: there Serve retries, with growing delays.
+        If loading has failed, this returns all the same, so that requests get the reason. If another replica
+        is ready, which can serve them, this raises, and Serve retries with growing delays.
 
         Args:
             has_ready_sibling: returns whether another replica is ready. Called in a thread; may block.

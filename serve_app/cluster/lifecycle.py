@@ -30,7 +30,7 @@ class Lifecycle:
 
     Args:
         generator: has the requests that need the models.
-        changed: set when a request begins or ends.
+        changed: set when a request is ready for its model, and when it ends.
         registry: the demand registry.
         status: reads the states of the replicas.
     """

@@ -1,4 +1,4 @@
-"""The fields that fal's and Pixazo's APIs for GLM-Image share."""
+"""The fields that fal's and Pixazo's APIs for GLM-Image share, and their parser."""
 
 from __future__ import annotations
 

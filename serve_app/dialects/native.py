@@ -202,7 +202,8 @@ def _add_files(routes: APIRouter, services: Services) -> None:
             "X-Content-Type-Options": "nosniff",
             "Cache-Control": "private, no-cache",  # to be validated each time, since it may have been deleted
         }
-        if request.headers.get("if-none-match") == headers["ETag"]:
+        known = request.headers.get("if-none-match", "")
+        if any(tag.strip().removeprefix("W/") in (headers["ETag"], "*") for tag in known.split(",")):
             return Response(status_code=304, headers=headers)
         start, end = _range(request, size, headers["ETag"])
         part = (start, end) != (0, size)

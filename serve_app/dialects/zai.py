@@ -146,7 +146,7 @@ class ContentFilter(BaseModel):
     level: int = Field(
         ge=0,
         le=3,
-        description="From 0, which is withheld, to 3, the lightest. Unchecked images have 3 too.",
+        description="0: the image is withheld. 3: the image is harmless, or was not checked.",
     )
 
 

@@ -80,7 +80,7 @@ class FileStore:
         except Exception as error:
             logger.exception("a file could not be written", extra=FAULT)
             raise Failed(
-                "The image was made and could not be kept; the server's log says why.", code="storage_failed"
+                "The file could not be kept; the server's log says why.", code="storage_failed"
             ) from error
 
     async def _in_thread(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -133,6 +133,11 @@ class FileStore:
         except FileNotFoundError:
             return None
         return data
+
+    async def read_all(self, name: str) -> bytes | None:
+        """Returns a file; None if there is none, or if the name is not one of the store's."""
+        size = await self.size(name)
+        return None if size is None else await self.read(name, 0, size)
 
     async def delete(self, names: Iterable[str]) -> None:
         """Deletes files. Missing ones are ignored; the log says which ones could not be deleted."""
@@ -201,7 +206,7 @@ def _modified(info: dict[str, Any]) -> float:
 
 def _full() -> Full:
     return Full(
-        "File storage is full. Use `response_format: b64_json` on a synchronous request, or contact the "
-        "operator.",
+        "File storage is full. Ask for the images in the answer itself (in OpenAI's API with "
+        "`response_format: b64_json`), or contact the operator.",
         param="response_format",
     )

@@ -1,4 +1,8 @@
-"""Events of a running request: progress, previews and images."""
+"""Events of a running request: progress, previews and images.
+
+The stages yield `Progress` and `Preview` (`deployments.types`), which know no other image. Here they become
+`StageProgress` and `PartialImage`, which have the image's index. Dialects word these for their clients.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,7 @@ class ImageFacts:
         text_tokens: tokens that the prior stage read of the texts.
         source_tokens: tokens that the prior stage read of the source images.
         generated_tokens: tokens that the prior stage generated.
-        waiting_s: seconds of waiting for a stage, loading included.
+        waiting_s: all other seconds: waiting for a stage, loading, and work that was lost with a replica.
         prior_s: seconds of work of the prior stage.
         decoder_s: seconds of work of the decoder stage.
     """

@@ -1,4 +1,10 @@
-"""The path of a request: accepted, checked and expanded, then each image through both stages."""
+"""The path of a request: accepted, checked and expanded, then each image through both stages.
+
+Work ends with its client. Ray cancels the task of a request whose client has hung up. A deadline, an unload
+and the cancellation of a job do the same. This closes the iterators from the outside to the inside: `run`,
+`merged`, `Unit.make`, and the call of the stage in `serve_app.app`. That one cancels the call in the replica,
+where `deployments.stages.calls.stream` tells the engine.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +47,7 @@ class Generator:
         limits: limits of requests.
         sources: reads and decodes source images.
         on_change: called when a request is ready for its model, and when it ends.
-        share: takes a request's source images; returns what its stages are called with, such as a reference.
+        share: keeps a request's source images where its stages find them; returns a reference to them.
         safety: the safety checker; None without one.
         expansion: the prompt expander; None without one.
 
@@ -176,6 +182,7 @@ class Generator:
             Unavailable: the server is stopping, or the request was aborted.
             TimedOut: its deadline has passed, or no stage began in time.
             InvalidParameter: a parameter is out of its range, or a source image cannot be used.
+            TooLarge: a source image has too many bytes.
         """
         self.check(request)
         with self._admission.permit(request.n, request.key_id):
@@ -198,9 +205,8 @@ class Generator:
             The running request, ready for `run`.
 
         Raises:
-            NotFound: its model is gone.
             Unavailable: the request was aborted.
-            TimedOut: its deadline has passed.
+            TimedOut: its deadline has passed, or no stage began in time.
         """
         async with self._run_within(request, self._limits.job_deadline_s) as running:
             self._running.make_ready(running, request)
@@ -229,7 +235,7 @@ class Generator:
     async def run(self, running: RunningRequest) -> AsyncGenerator[Event, None]:
         """Makes the images of a running request side by side; yields events as they come.
 
-        Closing the generator stops all images.
+        Closing the iterator stops all images.
 
         Raises:
             Failed: a stage cannot be loaded, has too little memory, or keeps dying; or an image cannot be

@@ -47,8 +47,8 @@ def decode_source(data: bytes, family: Family, max_pixels: int) -> Pixels:
     pixels.
 
     Raises:
-        InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, of more than `max_pixels`, or a
-            side not in 16-8192 pixels.
+        InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, of more than `max_pixels`, in more
+            parts than an image needs, or a side not in 16-8192 pixels.
     """
     if _is_laborious(data):
         raise _bad_source("has more parts than an image needs; save it anew")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 NAME = "prompt expander"
-"""Name for loading and unloading. It has a blank, which names of models have not."""
+"""Name for loading and unloading. It contains a space, so no model can have it."""
 INSTRUCTION = (
     "You rewrite prompts for a text-to-image model. Describe the same picture in more detail: subject, "
     "setting, composition, light, colours, style. Keep everything that the prompt says, and its "

@@ -21,7 +21,7 @@ Source = bytes | str
 
 MAX_SEED = 2**63 - 1
 MAX_DRAWN_SEED = 2**52
-"""Bound of drawn seeds. JavaScript holds integers below 2**53, and the seeds of further images follow."""
+"""Bound of drawn seeds. With those of further images, they stay below 2**53: JavaScript has them exactly."""
 MAX_PARTIAL_IMAGES = 3
 MAX_ID_CHARS = 512
 """Longest request id and user id."""
@@ -63,7 +63,7 @@ class GenerationRequest:
         moderation: strictness of the safety checker, if there is one.
         blacken: whether a flagged image becomes a black one; otherwise the request fails.
         start_within_s: seconds after which the request fails if no stage has begun; None for no limit.
-        api: name of the dialect of the request.
+        api: name of the API of the request, for metrics: its dialect's, or its job's.
         request_id: id by which the client knows the request.
         key_id: id of the API key; empty without one.
     """
@@ -137,7 +137,7 @@ class ResolvedRequest(GenerationRequest):
 def resolve(
     request: GenerationRequest, model: ModelConfig, pixels: tuple[Pixels, ...] = ()
 ) -> ResolvedRequest:
-    """Returns the request with the model's defaults, a seed, and its decoded sources.
+    """Returns the request with the model's defaults and its decoded sources; draws a seed if it has none.
 
     Args:
         request: the request.

@@ -60,7 +60,7 @@ class RunningRequest:
         self._request = request
 
     def note_start(self) -> None:
-        """Notes that a stage has begun with it: from now on only the deadline counts."""
+        """Notes that a stage has begun with it: `start_within_s` no longer applies."""
         if not self._has_started and not self.aborted and not self.timeout.expired():
             self._has_started = True
             self.timeout.reschedule(self.deadline)

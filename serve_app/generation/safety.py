@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 NAME = "safety checker"
-"""Name for loading and unloading. It has a blank, which names of models have not."""
+"""Name for loading and unloading. It contains a space, so no model can have it."""
 VIOLATION = "content_policy_violation"
 """Code of the errors for flagged images."""
 

@@ -29,7 +29,11 @@ OUR_FILE = re.compile(r"https?://[^/?#]+(?:/[^?#]*)?/files/([^/?#]+)", re.IGNORE
 
 
 class SourceReader:
-    """Reads source images of at most `limits.max_image_bytes` each, and decodes them."""
+    """Reads source images by their URLs, and decodes them.
+
+    Both are bounded: by `limits.max_image_bytes` and `limits.max_source_pixels`. Files in the request itself
+    were bounded when they were received.
+    """
 
     def __init__(self, outbound: Outbound, files: FileStore, limits: Limits) -> None:
         self._outbound = outbound
@@ -51,10 +55,10 @@ class SourceReader:
                 raise image_too_large(self._max_bytes)
             return await asyncio.to_thread(_decoded, url, match.end())
         # The host may have another name for the client. Knowing a file's name is permission to read it.
-        if (match := OUR_FILE.fullmatch(url)) and (size := await self._files.size(match[1])) is not None:
-            file = await self._files.read(match[1], 0, size)
-            if file is not None:
-                return file
+        if (match := OUR_FILE.fullmatch(url)) and (file := await self._files.read_all(match[1])) is not None:
+            if len(file) > self._max_bytes:
+                raise image_too_large(self._max_bytes)
+            return file
         try:
             return await self._outbound.fetch(url, max_bytes=self._max_bytes)
         except OutboundError as error:

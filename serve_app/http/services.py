@@ -41,7 +41,7 @@ class Services:
         jobs: keeps jobs.
         submitter: enqueues jobs.
         runner: runs, cancels and purges jobs.
-        signer: signs webhooks.
+        signer: signs webhooks and upload URLs.
         outbound: opens connections for users.
         gauges: sets the gauges.
         background: runs periodic tasks.

@@ -103,7 +103,10 @@ class Database:
             alembic.command.upgrade(config, "head")
 
     def one_at_a_time(self, session: Session) -> None:
-        """Waits until no other transaction is past this point. Writers of SQLite run one at a time anyway."""
+        """Lets one transaction at a time past this point; the next one waits until it has ended.
+
+        Writers of SQLite run one at a time anyway.
+        """
         self._lock(session.connection())
 
     def _lock(self, connection: Connection) -> None:
@@ -116,7 +119,7 @@ class Database:
             yield connection
 
     @contextmanager
-    def _snapshot(self) -> Iterator[Connection]:
+    def _reading_only(self) -> Iterator[Connection]:
         with self._reading.begin() as connection:
             yield connection
 
@@ -136,10 +139,12 @@ class Database:
     async def read(self, call: Callable[[Session], Result]) -> Result:
         """Runs `call`, which changes nothing, in a thread. It waits for no writer.
 
+        SQLite shows all its queries the same state; PostgreSQL shows each one what is committed by then.
+
         Raises:
             Unavailable: the database cannot be reached.
         """
-        return await self._run(call, self._snapshot)
+        return await self._run(call, self._reading_only)
 
     async def _run(self, call: Callable[[Session], Result], connected: Callable[[], Any]) -> Result:
         def run() -> Result:

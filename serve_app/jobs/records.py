@@ -29,7 +29,10 @@ from serve_app.generation.request import Encoding, ImageFormat, Moderation, Reso
 
 
 class StoredRecord(BaseModel):
-    """Base of the records. A record of a version that this server does not know is an error."""
+    """Base of the records. One without a version has version 1. One of an unknown version is an error.
+
+    To read a further version, convert its fields to the newest ones before validation, as `_image` does.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -117,8 +120,10 @@ _IMAGE_NAMES = {"risk": "unsafety", "generated_tokens": "drawn_tokens"}
 
 def _image(stored: object) -> object:
     """Returns the attributes of an image's record from its stored form. Missing facts have defaults."""
-    if not isinstance(stored, dict) or stored.get("version", 1) != 1:
+    if not isinstance(stored, dict):
         return stored
+    if (version := stored.get("version", 1)) != 1:
+        raise ValueError(f"version {version} is unknown")
     known = {_IMAGE_NAMES.get(one.name, one.name): one.name for one in fields(ImageRecord)}
     given = {known[name]: value for name, value in stored.items() if name in known}
     return {"prompt": ""} | given

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 POLL_INTERVAL_S = 1.0
-"""Seconds between two searches for jobs that other servers were given, or have left."""
+"""Seconds between two searches for jobs that were submitted to another server, or whose server has died."""
 RENEW_INTERVAL_S = 0.5
 EXPIRE_INTERVAL_S = 60.0
 STOP_TIMEOUT_S = 30.0
-"""Seconds for the storing of images when the server stops."""
+"""Seconds for the storing of images when the server stops. Leases that end meanwhile are not renewed."""
 MAX_LOG_LINES = 200
 
 
@@ -246,7 +246,7 @@ class JobRunner:
                 state, why = "failed", StoredError.of(error)
             except Exception:
                 logger.exception("job %s failed", job.id, extra=FAULT | {"job": job.id})
-                state, why = "failed", StoredError.of(_FAULT)
+                state, why = "failed", StoredError.of(_NOT_MADE)
             active.is_ending = True
             ended = await self._end(active, state, made, why)
             await self._clear(active, keep=ended == "succeeded")
@@ -313,9 +313,7 @@ class JobRunner:
             return [record(image, *save.result()) for image, save in zip(made, active.saves, strict=True)]
 
     async def _read(self, name: str) -> bytes:
-        size = await self._files.size(name)
-        data = None if size is None else await self._files.read(name, 0, size)
-        if data is None:
+        if (data := await self._files.read_all(name)) is None:
             raise Gone("A source image was deleted; submit the job again.", code="source_gone")
         return data
 
@@ -358,4 +356,4 @@ class JobRunner:
         await self._files.delete(names)
 
 
-_FAULT = Failed("The server failed to make it; its log says why.")
+_NOT_MADE = Failed("The server failed to make it; its log says why.")

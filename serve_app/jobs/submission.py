@@ -102,7 +102,10 @@ class Submitter:
             Busy: there are too many jobs, or the key's rate is used up.
             Unavailable: the server is stopping.
             Full: there is no room for files.
-            InvalidParameter: a parameter is out of its range, or the webhook's URL is not allowed.
+            InvalidParameter: a parameter is out of its range, a source image cannot be used, or the webhook's
+                URL is not allowed.
+            TooLarge: a source image has too many bytes.
+            Failed: a source image cannot be kept.
         """
         request = what.request
         self._generator.check(request)

@@ -57,7 +57,7 @@ class Webhooks:
         store: keeps the jobs.
         outbound: sends the messages.
         signer: signs the messages.
-        compose: makes the messages, by name of the dialect.
+        compose: makes the messages, by the `api` of the jobs.
         timeout_s: seconds that one try may take.
     """
 
@@ -108,7 +108,7 @@ class Webhooks:
         except OutboundError as error:
             status, delivered, outcome = 0, False, error.problem
         except Unavailable:
-            return  # the database is away: the next try comes when the lease expires
+            return  # the database is away: the next try, if there is one, comes when the lease expires
         except RequestError as error:
             status, delivered, outcome = 0, False, f"has no message ({error.code})"
         except Exception:

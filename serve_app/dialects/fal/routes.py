@@ -120,7 +120,7 @@ def _add_app(
         )
         telemetry.note_job(job)
         response.headers[REQUEST_ID] = job.id
-        return Submitted(gateway_request_id=job.id, **views.queued(job, base))
+        return Submitted(status="IN_QUEUE", gateway_request_id=job.id, **views.addresses(job, base))
 
 
 async def _find(services: Services, app: str, request_id: str, request: Request) -> Job:

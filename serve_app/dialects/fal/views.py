@@ -62,8 +62,8 @@ def _error(job: Job) -> RequestError:
     return job.error.error if job.error else Cancelled("The request was cancelled.")
 
 
-def queued(job: Job, base: str) -> dict[str, Any]:
-    """Returns the fields that all answers about a job have."""
+def addresses(job: Job, base: str) -> dict[str, Any]:
+    """Returns the fields that all answers about a job have: its id, its URLs and its place in the queue."""
     url = f"{base}/queue/fal-ai/{job.answer['app']}/requests/{job.id}"
     return {
         "request_id": job.id,
@@ -76,9 +76,9 @@ def queued(job: Job, base: str) -> dict[str, Any]:
 
 def status(job: Job, base: str, logs: Sequence[LogLine]) -> Status:
     """Returns a job's status, with these lines of its log."""
-    facts = queued(job, base)
+    facts = addresses(job, base)
     if job.state == "queued":
-        return Status(**facts)
+        return Status(status="IN_QUEUE", **facts)
     lines = [
         Log(timestamp=datetime.fromtimestamp(line.at, UTC).isoformat(), message=line.message) for line in logs
     ]

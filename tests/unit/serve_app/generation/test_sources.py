@@ -55,6 +55,15 @@ def test_a_file_of_the_store_is_read_without_a_connection(
     assert asyncio.run(main()) == DATA
 
 
+def test_a_file_of_the_store_above_the_limit_is_too_large(small: SourceReader, files: FileStore) -> None:
+    async def main() -> bytes:
+        name = await files.save(DATA + b"four", "png")
+        return await small.read(f"http://localhost:8000/files/{name}")
+
+    with pytest.raises(TooLarge, match="1024 bytes"):
+        asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1/a.png", "http://127.0.0.1/files/nothing.png", "no url", ""]
 )

@@ -3,7 +3,7 @@
 import pytest
 
 from serve_app import errors
-from serve_app.errors import Busy, Invalid, InvalidParameter, RequestError, TooLarge
+from serve_app.errors import Busy, Invalid, InvalidParameter, RequestError, TooLarge, image_too_large
 from serve_app.http.errors import (
     RETRIED_BY_CLIENTS,
     ProtocolError,
@@ -95,5 +95,8 @@ def test_an_api_names_the_parameter_in_its_own_words() -> None:
     assert (worded.message, worded.param) == ("num_images must be 1 to 10, not 11.", "num_images")
     assert (worded.code, status_of(worded)) == ("too_many", 400)
     assert error.for_api({}).message == error.message == "n must be 1 to 10, not 11."
+    large = image_too_large(1024).for_api({"sources": "image_urls"})
+    assert (large.param, status_of(large), large.code) == ("image_urls", 413, "request_too_large")
+    assert too_large(1024).for_api({"sources": "image_urls"}).param is None
     busy = Busy("The server is busy.")
     assert busy.for_api({"n": "num_images"}) is busy
