@@ -27,10 +27,10 @@ from serve_app.errors import Busy, ReplicaDied, Unavailable
 from serve_app.files.store import FileStore
 from serve_app.generation import prompt_expansion, safety
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model, StageCall
 from serve_app.generation.prompt_expansion import PromptExpansion
 from serve_app.generation.safety import SafetyCheck
 from serve_app.generation.sources import SourceReader
+from serve_app.generation.unit import Model, StageCall
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
 from serve_app.jobs.database import Database

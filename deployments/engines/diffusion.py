@@ -37,7 +37,7 @@ class PipelineDecoder(ABC):
     Attributes:
         fault: fault that has stopped the decoder for good, or None while it works.
         done: number of denoising steps made so far.
-        unit: what `done` counts.
+        counts: what `done` counts, such as `tokens`.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -45,7 +45,7 @@ class PipelineDecoder(ABC):
         self._call = Call()
         self.fault: EngineFault | None = None
         self.done = 0
-        self.unit = "steps"
+        self.counts = "steps"
         # The VAE runs on source images, for previews and after the last step. It takes long and has no
         # callback, so hooks check for a cancelled call.
         encoder, decoder = self._pipeline.vae.encoder, self._pipeline.vae.decoder

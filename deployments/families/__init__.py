@@ -33,12 +33,12 @@ class FamilyEngine(Protocol):
     Attributes:
         fault: reason why the engine has stopped for good, or None while it works.
         done: number of items done for all requests so far.
-        unit: name of the counted items.
+        counts: what `done` counts, such as `tokens`.
     """
 
     fault: Exception | None
     done: int
-    unit: str
+    counts: str
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None]) -> Self:

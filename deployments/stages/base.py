@@ -122,7 +122,7 @@ class Stage(Generic[Engine]):
         metrics.measure_memory(self._device)
         if engine := self._loader.loaded:
             done = engine.done
-            metrics.WORK.add(done - self._counted_done, unit=engine.unit)
+            metrics.WORK.add(done - self._counted_done, unit=engine.counts)
             self._counted_done = done
 
     def check_health(self) -> None:

@@ -27,7 +27,7 @@ class AnyEngine(Protocol):
     """Attributes that all engines share; see `deployments.families`."""
 
     done: int
-    unit: str
+    counts: str
 
     @property
     def fault(self) -> Exception | None:

@@ -15,7 +15,7 @@ from serve_app.errors import NotFound, Refused, stopping
 from serve_app.http.errors import ProtocolError
 
 if TYPE_CHECKING:
-    from serve_app.generation.image import Unit
+    from serve_app.generation.unit import Unit
     from serve_app.http.services import Services
 
 RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve_app.errors import Gone
-from serve_app.generation import images
+from serve_app.generation import codec
 from serve_app.generation.events import GeneratedImage, ImageFacts, in_order
 from serve_app.observability import metrics, telemetry
 
@@ -102,7 +102,7 @@ class Delivery:
         self, model: str, image: GeneratedImage, encoding: Encoding, base: str | None
     ) -> Delivered:
         with metrics.part(model, "encoding"):
-            file = await asyncio.to_thread(images.encode, image.pixels, encoding)
+            file = await asyncio.to_thread(codec.encode, image.pixels, encoding)
         media_type = f"image/{encoding.format}"
         if base is None:
             named = record(image, f"{image.facts.seed}.{encoding.format}", len(file))

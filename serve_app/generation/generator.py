@@ -18,10 +18,10 @@ from serve_app.errors import InvalidParameter, NotFound, RequestError, stopping
 from serve_app.generation import prompt_expansion, safety
 from serve_app.generation.admission import Admission
 from serve_app.generation.events import Event, GeneratedImage, StageProgress, is_flagged
-from serve_app.generation.image import TOO_LONG, Unit
 from serve_app.generation.prompt_expansion import Expansion
 from serve_app.generation.request import resolve
 from serve_app.generation.running import RunningRequests, merged
+from serve_app.generation.unit import TOO_LONG, Unit
 from serve_app.generation.validation import check_work, validate
 from serve_app.observability import metrics, telemetry
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from deployments.types import Pixels
     from serve_app.config import Limits
-    from serve_app.generation.image import Model
     from serve_app.generation.prompt_expansion import PromptExpansion
     from serve_app.generation.request import GenerationRequest, ResolvedRequest, Source
     from serve_app.generation.running import RunningRequest
     from serve_app.generation.safety import SafetyCheck
     from serve_app.generation.sources import SourceReader
+    from serve_app.generation.unit import Model
 
 
 class Generator:

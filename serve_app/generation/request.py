@@ -109,7 +109,7 @@ class ResolvedRequest(GenerationRequest):
     seed: int
     pixels: tuple[Pixels, ...] = field(default=(), repr=False)
 
-    def unit(self, image: int, sources: Any) -> ImageRequest:
+    def image_request(self, image: int, sources: Any) -> ImageRequest:
         """Returns the stages' request for one image.
 
         Args:

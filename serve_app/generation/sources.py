@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from serve_app.errors import InvalidParameter, image_too_large
-from serve_app.generation import images
+from serve_app.generation import codec
 from serve_app.outbound import OutboundError
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ class SourceReader:
 
         Raises:
             InvalidParameter: an image cannot be fetched, or was rejected; see
-                `serve_app.generation.images.decode_source`.
+                `serve_app.generation.codec.decode_source`.
             TooLarge: an image has too many bytes.
         """
         files = [await self.read(source) if isinstance(source, str) else source for source in sources]
         loop = asyncio.get_running_loop()
-        decode = partial(images.decode_source, family=family, max_pixels=self._max_pixels)
+        decode = partial(codec.decode_source, family=family, max_pixels=self._max_pixels)
         return tuple([await loop.run_in_executor(self._decoding, decode, file) for file in files])
 
 

@@ -15,7 +15,7 @@ from deployments.observability import tracing
 from deployments.observability.log import FAULT
 from serve_app.background import Periodic
 from serve_app.errors import Failed, Gone, RequestError, Unavailable
-from serve_app.generation import images
+from serve_app.generation import codec
 from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage, in_order
 from serve_app.jobs.records import LogLine, StoredError, StoredPreview, StoredProgress
@@ -321,7 +321,7 @@ class JobRunner:
         """Keeps an image in the job's format; returns the name and the bytes of its file."""
         encoding = job.encoding.encoding
         with metrics.part(job.model, "encoding"):
-            data = await asyncio.to_thread(images.encode, pixels, encoding)
+            data = await asyncio.to_thread(codec.encode, pixels, encoding)
         with metrics.part(job.model, "storing"):
             return await self._files.save(data, encoding.format), len(data)
 

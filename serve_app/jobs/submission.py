@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deployments.observability import tracing
 from serve_app.errors import Busy, Conflict, Full, InvalidParameter
-from serve_app.generation import images
+from serve_app.generation import codec
 from serve_app.generation.request import Encoding
 from serve_app.jobs.records import StoredEncoding, StoredRequest
 from serve_app.jobs.tables import Job, Priority
@@ -134,7 +134,7 @@ class Submitter:
         sources = job.sources = []
         try:
             for source in pixels:
-                file = await asyncio.to_thread(images.encode, source, Encoding())
+                file = await asyncio.to_thread(codec.encode, source, Encoding())
                 sources.append(await self._files.save(file, "png"))
             job, is_new = await self._store.submit(job, request.start_within_s)
         except (Busy, Conflict, Full):  # after any other error the job may be stored all the same

@@ -24,7 +24,7 @@ from ray import serve
 from deployments.types import ImageRequest, Pixels, PriorTokens
 from serve_app.app import Ingress
 from serve_app.config import AppConfig
-from serve_app.generation.images import encode
+from serve_app.generation.codec import encode
 from serve_app.generation.request import Encoding
 from tests.serve.conftest import tiny_model
 

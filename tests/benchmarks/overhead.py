@@ -24,7 +24,7 @@ from deployments.families.glm_image.decoder import Decoder
 from deployments.families.glm_image.prior import PriorEngine
 from deployments.stages.calls import Call
 from deployments.types import ImageRequest
-from serve_app.generation.images import encode
+from serve_app.generation.codec import encode
 from serve_app.generation.request import Encoding
 from tests.serve.conftest import served
 

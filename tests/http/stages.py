@@ -19,7 +19,7 @@ from deployments.types import ImageRequest, Pixels, Preview, PriorTokens, Progre
 from serve_app.cluster.lifecycle import Lifecycle
 from serve_app.cluster.status import ModelStatuses
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model
+from serve_app.generation.unit import Model
 
 PRIOR_SECONDS = 0.3
 """Seconds of the prior stage for a megapixel. They grow with the square of the pixels, as attention does."""

@@ -124,7 +124,7 @@ class PriorEngine:
         self._work = threading.Event()
         self.fault: EngineFault | None = None
         self.done = 0
-        self.unit = "tokens"
+        self.counts = "tokens"
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:

@@ -81,7 +81,7 @@ class PriorEngine:
         self._embeddings: OrderedDict[Tokens, Embedding] = OrderedDict()
         self.fault: EngineFault | None = None
         self.done = 0
-        self.unit = "tokens"
+        self.counts = "tokens"
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:

@@ -36,7 +36,7 @@ class ChatModel:
     Attributes:
         fault: fault that has stopped the model for good, or None while it works.
         done: number of tokens generated so far.
-        unit: what `done` counts.
+        counts: what `done` counts, such as `tokens`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -50,7 +50,7 @@ class ChatModel:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.fault: EngineFault | None = None
         self.done = 0
-        self.unit = "tokens"
+        self.counts = "tokens"
 
     @classmethod
     def load(cls, config: ChatModelConfig, report: Callable[[float], None] = lambda _: None) -> ChatModel:

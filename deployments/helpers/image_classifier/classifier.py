@@ -32,7 +32,7 @@ class ImageClassifier:
     Attributes:
         fault: fault that has stopped the classifier for good, or None while it works.
         done: number of images scored so far.
-        unit: what `done` counts.
+        counts: what `done` counts, such as `tokens`.
 
     Raises:
         CheckpointError: the model lacks one of the labels.
@@ -55,7 +55,7 @@ class ImageClassifier:
         self._unsafe = [label_ids[label] for label in unsafe_labels]
         self.fault: EngineFault | None = None
         self.done = 0
-        self.unit = "images"
+        self.counts = "images"
 
     @classmethod
     def load(

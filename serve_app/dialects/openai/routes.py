@@ -38,7 +38,7 @@ from serve_app.dialects.openai.schemas import (
     usage,
 )
 from serve_app.errors import Invalid, RequestError, server_error
-from serve_app.generation import images
+from serve_app.generation import codec
 from serve_app.generation.delivery import in_base64
 from serve_app.generation.events import GeneratedImage, PartialImage, StageProgress, in_order
 from serve_app.http.errors import status_of
@@ -153,7 +153,7 @@ async def _events(
 async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], kind: str) -> Event:
     encoding = parsed.request.encoding
     height, width, _ = event.pixels.shape
-    file = await asyncio.to_thread(images.encode, event.pixels, encoding)
+    file = await asyncio.to_thread(codec.encode, event.pixels, encoding)
     data: dict[str, Any] = {
         "b64_json": await in_base64(file),
         "created_at": int(time.time()),

@@ -19,7 +19,7 @@ class Engine:
     def __init__(self) -> None:
         self.fault: Exception | None = None
         self.done = 0
-        self.unit = "steps"
+        self.counts = "steps"
 
 
 class Loading:

@@ -11,8 +11,8 @@ from deployments.types import ImageRequest, Pixels, Preview, Progress
 from serve_app.config import Limits, OutboundConfig, StorageConfig
 from serve_app.files.store import FileStore
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model, StageCall
 from serve_app.generation.sources import SourceReader
+from serve_app.generation.unit import Model, StageCall
 from serve_app.outbound import Outbound
 from tests.unit.serve_app.generation.making import PREVIEW, prior
 

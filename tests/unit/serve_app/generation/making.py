@@ -12,9 +12,9 @@ from deployments.types import ImageRequest, PriorTokens, Progress
 from serve_app.errors import RequestError
 from serve_app.generation.events import Event, GeneratedImage, in_order
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import StageCall
 from serve_app.generation.request import GenerationRequest
 from serve_app.generation.running import RunningRequest
+from serve_app.generation.unit import StageCall
 
 PREVIEW = np.zeros((2, 2, 3), dtype=np.uint8)
 TOKENS = PriorTokens(target=np.zeros((32, 32), dtype=np.int64))

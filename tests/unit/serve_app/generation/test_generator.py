@@ -14,7 +14,7 @@ from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, Re
 from deployments.types import Event as StageEvent
 from deployments.types import ImageRequest, Pixels, Preview, PriorTokens, Progress
 from serve_app.errors import Failed, InvalidParameter, NotFound, ReplicaDied
-from serve_app.generation import image as unit
+from serve_app.generation import unit
 from serve_app.generation.events import Event, GeneratedImage, PartialImage, StageProgress
 from serve_app.generation.generator import Generator
 from serve_app.generation.request import MAX_SEED

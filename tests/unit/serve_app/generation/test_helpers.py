@@ -27,10 +27,10 @@ from serve_app.config import Limits, PromptExpanderConfig, SafetyCheckerConfig
 from serve_app.errors import Failed, Invalid, InvalidParameter, RequestError
 from serve_app.generation.events import Event, GeneratedImage, PartialImage
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model
 from serve_app.generation.prompt_expansion import PromptExpansion
 from serve_app.generation.safety import SafetyCheck
 from serve_app.generation.sources import SourceReader
+from serve_app.generation.unit import Model
 from serve_app.observability import metrics
 from tests.unit.serve_app.generation.making import collect, images_of, request
 

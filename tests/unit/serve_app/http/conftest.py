@@ -13,8 +13,8 @@ from deployments.types import ImageRequest, Pixels, PriorTokens
 from serve_app.config import AppConfig
 from serve_app.files.store import FileStore
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model
 from serve_app.generation.sources import SourceReader
+from serve_app.generation.unit import Model
 from serve_app.http.services import Services
 from serve_app.jobs.database import Database
 from serve_app.outbound import Outbound

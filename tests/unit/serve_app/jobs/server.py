@@ -14,11 +14,11 @@ from serve_app.background import Background
 from serve_app.config import Limits, OutboundConfig, StorageConfig
 from serve_app.errors import Failed, Full, Unavailable
 from serve_app.files.store import FileStore
+from serve_app.generation.codec import encode
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model
-from serve_app.generation.images import encode
 from serve_app.generation.request import Encoding, GenerationRequest
 from serve_app.generation.sources import SourceReader
+from serve_app.generation.unit import Model
 from serve_app.jobs.database import Database
 from serve_app.jobs.runner import JobRunner
 from serve_app.jobs.store import JobStore

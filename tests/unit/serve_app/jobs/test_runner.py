@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serve_app.errors import NotFound
-from serve_app.generation import images
+from serve_app.generation import codec
 from serve_app.jobs import runner as runner_module
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import StoredError, StoredProgress
@@ -133,7 +133,7 @@ def test_a_fault_of_the_server_is_not_described_to_the_client(
             raise RuntimeError("/secret/path")
 
         job_id = (await server.submit()).id
-        monkeypatch.setattr(images, "encode", broken)
+        monkeypatch.setattr(codec, "encode", broken)
         server.stages.may_continue()
         async with server.runner.run_in_background():
             job = await server.ended(job_id)

@@ -23,8 +23,8 @@ from serve_app.background import Periodic
 from serve_app.config import AppConfig
 from serve_app.files.store import FileStore
 from serve_app.generation.generator import Generator
-from serve_app.generation.image import Model
 from serve_app.generation.sources import SourceReader
+from serve_app.generation.unit import Model
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
 from serve_app.jobs.database import Database

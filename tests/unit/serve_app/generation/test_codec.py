@@ -15,12 +15,12 @@ from PIL import Image, ImageOps
 from deployments.families import FAMILIES
 from deployments.types import Pixels
 from serve_app.errors import InvalidParameter
-from serve_app.generation import images
-from serve_app.generation.images import encode, legal_size
+from serve_app.generation import codec
+from serve_app.generation.codec import encode, legal_size
 from serve_app.generation.request import Encoding
 
 GLM_IMAGE = FAMILIES["glm_image"]
-decode_source = partial(images.decode_source, max_pixels=2**25)
+decode_source = partial(codec.decode_source, max_pixels=2**25)
 WHITE = [255, 255, 255]
 sides = st.integers(min_value=16, max_value=8192)
 

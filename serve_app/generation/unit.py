@@ -18,6 +18,7 @@ from deployments.types import Event as StageEvent
 from deployments.types import ImageRequest, Pixels, Preview, Prior, Progress
 from serve_app.errors import Failed, Invalid, InvalidParameter, ReplicaDied, RequestError
 from serve_app.generation import safety
+from serve_app.generation.codec import cropped
 from serve_app.generation.events import (
     Event,
     GeneratedImage,
@@ -27,7 +28,6 @@ from serve_app.generation.events import (
     StageProgress,
     is_flagged,
 )
-from serve_app.generation.images import cropped
 from serve_app.generation.request import ResolvedRequest
 from serve_app.observability import metrics
 
@@ -81,7 +81,7 @@ class Unit:
         self._request = request
         self._image = image
         self._risk = risk
-        self._unit = request.unit(image, sources)
+        self._unit = request.image_request(image, sources)
         self._prior = Prior()
         self._previews = 0
         self._working_since = 0.0
