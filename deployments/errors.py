@@ -65,7 +65,7 @@ class OtherWeights(ModelError):
 
 
 class EngineFault(ModelError):
-    """An engine had a fault that it cannot recover from. Its replica must be replaced."""
+    """An engine had a fault that it cannot recover from. Its process ends, and Serve replaces it."""
 
 
 class OutOfMemoryError(ModelError):

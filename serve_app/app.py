@@ -16,7 +16,6 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import StageConfig
-from deployments.errors import EngineFault
 from deployments.observability import tracing
 from deployments.scaling import RENEWAL_S, RegistryClient, ScalingPolicy
 from deployments.stages.models import DecoderStage, PriorStage, PromptExpander, SafetyChecker
@@ -275,7 +274,7 @@ def _caller(method: DeploymentHandle[Any]) -> Callable[..., AsyncGenerator[Any, 
             raise Busy("The server is busy; try again later.") from error
         except DeploymentUnavailableError as error:
             raise Unavailable("The model is not available; try again later.") from error
-        except (RayActorError, EngineFault) as error:
+        except RayActorError as error:
             raise ReplicaDied from error
 
     return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
@@ -85,6 +86,17 @@ class Stage(Generic[Engine]):
         finally:
             self._running -= 1
             self._record_outcome(request, came, began, outcome)
+            self._end_process_after_fault()
+
+    def _end_process_after_fault(self) -> None:
+        """Ends the process if its engine has a fault, so that Serve replaces it, and callers try another one.
+
+        Health checks alone would leave it in service for some seconds, in which it fails all requests.
+        """
+        engine = self._loader.loaded
+        if engine and engine.fault:
+            logger.error("the process ends, since its engine has a fault: %s", engine.fault, extra=log.FAULT)
+            os._exit(1)
 
     def _record_outcome(self, request: StageRequest, came: float, began: float, outcome: str) -> None:
         """Logs and traces a finished request.
@@ -124,10 +136,6 @@ class Stage(Generic[Engine]):
             done = engine.done
             metrics.WORK.add(done - self._counted_done, unit=engine.counts)
             self._counted_done = done
-
-    def check_health(self) -> None:
-        """Raises the engine's fault, if it has one. Serve then replaces the replica."""
-        self._loader.check_health()
 
     def __del__(self) -> None:
         """Cleans up. Serve calls this when it stops the replica."""

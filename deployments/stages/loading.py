@@ -105,11 +105,6 @@ class Loader(Generic[Engine]):
             return self._loading.result()
         return None
 
-    def check_health(self) -> None:
-        """Raises the engine's fault, if it has one."""
-        if (engine := self.loaded) and (fault := engine.fault):
-            raise fault
-
     def _try(self) -> Engine:
         self._report_progress(0)
         began = time.monotonic()

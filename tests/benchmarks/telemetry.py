@@ -79,14 +79,14 @@ class Prior(PriorStage):
             answer.set_result(TOKENS)
             return answer
 
-        return SimpleNamespace(fault=None, done=0, unit="tokens", submit=submit)
+        return SimpleNamespace(fault=None, done=0, counts="tokens", submit=submit)
 
 
 class Decoder(DecoderStage):
     """A decoder stage that answers immediately."""
 
     def _load(self, _: Any) -> Any:
-        return SimpleNamespace(fault=None, done=0, unit="steps", decode=lambda *_: PIXELS)
+        return SimpleNamespace(fault=None, done=0, counts="steps", decode=lambda *_: PIXELS)
 
 
 class Bench:

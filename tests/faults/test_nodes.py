@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,12 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+import serve_app.app
+from deployments.errors import EngineFault
+from deployments.families import Decoder
 from deployments.scaling import find_registry
+from deployments.stages.models import DecoderStage
+from deployments.types import Pixels
 from serve_app.app import build_app
 from serve_app.config import AppConfig
 from tests.faults.conftest import Client, first_refused
@@ -24,7 +29,27 @@ from tests.polling import until
 from tests.serve.conftest import ROOT, Running, tiny_model
 
 pytestmark = pytest.mark.slow
+LOST = "LOST_FILE"
+"""Environment variable with the path of a file that shows that the GPU was lost."""
 GPU = {"deployment": {"ray_actor_options": {"num_cpus": 0, "num_gpus": 1}}}
+
+
+class FragileDecoderStage(DecoderStage):
+    """A decoder stage that loses its GPU with the first image of all its replicas."""
+
+    def _load(self, report: Callable[[float], None]) -> Decoder:
+        decoder = super()._load(report)
+        fragile: Any = decoder
+        lost = Path(os.environ[LOST])
+
+        def lose(*_: object) -> Pixels:
+            lost.touch()
+            fragile.fault = EngineFault("the decoder stopped: the device is lost")
+            raise RuntimeError("the device is lost")
+
+        if not lost.exists():
+            fragile.decode = lose
+        return decoder
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +144,25 @@ def test_a_killed_demand_registry_is_replaced(client: Client) -> None:
     assert client.get("/v1/internal/unload").status_code == 200
     assert not client.running.replicas("m-")
     assert client.ask().status_code == 200
+
+
+def test_a_request_survives_a_lost_gpu(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = tmp_path / "lost"
+    options = {"num_cpus": 0, "runtime_env": {"env_vars": {LOST: str(lost)}}}
+    model = tiny_model("m", decoder={"deployment": {"ray_actor_options": options}})
+    monkeypatch.setattr(serve_app.app, "DecoderStage", FragileDecoderStage)
+    app = build_app(config(tmp_path, models=[model]))
+    serve.run(app, name="fragile", route_prefix="/fragile")
+    try:
+        with Client(Running(f"{client.running.url}/fragile", [], psutil.Process())) as fragile:
+            answer, again = fragile.ask(seed=7), fragile.ask(seed=7)
+            assert (answer.status_code, again.status_code) == (200, 200)
+            assert answer.json()["data"] == again.json()["data"]
+        assert lost.exists()
+    finally:
+        serve.delete("fragile")
 
 
 def test_a_configuration_update_fails_no_request(client: Client, tmp_path: Path) -> None:

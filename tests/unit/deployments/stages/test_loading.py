@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.errors import EngineFault, LoadingFailed
+from deployments.errors import LoadingFailed
 from deployments.scaling import Report
 from deployments.stages.loading import Loader
 
@@ -145,17 +145,3 @@ def test_a_constructor_raises_only_if_another_replica_is_ready(has_ready_sibling
     else:
         asyncio.run(loading.loader.wait(lambda: False))
         assert isinstance(asyncio.run(loading.ask(time.time())), Engine)
-
-
-def test_a_replica_is_healthy_while_it_loads_or_has_failed_and_not_after_a_fault() -> None:
-    loading = Loading([OSError("no"), None])
-    loading.loader.check_health()
-    loading.may_end.set()
-    assert asyncio.run(loading.ask(0)) == "no"
-    loading.loader.check_health()
-    engine = asyncio.run(loading.ask(time.time()))
-    assert isinstance(engine, Engine)
-    loading.loader.check_health()
-    engine.fault = EngineFault("the device is lost")
-    with pytest.raises(EngineFault, match="the device is lost"):
-        loading.loader.check_health()
