@@ -218,10 +218,11 @@ class ScalingPolicy:
             replicas: result of the last decision.
             running: replicas that have finished loading.
             needed: whether an ingress has work for the model.
-            unloaded_at: time of the model's last unload; larger is later.
+            unloaded_at: time of the model's last unload, 0 without one. Clocks may be set back, so that any
+                other time is a new unload.
             now: time in seconds, on any clock.
         """
-        if unloaded_at > self._unloaded_at:
+        if unloaded_at and unloaded_at != self._unloaded_at:
             self._unloaded_at = unloaded_at
             self._unloading = self._asleep = True
         if self._unloading and replicas:
@@ -233,7 +234,7 @@ class ScalingPolicy:
             return 0
         self._asleep = False
         wanted = max(wanted, self._min_replicas)
-        if wanted >= replicas or running < replicas:  # a replica that is still loading is not idle
+        if wanted >= replicas or not running:  # a stage that is still loading is not idle
             self._spare_since = None
             return max(wanted, replicas)
         if self._spare_since is None:

@@ -271,7 +271,8 @@ def _why_not(app_name: str) -> str | None:
 
 
 def _greet(http: _HTTPOptions, route_prefix: str, *, needs_key: bool) -> None:
-    host = "127.0.0.1" if http.host == "0.0.0.0" else http.host  # noqa: S104 - compared, not bound
+    anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
+    host = anywhere.get(http.host, http.host)
     host = f"[{host}]" if ":" in host else host
     scheme = "https" if http.ssl_certfile else "http"
     address = f"{scheme}://{host}:{http.port}{route_prefix.rstrip('/')}"

@@ -167,8 +167,8 @@ def _autoscaling(part: _Part) -> AutoscalingConfig:
             max_replicas=stage.max_replicas,
             target_ongoing_requests=stage.target_load or part.max_concurrency,
             policy=policy,
-            # The policy has its own delays. Its metrics must be fresh and never too high: a queue wakes a
-            # stage without replicas, and an old metric would wake one that was just unloaded.
+            # The policy has its own delays. It needs current metrics: an outdated one that is too high would
+            # load a stage again that was just unloaded.
             upscale_delay_s=0,
             downscale_delay_s=0,
             metrics_interval_s=0.2,

@@ -28,9 +28,9 @@ class Periodic:
     Attributes:
         name: its name in the log, in `/health` and in the metric.
         run: runs it once.
-        interval_s: seconds between two runs. After failures the pause doubles, up to `MAX_BACKOFF_S`.
+        interval_s: seconds between two runs. After failures, a pause below `MAX_BACKOFF_S` doubles, up to it.
         wake: starts the next run early when it is set.
-        expected: errors that are not logged, since they are logged where they occur.
+        expected: errors that are not logged here: another part logs them, or they are usual for a while.
     """
 
     name: str

@@ -35,8 +35,8 @@ class Limits(Config):
     max_pending_per_key: int | None = Field(
         default=None,
         ge=1,
-        description="Most unfinished images of one API key, or of all requests without a key. Unlimited if "
-        "unset.",
+        description="Most unfinished images of one API key, or of all requests without a key, in one ingress "
+        "replica. Unlimited if unset.",
     )
     megapixel_steps_per_minute: int | None = Field(
         default=None,
@@ -60,7 +60,7 @@ class Limits(Config):
         default=3600,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds that a job may take from its start, loading included. Then it fails.",
+        description="Seconds that one attempt of a job may take, loading included. Then the job fails.",
     )
     max_body_bytes: int = Field(
         default=64 * 2**20,

@@ -13,7 +13,7 @@ class RequestError(Exception):
 
     Attributes:
         message: what is wrong, and what to do, for a person.
-        param: the parameter at fault, as the client calls it.
+        param: the parameter at fault, as the client calls it. `for_api` gives it the API's name.
         code: short and stable, for a program.
         retryable: whether the same request may succeed later.
         retry_after_s: seconds to wait before the retry; None if unknown.

@@ -1,4 +1,7 @@
-"""Outgoing connections on behalf of clients. No other module of `serve_app` opens connections."""
+"""Outgoing connections to addresses that clients or the configuration name as URLs.
+
+Only the file store and the database have connections of their own.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,9 @@ NOT_PUBLIC = tuple(
     )
 )
 
-BAD_URL = "must be an http or https URL without credentials, and so must all that it redirects to"
+UNTYPED = ("application/octet-stream", "binary/octet-stream", "")
+"""Media types of files whose uploader named none. The second one is S3's."""
+BAD_URL = "must be an http or https URL without credentials, and so must every URL that it redirects to"
 NO_PUBLIC_ADDRESS = "does not lead to a public address"
 """Problem of unknown names too, so that errors reveal nothing of the internal network."""
 
@@ -238,7 +243,7 @@ async def _image(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     if answer.status != 200:
         raise OutboundError(f"was answered with status {answer.status}, not 200")
     kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if not kind.startswith("image/") and kind not in ("application/octet-stream", ""):
+    if not kind.startswith("image/") and kind not in UNTYPED:
         raise OutboundError("is not an image by its Content-Type")
     if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise OutboundError("has a Content-Encoding, which was not requested")

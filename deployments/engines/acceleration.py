@@ -131,7 +131,7 @@ def warm_up(
     units: Sequence[ImageRequest],
     report: Callable[[float], None],
 ) -> None:
-    """Makes one image of each kind, if the first one of a kind is slow or may fail.
+    """Makes one image of each kind if an option is in use with which the first one is slow, or may fail.
 
     The compiler runs when code is first needed. Here that happens before a client waits for it. An option
     that fails only in use fails here.

@@ -286,7 +286,7 @@ class _SilentBar(tqdm):  # type: ignore[misc]
 
 
 class _LoggedProgress(_SilentBar):
-    """A progress bar that writes a log line every ten seconds, as the library's would fill a log."""
+    """A progress bar that writes a log line every ten seconds. The library's own bar would fill the log."""
 
     logged_at = float("-inf")
 

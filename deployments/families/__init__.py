@@ -51,6 +51,8 @@ class FamilyEngine(Protocol):
 
         Raises:
             CheckpointError: a component is missing or does not fit.
+            UnsupportedOption: this machine, or a library, lacks something that an option needs.
+            OutOfMemoryError: the device has too little memory.
         """
 
 

@@ -91,7 +91,7 @@ class Stage(Generic[Engine]):
     def _end_process_after_fault(self) -> None:
         """Ends the process if its engine has a fault, so that Serve replaces it, and callers try another one.
 
-        Health checks alone would leave it in service for some seconds, in which it fails all requests.
+        Otherwise it would stay in service, and fail all requests.
         """
         engine = self._loader.loaded
         if engine and engine.fault:

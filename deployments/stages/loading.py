@@ -91,7 +91,8 @@ class Loader(Generic[Engine]):
         Raises:
             LoadingFailed: the engine cannot be loaded.
         """
-        if self._loading.done() and self._loading.exception() and submitted_at > self._failed_at:
+        is_newer = submitted_at > self._failed_at or self._failed_at > time.time()  # the clock was set back
+        if self._loading.done() and self._loading.exception() and is_newer:
             self._loading = self.thread.submit(self._try)
         try:  # the shield keeps a cancelled caller from cancelling the load
             return await asyncio.shield(asyncio.wrap_future(self._loading))

@@ -33,13 +33,13 @@ class Fields(BaseModel):
 
     @classmethod
     def may_be_unset(cls, name: str) -> bool:
-        """Returns whether null and the like leave a field out."""
+        """Returns whether a client may leave the field unset, for example with null."""
         field = cls.model_fields.get(name)
         return name in cls.UNSUPPORTED or (field is not None and not field.is_required())
 
 
 class JSONFields(Fields):
-    """Fields of a JSON body."""
+    """Fields of a JSON body, or of an object in it."""
 
     UNSET: ClassVar[tuple[bool | str | None, ...]] = (None,)
     """Values that leave a field out."""
@@ -50,7 +50,7 @@ class JSONFields(Fields):
         if not isinstance(fields, dict):
             return fields
         if len(fields) > MAX_FIELDS:  # each unknown one would be an error of its own
-            raise PydanticCustomError("too_many", "Input should have at most 64 fields")
+            raise PydanticCustomError("too_many", f"Input should have at most {MAX_FIELDS} fields")
         return {
             name: int(value) if isinstance(value, float) and value.is_integer() else value  # JSON's 1.0 is 1
             for name, value in fields.items()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from serve_app.dialects.bodies import NOT_BLANK, Fields, JSONFields, document_body, read_json, request_id
+from serve_app.dialects.bodies import NOT_BLANK, JSONFields, document_body, read_json, request_id
 from serve_app.errors import Invalid
 from serve_app.generation.request import MAX_SEED, Encoding, GenerationRequest
 
@@ -43,8 +43,8 @@ PARAMETERS = {
 """These APIs' names of parameters that have other names here."""
 
 
-class ImageSize(Fields):
-    """A size in pixels. Where the model needs a larger one, the image is cut to it."""
+class ImageSize(JSONFields):
+    """A size in pixels. The image is made at the next size that the model accepts, and cropped."""
 
     width: int = Field(ge=512, le=2048)
     height: int = Field(ge=512, le=2048)

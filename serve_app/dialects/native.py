@@ -44,7 +44,7 @@ class Health(Loaded):
     status: Literal["ok"] = "ok"
     model_loaded: bool = Field(description="Whether any model is loaded.")
     failing: list[str] | None = Field(
-        default=None, description="Background tasks that keep failing; the log says why."
+        default=None, description="Background tasks that keep failing. See the log."
     )
 
 

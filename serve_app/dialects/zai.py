@@ -17,7 +17,6 @@ from pydantic import BaseModel, Field, field_validator
 from serve_app.dialects.base import Dialect
 from serve_app.dialects.bodies import (
     NOT_BLANK,
-    Fields,
     JSONFields,
     document_body,
     document_errors,
@@ -68,7 +67,7 @@ TASK_STATUS: dict[State, Literal["PROCESSING", "SUCCESS", "FAIL"]] = {
 HINT = "Accepted for compatibility; has no effect."
 
 
-class SensitiveWordCheck(Fields):
+class SensitiveWordCheck(JSONFields):
     """Accepted for compatibility; has no effect."""
 
     type: Literal["ALL"] | None = None

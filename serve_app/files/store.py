@@ -52,6 +52,7 @@ class FileStore:
         self._fs, self._root = url_to_fs(config.url, use_listings_cache=False, **config.options)
         self._threads = ThreadPoolExecutor(thread_name_prefix="files")
         self._is_folder = isinstance(self._fs, LocalFileSystem)
+        self._is_s3 = "s3" in self._fs.protocol
         self.kept_bytes: int | None = None
         if self._is_folder:
             self._fs.makedirs(self._root, exist_ok=True)
@@ -89,7 +90,7 @@ class FileStore:
 
     def _save(self, name: str, data: bytes) -> None:
         if not self._is_folder:  # an object store shows complete objects only
-            self._fs.pipe_file(self._path(name), data)
+            self._fs.pipe_file(self._path(name), data, **self._described(name))
             return
         unfinished = self._path(self.new_name("part"))
         try:
@@ -102,6 +103,11 @@ class FileStore:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise _full() from error
             raise
+
+    def _described(self, name: str) -> dict[str, str]:
+        """Returns what S3 is told of a file, so that it answers with the file's media type."""
+        suffix = name.rpartition(".")[2]
+        return {"ContentType": f"image/{suffix}"} if self._is_s3 and suffix != "upload" else {}
 
     async def check_room(self) -> None:
         """Checks that there is room for files, before work is done for one.
@@ -159,29 +165,29 @@ class FileStore:
         return await self.signed_url(name) or f"{base}/files/{name}"
 
     async def reap(self) -> None:
-        """Deletes files that are too old or too many, the oldest first. Several replicas may do so."""
-        await self._in_thread(self.sweep)
+        """Deletes files that are too old, and the oldest of too many. Several replicas may do so."""
+        await self._in_thread(self._sweep)
 
     @property
     def reap_interval_s(self) -> float:
         """Seconds between two calls of `reap`."""
         return min(SWEEP_INTERVAL_S, self._config.ttl_s / 4)
 
-    def sweep(self) -> None:
-        """Deletes files that are too old or too many; see `reap`."""
-        now, kept = time.time(), 0
+    def _sweep(self) -> None:
+        now, kept, is_full = time.time(), 0, False
         found = self._fs.find(self._root, maxdepth=1, detail=True).values()
         newest_first = sorted(((_modified(info), info) for info in found), key=itemgetter(0), reverse=True)
         for modified, info in newest_first:
             path, age = info["name"], now - modified
             name = path.rpartition("/")[2]
             if NAME.fullmatch(name):
-                kept += info["size"]
-                superfluous = age > self._config.ttl_s or kept > self._config.max_bytes
-            else:
-                superfluous = UNFINISHED.fullmatch(name) is not None and age > UNFINISHED_S
-            if superfluous:
-                kept -= info["size"] if NAME.fullmatch(name) else 0
+                # No file stays that is older than a deleted one.
+                is_full = is_full or kept + info["size"] > self._config.max_bytes
+                if is_full or age > self._config.ttl_s:
+                    self._remove(path)
+                else:
+                    kept += info["size"]
+            elif UNFINISHED.fullmatch(name) and age > UNFINISHED_S:
                 self._remove(path)
         self.kept_bytes = kept
 
@@ -206,7 +212,5 @@ def _modified(info: dict[str, Any]) -> float:
 
 def _full() -> Full:
     return Full(
-        "File storage is full. Ask for the images in the answer itself (in OpenAI's API with "
-        "`response_format: b64_json`), or contact the operator.",
-        param="response_format",
+        "The server's file storage is full; contact its operator.",
     )

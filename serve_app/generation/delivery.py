@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve_app.errors import Gone
+from serve_app.errors import Full, Gone
 from serve_app.generation import codec
 from serve_app.generation.events import GeneratedImage, ImageFacts, in_order
 from serve_app.observability import metrics, telemetry
@@ -90,7 +90,11 @@ class Delivery:
             Full: there is no room for files.
         """
         if base is not None:
-            await self._files.check_room()
+            try:
+                await self._files.check_room()
+            except Full as error:
+                advice = "Or request the images in the answer itself, if this API can: they need no room."
+                raise Full(f"{error.message} {advice}", param="response_format") from error
         async with self._generator.admit(request) as running:
             async with aclosing(self._generator.run(running)) as events:
                 made = in_order([event async for event in events if isinstance(event, GeneratedImage)])

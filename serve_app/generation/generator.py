@@ -184,6 +184,7 @@ class Generator:
             InvalidParameter: a parameter is out of its range, or a source image cannot be used.
             TooLarge: a source image has too many bytes.
         """
+        telemetry.note(model=self.model(request.model).name)
         self.check(request)
         with self._admission.permit(request.n, request.key_id):
             async with self._run_within(request, self._limits.deadline_s) as running:

@@ -63,6 +63,7 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
     _add_document(app, routers)
 
     def respond(scope: Scope, error: RequestError) -> JSONResponse:
+        telemetry.note_error(error.code, status_of(error))
         return dialect_of(scope, dialects).error_response(error, scope)
 
     _add_error_handlers(app, routers, respond)
@@ -129,7 +130,6 @@ def _add_document(app: FastAPI, routers: list[APIRouter]) -> None:
 
 def _add_error_handlers(app: FastAPI, routers: list[APIRouter], respond: Respond) -> None:
     def answer(request: Request, error: RequestError) -> JSONResponse:
-        telemetry.note_error(error.code, status_of(error))
         return respond(request.scope, error)
 
     @app.exception_handler(RequestError)

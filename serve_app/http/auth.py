@@ -12,6 +12,7 @@ import hmac
 import os
 import re
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import jwt
@@ -49,14 +50,14 @@ class Keys:
 
     def __init__(self, config: AuthConfig) -> None:
         self._digests: dict[str, bytes] = {}
-        self._signers: dict[str, tuple[str, str]] = {}
+        self._signers: dict[str, list[tuple[str, str]]] = {}
         for key in config.api_keys:
             if key.secret_env is None:
                 self._digests[key.id] = bytes.fromhex(key.sha256 or "")
             elif secret := os.environ.get(key.secret_env):
                 self._digests[key.id] = hashlib.sha256(secret.encode()).digest()
                 if match := SIGNING_KEY.fullmatch(secret):
-                    self._signers[match[1]] = (key.id, match[2])
+                    self._signers.setdefault(match[1], []).append((key.id, match[2]))
             else:
                 raise ValueError(
                     f"auth.api_keys: {key.id}: the environment variable {key.secret_env} is not set"
@@ -68,10 +69,15 @@ class Keys:
         Raises:
             ProtocolError: 401, it has no valid key.
         """
-        presented = presented_keys(headers)
+        presented, expired = presented_keys(headers), None
         for key in presented:
-            if key_id := self._by_digest(key) or self._by_token(key):
-                return key_id
+            try:
+                if key_id := self._by_digest(key) or self._by_token(key):
+                    return key_id
+            except ProtocolError as error:
+                expired = error
+        if expired:
+            raise expired
         if presented:
             raise _refusal("The API key is not known here.", "invalid_api_key")
         raise _refusal("Send your API key as `Authorization: Bearer KEY`.", "missing_api_key")
@@ -92,16 +98,17 @@ class Keys:
         """
         if len(token) > MAX_TOKEN_BYTES:
             return None
-        try:
-            unverified = jwt.decode(token, options={"verify_signature": False})
-            key_id, secret = self._signers[unverified["api_key"]]
-            claims = jwt.decode(token, secret, algorithms=["HS256"], options=NO_TIMES)
-            expires_ms = float(claims["exp"])
-        except (jwt.PyJWTError, KeyError, TypeError, ValueError):
-            return None
-        if not expires_ms > time.time() * 1000:
-            raise _refusal("The token has expired; sign a new one.", "expired_token")
-        return key_id
+        invalid = (jwt.PyJWTError, KeyError, TypeError, ValueError)
+        signers: list[tuple[str, str]] = []
+        with suppress(*invalid):
+            signers = self._signers[jwt.decode(token, options={"verify_signature": False})["api_key"]]
+        for key_id, secret in signers:
+            with suppress(*invalid):
+                claims = jwt.decode(token, secret, algorithms=["HS256"], options=NO_TIMES)
+                if not float(claims["exp"]) > time.time() * 1000:
+                    raise _refusal("The token has expired; sign a new one.", "expired_token")
+                return key_id
+        return None
 
 
 class Authentication:

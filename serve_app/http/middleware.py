@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from serve_app.config import Limits
 
 NOT_BY_HEAD = ("/unload", "/events", "/stream")
-"""Ends of paths that HEAD must not reach. HEAD has no effect, and a stream would not end."""
+"""Ends of paths that HEAD must not call as GET: it would unload models, or wait for a stream's end."""
 
 
 class HeadAsGet:

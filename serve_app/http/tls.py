@@ -16,6 +16,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
 VALID = timedelta(days=365)
 RENEW_BEFORE = timedelta(days=30)
 """Remaining validity below which a certificate is made again."""
@@ -41,7 +43,7 @@ def self_signed(folder: Path, host: str) -> tuple[Path, Path]:
         if (
             set(names) <= set(known)
             and kept.not_valid_after_utc - datetime.now(UTC) > RENEW_BEFORE
-            and key.exists()
+            and _public(serialization.load_pem_private_key(key.read_bytes(), None)) == _public(kept)
         ):
             return certificate, key
     private = ec.generate_private_key(ec.SECP256R1())
@@ -83,6 +85,13 @@ def _certificate(private: ec.EllipticCurvePrivateKey, names: list[x509.GeneralNa
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
         .sign(private, hashes.SHA256())
+    )
+
+
+def _public(pair: x509.Certificate | PrivateKeyTypes) -> bytes:
+    """Returns the public key: a certificate and a private key of one pair have the same."""
+    return pair.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
 

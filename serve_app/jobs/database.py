@@ -61,8 +61,9 @@ class Database:
     """The database of jobs. Several processes may use it at the same time.
 
     Args:
-        url: SQLAlchemy's URL of SQLite (`sqlite:///PATH`) or PostgreSQL (`postgresql://…`). PostgreSQL's
-            client takes missing parts, such as the password, from the environment (`PGPASSWORD`, …).
+        url: SQLAlchemy's URL of SQLite (`sqlite:///PATH`; `~` is the home folder) or PostgreSQL
+            (`postgresql://…`). PostgreSQL's client takes missing parts, such as the password, from the
+            environment (`PGPASSWORD`, …).
 
     Raises:
         ValueError: the database cannot be used.
@@ -73,6 +74,7 @@ class Database:
         self._is_sqlite = where.get_backend_name() == "sqlite"
         options: dict[str, Any] = {"pool_pre_ping": True}
         if self._is_sqlite:
+            where = where.set(database=str(Path(where.database or "").expanduser()))
             Path(where.database or "").parent.mkdir(parents=True, exist_ok=True)
             options = {"connect_args": {"timeout": BUSY_S}}
         else:

@@ -253,6 +253,8 @@ class JobRunner:
             if ended:
                 await self._files.delete(job.sources)
                 metrics.JOBS_ENDED.add(api=job.api, model=job.model, state=ended)
+                if why and ended == "failed":
+                    metrics.ERRORS.add(code=why.code)
             telemetry.note_job_end(job, ended or "handed on", time.monotonic() - began, why)
 
     async def _end(

@@ -93,7 +93,7 @@ class Owner(NamedTuple):
 
     Attributes:
         key_id: id of the API key; empty without one.
-        api: name of the API by which the job was submitted, and is answered: a key of `Dialect.webhooks`.
+        api: name of the API by which the job was submitted, and is answered. `Dialect.webhooks` has the same.
     """
 
     key_id: str

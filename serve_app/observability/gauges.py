@@ -37,7 +37,7 @@ class Gauges:
         """Sets all gauges.
 
         Raises:
-            Unavailable: the database cannot be reached; the gauges of jobs keep their values.
+            Unavailable: the database cannot be reached; Ray drops the gauges of jobs after a while.
         """
         metrics.PENDING.set(self._generator.pending)
         if self._files.kept_bytes is not None:

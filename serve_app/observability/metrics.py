@@ -26,7 +26,9 @@ REQUESTS = Counter(
 REQUEST_SECONDS = Histogram(
     "request_seconds", "Durations of requests that wait for images.", "api", "outcome"
 )
-ERRORS = Counter("errors", "Errors in answers, by the `code` of OpenAI's envelope.", "code")
+ERRORS = Counter(
+    "errors", "Errors in answers and of failed jobs, by the `code` of OpenAI's envelope.", "code"
+)
 IMAGES = Counter(
     "images",
     "Images of requests and of jobs. `outcome`: `made`, `flagged`, `refused` (the prompt is too long for the "

@@ -1,4 +1,4 @@
-"""A log line, a span and a count for every HTTP request.
+"""A log line for every HTTP request; a span and a count too, unless it is a probe.
 
 Serve writes the line as JSON to its files and, without the fields, to the terminal. No line holds a prompt,
 an image, a key or a path. It has the id of the key, and the route of the path.
@@ -109,9 +109,7 @@ def _describe(job: Job) -> dict[str, Any]:
 
 
 def _outcome(status: int, facts: Mapping[str, Any]) -> str:
-    """Returns the outcome of a request for the metrics."""
-    if not status:
-        return "cancelled"
+    """Returns the outcome of a request that was answered, for the metrics."""
     if status < 400:
         status = facts.get("error_status", status)
     if status == HTTPStatus.TOO_MANY_REQUESTS or facts.get("error") == "stopping":
@@ -163,28 +161,30 @@ class Requests:
         began = time.monotonic()
         facts: dict[str, Any] = {}
         token = _facts.set(facts)
-        status = 0
+        status, is_whole = 0, False
 
         async def noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             await self._app(scope, receive, noted)
         except Exception:
-            status = 500
+            status, is_whole = 500, True
             facts.setdefault("error", "server_error")
             raise
         finally:
             _facts.reset(token)
-            self._report(scope, facts, status, time.monotonic() - began)
+            outcome = _outcome(status, facts) if is_whole else "cancelled"
+            self._report(scope, facts, status, outcome, time.monotonic() - began)
 
-    def _report(self, scope: Scope, facts: dict[str, Any], status: int, seconds: float) -> None:
+    def _report(self, scope: Scope, facts: dict[str, Any], status: int, outcome: str, seconds: float) -> None:
         """Counts a request that has ended, writes its line and completes its span."""
         method, route = scope["method"], getattr(scope.get("route"), "path", "no route")
-        api, outcome = self._api_of(scope), _outcome(status, facts)
+        api = self._api_of(scope)
         facts.pop("error_status", None)
         facts |= {
             "event": "request",
@@ -200,7 +200,7 @@ class Requests:
         if route not in PROBES:
             model = facts.get("model", "")
             metrics.REQUESTS.add(api=api, route=route, model=model, outcome=outcome)
-            if model and "job" not in facts:
+            if "steps" in facts and "job" not in facts:  # it was accepted, and waited for its images
                 metrics.REQUEST_SECONDS.observe(seconds, api=api, outcome=outcome)
             if code := facts.get("error"):
                 metrics.ERRORS.add(code=code)

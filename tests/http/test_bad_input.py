@@ -265,6 +265,7 @@ GROUPS: dict[str, list[Case]] = {
         (referring({"image_url": "data:image/png;base64," + "A" * (68 * 2**20)}), 413, None),
         (referring(*[{"image_url": PICTURE}] * 5), 400, "images"),
         (referring(*[{"image_url": PICTURE}] * 17), 400, "images"),
+        (referring({"image_url": PICTURE} | dict.fromkeys(map(str, range(1000)), 0)), 400, "images.0"),
         (referring({"image_url": PICTURE}, size="500x500"), 400, "size"),
         (referring({"image_url": PICTURE}, mask={"image_url": PICTURE}), 400, "mask"),
         (referring({"image_url": PICTURE}, image=PICTURE), 400, "image"),

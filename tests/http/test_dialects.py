@@ -19,6 +19,8 @@ from tests.polling import until
 PROMPT, SEED, STEPS = 'a boat called "Aurora"', 2**40 + 11, 10
 OURS = {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": SEED}
 FAL = OURS | {"image_size": "square", "output_format": "png"}
+WHOLE = {"image_size": {"width": 512.0, "height": 512.0}, "num_inference_steps": float(STEPS)}
+"""Whole numbers of JSON may have a decimal point."""
 EDIT = "glm-image-image-to-image"
 IMAGE = ImageRequest(prompt=PROMPT, width=512, height=512, seed=SEED, steps=STEPS, guidance_scale=1.5)
 """Request that the stages must get."""
@@ -59,7 +61,7 @@ def by_a_job(http: httpx.Client) -> str:
 
 
 def by_fal(http: httpx.Client) -> str:
-    return str(posted(http, "/fal-ai/glm-image", FAL | {"sync_mode": True})["images"][0]["url"])
+    return str(posted(http, "/fal-ai/glm-image", FAL | {"sync_mode": True} | WHOLE)["images"][0]["url"])
 
 
 def by_fals_queue(http: httpx.Client) -> str:
@@ -70,9 +72,9 @@ def by_fals_queue(http: httpx.Client) -> str:
 
 def by_fals_other_host(http: httpx.Client) -> str:
     path = "/fal-ai/glm-image"
-    queued = posted(http, path, FAL | {"sync_mode": True}, host=f"queue.{http.base_url.netloc.decode()}")
+    queued = posted(http, path, FAL | {"sync_mode": True}, host=f"Queue.{http.base_url.netloc.decode()}")
     path += f"/requests/{queued['request_id']}"
-    assert queued["status_url"].startswith("https://queue.")
+    assert queued["status_url"].lower().startswith("https://queue.")
     polled(http, f"/queue{path}/status", lambda status: status["status"] == "COMPLETED")
     return str(http.get(f"/queue{path}").json()["images"][0]["url"])
 

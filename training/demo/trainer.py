@@ -24,7 +24,7 @@ WARM_UP_STEPS = 200
 AHEAD = 4
 """Number of batches that each process prepares in advance."""
 AVERAGE = 0.999
-"""Decay of the weights' moving average, over about the last thousand steps. It covers the second half."""
+"""Decay of the weights' moving average. It spans about a thousand steps, and begins at half of the time."""
 
 SIZES = {
     (512, 512): 40,

@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from serve_app.dialects.base import path_of
 from serve_app.dialects.fal.errors import error_response
 from serve_app.http.errors import ProtocolError
+from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -65,15 +66,14 @@ class Addresses:
             if match and match["path"].startswith(begins):
                 _redirect(scope, prefix + match["path"], match["query"] or "")
             else:
-                app = error_response(
-                    ProtocolError(
-                        f"x-fal-target-url must be a URL of {', '.join(HOSTS)} that this server has a route "
-                        f"for.",
-                        param="x-fal-target-url",
-                        status=412,
-                    )
+                error = ProtocolError(
+                    f"x-fal-target-url must be a URL of {', '.join(HOSTS)} that this server has a route for.",
+                    param="x-fal-target-url",
+                    status=412,
                 )
-        elif headers.get("host", "").startswith("queue.") and path_of(scope).startswith("/fal-ai/"):
+                telemetry.note_error(error.code, error.status)
+                app = error_response(error)
+        elif headers.get("host", "").lower().startswith("queue.") and path_of(scope).startswith("/fal-ai/"):
             _redirect(scope, "/queue" + path_of(scope), scope["query_string"].decode("latin-1"))
         await app(scope, receive, named)
 

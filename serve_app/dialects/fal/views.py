@@ -12,7 +12,9 @@ from fastapi.responses import JSONResponse
 from serve_app.dialects.fal.errors import NAMES, error_response, type_of
 from serve_app.dialects.fal.schemas import File, Log, Metrics, Output, Status, Timings
 from serve_app.errors import Cancelled, RequestError
+from serve_app.http.errors import status_of
 from serve_app.jobs.webhooks import Message, Sign
+from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +56,9 @@ async def result(services: Services, job: Job, base: str) -> JSONResponse:
         where = None if job.answer["sync_mode"] else base
         made = await services.delivery.kept(job.images, job.encoding.format, where)
         return JSONResponse(output(made).model_dump())
-    return error_response(_error(job))
+    error = _error(job)
+    telemetry.note_error(error.code, status_of(error))
+    return error_response(error)
 
 
 def _error(job: Job) -> RequestError:

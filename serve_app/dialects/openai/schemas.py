@@ -143,7 +143,7 @@ class EditRequest(ImageRequest):
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description=HINT)
 
 
-class ImageReference(Fields):
+class ImageReference(JSONFields):
     """A source image by its URL."""
 
     image_url: str

@@ -84,6 +84,21 @@ def test_a_loading_replica_is_not_idle_even_if_no_request_waits() -> None:
     assert stage.at(4 * IDLE_S) == 0
 
 
+def test_a_replica_that_cannot_start_keeps_no_idle_one_alive() -> None:
+    stage = Stage()
+    stage.at(0, load=8)
+    assert stage.at(1, starting=4) == 8
+    assert stage.at(IDLE_S + 1, starting=4) == 1
+    assert stage.at(IDLE_S + 1.1) == 0
+
+
+def test_an_unload_counts_although_the_clock_was_set_back() -> None:
+    stage = Stage()
+    stage.at(0, needed=True, unloaded_at=1000)
+    assert stage.at(1, needed=True, unloaded_at=1000) == 1
+    assert stage.at(2, unloaded_at=990) == 0
+
+
 @pytest.mark.parametrize("min_replicas", [0, 2])
 def test_an_unloaded_model_stays_so_until_it_is_needed(min_replicas: int) -> None:
     stage = Stage(min_replicas)

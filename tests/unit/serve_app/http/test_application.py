@@ -4,8 +4,10 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import re
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from deployments.types import ImageRequest
 from serve_app.background import Periodic
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
-from tests.unit.serve_app.http.conftest import MakeServices, client_of
+from tests.unit.serve_app.http.conftest import Call, MakeServices, client_of
 
 Make = Callable[..., FastAPI]
 
@@ -54,7 +56,9 @@ def test_a_full_disk_rejects_files_before_any_work_and_allows_images_in_answers(
     refused = ask(app)
     assert refused.status_code == 507
     assert refused.headers["x-should-retry"] == "false"
-    assert refused.json()["error"]["code"] == "storage_full"
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("storage_full", "response_format")
+    assert "in the answer itself" in error["message"]
     assert requested == []
     made = ask(app, response_format="b64_json")
     assert base64.b64decode(made.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
@@ -175,6 +179,23 @@ def test_the_periodic_tasks_run_as_long_as_the_application(
         assert len(reports) == ended
 
     asyncio.run(main())
+
+
+def test_the_line_of_a_rejected_request_has_its_error_and_its_model(
+    make: Make, call: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
+    keys = [{"id": "k", "sha256": sha256(b"K").hexdigest()}]
+    app = make(limits={"max_images": 1}, auth={"open": False, "api_keys": keys})
+    body = {"prompt": "a boat", "n": 2}
+    answers = [
+        call(app, "POST", "/v1/images/generations", json=body, headers=headers)
+        for headers in ({}, {"Authorization": "Bearer K"})
+    ]
+    assert [answer.status_code for answer in answers] == [401, 400]
+    lines = [vars(line) for line in caplog.records]
+    assert [line["error"] for line in lines] == ["missing_api_key", "invalid_value"]
+    assert (lines[0].get("model"), lines[1]["model"]) == (None, "m")
 
 
 def test_a_client_that_reads_until_after_the_deadline_gets_its_image(make_services: MakeServices) -> None:

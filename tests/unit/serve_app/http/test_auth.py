@@ -116,6 +116,21 @@ def test_one_valid_key_of_several_is_enough(keys: Keys) -> None:
     assert keys.identify(headers) == "does-not"
 
 
+def test_a_valid_key_beside_an_expired_token_is_enough(keys: Keys) -> None:
+    expired = token(exp=time.time() * 1000 - 1).encode()
+    headers = [(b"authorization", b"Bearer " + expired), (b"ocp-apim-subscription-key", b"plain")]
+    assert keys.identify(headers) == "does-not"
+
+
+def test_keys_with_the_same_id_sign_tokens_while_they_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "another-secret-of-thirty-two-bytes"
+    monkeypatch.setenv("OLD", f"{ID}.{SECRET}")
+    monkeypatch.setenv("NEW", f"{ID}.{other}")
+    config = [{"id": "old", "secret_env": "OLD"}, {"id": "new", "secret_env": "NEW"}]
+    keys = Keys(AuthConfig.model_validate({"api_keys": config}))
+    assert (identify(keys, token()), identify(keys, token(other))) == ("old", "new")
+
+
 def rejecting(scope: Scope, error: RequestError) -> JSONResponse:
     return JSONResponse({"code": error.code}, status_of(error), headers_of(error))
 

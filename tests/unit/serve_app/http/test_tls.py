@@ -54,7 +54,9 @@ def test_another_certificate_is_not_trusted(tmp_path: Path) -> None:
         shake_hands(certificate, key, "localhost", other)
 
 
-@pytest.mark.parametrize("why", ["another host", "nearly expired", "broken", "no key"])
+@pytest.mark.parametrize(
+    "why", ["another host", "nearly expired", "broken", "no key", "another key", "broken key"]
+)
 def test_a_certificate_of_no_more_use_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -67,6 +69,11 @@ def test_a_certificate_of_no_more_use_is_made_again(
         certificate.write_text("nothing")
     if why == "no key":
         key.unlink()
+    if why == "another key":
+        _, other = tls.self_signed(tmp_path / "other", "localhost")
+        key.write_bytes(other.read_bytes())
+    if why == "broken key":
+        key.write_bytes(b"")
     tls.self_signed(tmp_path, "gpu-box" if why == "another host" else "localhost")
     assert certificate.read_bytes() != first
     shake_hands(certificate, key, "localhost", certificate)

@@ -50,6 +50,12 @@ def test_a_cancelled_write_ends_only_when_it_has_taken_effect(database_url: str,
     asyncio.run(main())
 
 
+def test_a_path_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Database("sqlite:///~/new/jobs.db").close()
+    assert (tmp_path / "new" / "jobs.db").exists()
+
+
 def test_an_unusable_database_is_named_without_its_password(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no database")
     with pytest.raises(ValueError, match="not a database"):

@@ -10,6 +10,7 @@ from serve_app.generation import codec
 from serve_app.jobs import runner as runner_module
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import StoredError, StoredProgress
+from serve_app.observability import metrics
 from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, Make
 from tests.unit.serve_app.jobs.stored import OWNER
 
@@ -110,7 +111,10 @@ def test_a_frozen_server_does_not_end_a_job_that_another_has_taken_and_leaves_no
     asyncio.run(main())
 
 
-def test_a_failed_job_has_the_error(make: Make) -> None:
+def test_a_failed_job_has_the_error_and_is_counted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[dict[str, str]] = []
+    monkeypatch.setattr(metrics.ERRORS, "add", lambda **labels: counted.append(labels))
+
     async def main() -> None:
         server = make(FailingStages())
         job_id = (await server.submit(sources=(SOURCE_FILE,))).id
@@ -119,6 +123,7 @@ def test_a_failed_job_has_the_error(make: Make) -> None:
             await server.has_no_files()
         assert (job.state, job.images) == ("failed", [])
         assert job.error == StoredError(status=500, code="out_of_memory", message="No room on the device.")
+        assert counted == [{"code": "out_of_memory"}]
 
     asyncio.run(main())
 

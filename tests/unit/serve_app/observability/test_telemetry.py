@@ -20,6 +20,7 @@ def answering(status: int, **facts: str) -> App:
     async def app(_: Any, __: Any, send: Any) -> None:
         telemetry.note(**facts)
         await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body"})
 
     return app
 
@@ -29,7 +30,9 @@ def breaking(code: str, status: int) -> App:
 
     async def app(_: Any, __: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
         telemetry.note_error(code, status)
+        await send({"type": "http.response.body"})
 
     return app
 
@@ -40,6 +43,11 @@ async def broken(*_: object) -> None:
 
 async def left(*_: object) -> None:
     raise asyncio.CancelledError
+
+
+async def left_a_stream(_: Any, __: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"one", "more_body": True})
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,7 @@ async def left(*_: object) -> None:
         (breaking("moderation_blocked", 400), "/v1/models", "INFO", "refused"),
         (broken, "/v1/models", "ERROR", "failed"),
         (left, "/v1/models", "INFO", "cancelled"),
+        (left_a_stream, "/v1/models", "INFO", "cancelled"),
         (answering(200), "/health", "DEBUG", "succeeded"),
         (answering(503, error="stopping"), "/readyz", "WARNING", "rejected"),
     ],

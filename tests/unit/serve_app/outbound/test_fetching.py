@@ -103,7 +103,9 @@ def test_a_redirect_to_nowhere_is_an_error() -> None:
     assert problem_of(Server({"/": answer(status="302 Found")})) == "was answered with status 302, not 200"
 
 
-@pytest.mark.parametrize("kind", ["image/png", "IMAGE/JPEG; a=b", "application/octet-stream", "", None])
+@pytest.mark.parametrize(
+    "kind", ["image/png", "IMAGE/JPEG; a=b", "application/octet-stream", "binary/octet-stream", "", None]
+)
 def test_images_and_files_of_unknown_type_are_accepted(kind: str | None) -> None:
     assert fetch(Server({"/": answer(DATA, Content_Type=kind)})) == DATA
 
