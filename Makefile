@@ -17,8 +17,10 @@ option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
 serve: .venv/serve.stamp ## Serve CONFIG (configs/demo.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https
 	@exec $(BIN)/python -m serve_app serve $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls)
 
+# Two processes share the tests that start no Ray. A server on Ray needs all cores for itself.
 test: .venv/dev.stamp $(NODE_MODULES) ## Run the tests
-	$(BIN)/pytest -m "not slow and not soak"
+	$(BIN)/pytest -m "not slow and not soak" -n 2 --dist loadfile --ignore tests/serve
+	$(BIN)/pytest -m "not slow and not soak" tests/serve
 
 slow: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that take long: faults, load, the playground, the demo, helpers
 	$(BIN)/pytest -m "slow and not soak"
