@@ -35,9 +35,8 @@ def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
         warnings.filterwarnings("ignore", "Duplicate Operation ID")  # corrected below
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     for route in (route for router in routers for route in router.routes):
-        if (
-            isinstance(route, APIRoute) and route.openapi_extra
-        ):  # set again: FastAPI writes a bound of 1 as 1.0
+        # What FastAPI has written of it is replaced: a bound of 1 became 1.0.
+        if isinstance(route, APIRoute) and route.openapi_extra:
             for method in route.methods or ():
                 document["paths"][route.path][method.lower()] |= route.openapi_extra
     for path, operations in document["paths"].items():
