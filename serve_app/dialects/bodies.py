@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from fastapi import Request
 
 MAX_FIELDS = 64
+PROMPT = "Text that describes the image. Put text that should appear in the image in quotation marks."
+HINT = "Accepted for compatibility; has no effect."
+"""Description of a field that is a hint only."""
 NOT_BLANK = r"[^\s\x1c-\x1f\x85]"
 """Pattern of a text that is not blank. Python has more white space than JSON Schema's regular expressions."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from serve_app.dialects.bodies import NOT_BLANK, JSONFields, document_body, read_json, request_id
+from serve_app.dialects.bodies import NOT_BLANK, PROMPT, JSONFields, document_body, read_json, request_id
 from serve_app.errors import Invalid
 from serve_app.generation.request import MAX_SEED, Encoding, GenerationRequest
 
@@ -76,8 +76,7 @@ class ImageInput(JSONFields):
 
     prompt: str = Field(
         min_length=1,
-        description="Text that describes the image. Put text that should appear in the image in quotation "
-        "marks.",
+        description=PROMPT,
         json_schema_extra={"pattern": NOT_BLANK},
     )
     image_size: Annotated[ImageSize | None, BeforeValidator(_of_preset), WithJsonSchema(_SIZE_SCHEMA)] = (
@@ -180,6 +179,8 @@ class InputReader:
         family = model.traits
         size = fields.image_size or ImageSize.model_construct(width=1024, height=1024)
         wanted = (size.width, size.height)
+        # Above the limit, the model's own default takes its place.
+        documented = family.hosted_steps if (family.hosted_steps or 0) <= self._limits.max_steps else None
         width, height = (
             -(-side // family.side_multiple) * family.side_multiple for side in wanted
         )  # rounded up
@@ -189,7 +190,7 @@ class InputReader:
             size=(width, height),
             crop=None if wanted == (width, height) else wanted,
             n=fields.num_images or 1,
-            steps=fields.num_inference_steps or family.hosted_steps,
+            steps=fields.num_inference_steps or documented,
             guidance_scale=fields.guidance_scale,
             seed=fields.seed,
             sources=tuple(fields.image_urls) if isinstance(fields, EditInput) else (),

@@ -16,7 +16,9 @@ from pydantic import BaseModel, Field, field_validator
 
 from serve_app.dialects.base import Dialect
 from serve_app.dialects.bodies import (
+    HINT,
     NOT_BLANK,
+    PROMPT,
     JSONFields,
     document_body,
     document_errors,
@@ -64,7 +66,6 @@ TASK_STATUS: dict[State, Literal["PROCESSING", "SUCCESS", "FAIL"]] = {
     "failed": "FAIL",
     "cancelled": "FAIL",
 }
-HINT = "Accepted for compatibility; has no effect."
 
 
 class SensitiveWordCheck(JSONFields):
@@ -80,8 +81,7 @@ class ImageRequest(JSONFields):
     model: str
     prompt: str = Field(
         min_length=1,
-        description="Text that describes the image. Put text that should appear in the image in quotation "
-        "marks.",
+        description=PROMPT,
         json_schema_extra={"pattern": NOT_BLANK},
     )
     n: int | None = Field(

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from deployments.types import ImageRequest, Pixels
-from tests.http.conftest import Endpoint
+from tests.http.conftest import Endpoint, served
 from tests.http.stages import pixels_of
 from tests.polling import until
 
@@ -246,3 +247,13 @@ def test_jobs_of_one_api_are_unknown_to_the_others(http: httpx.Client) -> None:
     assert http.get(f"/queue/fal-ai/broken/requests/{job_id}").status_code == 404
     listed = http.get("/v1/images/jobs", params={"limit": 100}).json()["data"]
     assert job_id not in [job["id"] for job in listed]
+
+
+def test_a_documented_default_above_the_limit_gives_way_to_the_models(tmp_path: Path) -> None:
+    with (
+        served(tmp_path, "glm-image", defaults={"steps": 8}, limits={"max_steps": 20}) as server,
+        server.client() as http,
+    ):
+        asked = {name: value for name, value in FAL.items() if name != "num_inference_steps"}
+        made = posted(http, "/fal-ai/glm-image", asked | {"sync_mode": True})
+        assert np.array_equal(pixels(http, made["images"][0]["url"]), pixels_of(replace(IMAGE, steps=8)))

@@ -18,12 +18,11 @@ from fastapi import APIRouter, Request
 
 from deployments.families import PARAMETERS
 from deployments.observability.log import FAULT
-from serve_app.dialects.bodies import media_type
+from serve_app.dialects.bodies import HINT, media_type
 from serve_app.dialects.openai.errors import error_response
 from serve_app.dialects.openai.openapi import ANSWERS, edit_body, generation_body
 from serve_app.dialects.openai.parse import parse_form, parse_json
 from serve_app.dialects.openai.schemas import (
-    HINT,
     Bounds,
     Defaults,
     EditByReference,

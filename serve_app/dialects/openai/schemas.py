@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.dialects.bodies import Fields, JSONFields, document_errors
+from serve_app.dialects.bodies import HINT, PROMPT, Fields, JSONFields, document_errors
 from serve_app.generation.request import (
     MAX_ID_CHARS,
     MAX_PARTIAL_IMAGES,
@@ -38,7 +38,6 @@ QUALITIES: dict[str, tuple[Quality, int]] = {
     "max": ("max", 100),
 }
 """For each word, the one in answers (which allow fewer words), and the denoising steps."""
-HINT = "Accepted for compatibility; has no effect."
 MODERATION = "Strictness of the safety checker, if the server has one. Defaults to `auto`."
 
 
@@ -56,10 +55,7 @@ class ImageRequest(Fields):
 
     UNSUPPORTED: ClassVar[Mapping[str, str]] = UNSUPPORTED
 
-    prompt: str = Field(
-        description="Text that describes the image. Put text that should appear in the image in quotation "
-        "marks."
-    )
+    prompt: str = Field(description=PROMPT)
     model: str | None = Field(
         default=None, description="A name from `/v1/models`. Defaults to the first one."
     )
