@@ -79,28 +79,26 @@ def note_error(code: str, status: int) -> None:
     note(error=code, error_status=status)
 
 
-def note_job_end(job: Job, outcome: str, seconds: float, failure: StoredError | None) -> None:
-    """Writes the line of a job that has ended, or that another server runs from now on; completes its span.
+def log_job_end(job: Job, outcome: str, seconds: float, failure: StoredError | None) -> None:
+    """Writes the line of a job that has ended, or that another server runs from now on.
 
     Args:
         job: the job.
-        outcome: its state, or `handed on`.
+        outcome: its state, or that it was handed on.
         seconds: seconds that it took here.
         failure: why it failed.
     """
-    error = failure.code if failure else ""
     facts = _describe(job) | {
         "event": "job",
         "api": job.api,
         "outcome": outcome,
-        "error": error or None,
+        "error": failure.code if failure else None,
         "seconds": round(seconds, 3),
         "attempt": job.attempts,
         "key_id": job.key_id,
     }
     level = logging.ERROR if failure and failure.is_fault else logging.INFO
     logger.log(level, "job %s %s in %.3f s", job.id, outcome, seconds, extra=facts | _trace_id())
-    tracing.note(error=error, model=job.model, outcome=outcome)
 
 
 def _describe(job: Job) -> dict[str, Any]:

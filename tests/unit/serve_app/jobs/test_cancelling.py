@@ -1,6 +1,7 @@
 """Cancellation of jobs in every state: the work stops, and no file is left."""
 
 import asyncio
+import logging
 
 import pytest
 
@@ -80,9 +81,10 @@ def test_the_log_of_a_job_that_another_server_cancels_as_it_ends_has_one_end(
     asyncio.run(main())
 
 
-def test_a_queued_job_is_cancelled_with_its_sources_and_counted_once(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+def test_a_queued_job_is_cancelled_with_its_sources_and_reported_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
     counted: list[dict[str, str]] = []
     monkeypatch.setattr(metrics.JOBS_ENDED, "add", lambda **labels: counted.append(labels))
 
@@ -94,5 +96,7 @@ def test_a_queued_job_is_cancelled_with_its_sources_and_counted_once(
             assert (await server.runner.cancel(OWNER, job_id)).state == "cancelled"
             assert server.kept == []
         assert len(counted) == 1
+        (line,) = [vars(line) for line in caplog.records if vars(line).get("event") == "job"]
+        assert (line["job"], line["outcome"], line["levelname"]) == (job_id, "cancelled", "INFO")
 
     asyncio.run(main())

@@ -61,6 +61,8 @@ def test_jobs_are_reaped_after_an_unexpected_error(make: Make, caplog: pytest.Lo
             job = await server.ended(late.id)
         assert job.error
         assert job.error.code == "start_timeout"
+        (line,) = [vars(line) for line in caplog.records if vars(line).get("event") == "job"]
+        assert (line["job"], line["outcome"], line["error"]) == (late.id, "failed", "start_timeout")
         assert "reap jobs failed and is tried again" in caplog.text
         assert server.background.failing == []
 
