@@ -145,3 +145,12 @@ def test_a_constructor_raises_only_if_another_replica_is_ready(has_ready_sibling
     else:
         asyncio.run(loading.loader.wait(lambda: False))
         assert isinstance(asyncio.run(loading.ask(time.time())), Engine)
+
+
+def test_a_load_is_tried_again_although_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = Loading([OSError("no"), None])
+    loading.may_end.set()
+    assert asyncio.run(loading.ask(time.time())) == "no"
+    hour_ago = time.time() - 3600
+    monkeypatch.setattr(time, "time", lambda: hour_ago)
+    assert isinstance(asyncio.run(loading.ask(hour_ago)), Engine)
