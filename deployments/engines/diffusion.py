@@ -37,7 +37,7 @@ class PipelineDecoder(ABC):
     Attributes:
         fault: fault that has stopped the decoder for good, or None while it works.
         done: number of denoising steps made so far.
-        counts: what `done` counts, such as `tokens`.
+        counts: what `done` counts: `steps`.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:

@@ -94,8 +94,8 @@ class StatusReader:
         """Returns the states.
 
         Args:
-            fresh: whether to read them now. Otherwise, states that are older than a second are read again,
-                and the caller gets the ones before, if they are at most five seconds old, without waiting.
+            fresh: whether to read them now, and wait for that. Otherwise they may be up to five seconds old.
+                Those older than a second are read again for the next caller.
         """
         age = time.monotonic() - self._read_at
         if fresh or (age > MAX_AGE_S and not self._reading):

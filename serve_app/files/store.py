@@ -211,6 +211,4 @@ def _modified(info: dict[str, Any]) -> float:
 
 
 def _full() -> Full:
-    return Full(
-        "The server's file storage is full; contact its operator.",
-    )
+    return Full("The server's file storage is full; contact its operator.")

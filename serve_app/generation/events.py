@@ -1,7 +1,7 @@
 """Events of a running request: progress, previews and images.
 
-The stages yield `Progress` and `Preview` (`deployments.types`), which know no other image. Here they become
-`StageProgress` and `PartialImage`, which have the image's index. Dialects word these for their clients.
+The stages yield `Progress` and `Preview` (`deployments.types`), which do not say of which image they are.
+Here they become `StageProgress` and `PartialImage`, which do. Dialects word these for their clients.
 """
 
 from __future__ import annotations

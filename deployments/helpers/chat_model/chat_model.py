@@ -36,7 +36,7 @@ class ChatModel:
     Attributes:
         fault: fault that has stopped the model for good, or None while it works.
         done: number of tokens generated so far.
-        counts: what `done` counts, such as `tokens`.
+        counts: what `done` counts: `tokens`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

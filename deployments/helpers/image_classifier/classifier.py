@@ -32,7 +32,7 @@ class ImageClassifier:
     Attributes:
         fault: fault that has stopped the classifier for good, or None while it works.
         done: number of images scored so far.
-        counts: what `done` counts, such as `tokens`.
+        counts: what `done` counts: `images`.
 
     Raises:
         CheckpointError: the model lacks one of the labels.

@@ -144,8 +144,8 @@ async def _events(
     except Exception as error:
         if not is_accepted:
             raise
-        # A request with all its images has ended only for its place: a slow client gets them all the same.
-        if not is_made:
+        # A deadline after the last image ends only the wait: a slow client gets the images all the same.
+        if not (is_made and isinstance(error, RequestError)):
             yield _error_event(request, error)
 
 
