@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from deployments.families import FAMILIES, Family
+from deployments.identity import identity
 
 
 def _by_family(trait: str, *, unset: str = "") -> str:
@@ -202,13 +204,19 @@ class DecoderConfig(StageConfig):
         return self.device == "cuda" and self.acceleration.allows_compile if chosen is None else chosen
 
     @property
+    def options_that_change_pixels(self) -> dict[str, Any]:
+        """The options in use that change pixels, with their values."""
+        chosen = self.acceleration.model_dump(exclude_defaults=True, exclude={"offload", "compile"})
+        return chosen | ({"compile": True} if self.compiles else {})
+
+    @property
     def lossy(self) -> list[str]:
         """Names of the options in use that change pixels.
 
         `compile` is listed on a CPU only: there, unlike on a GPU, the uncompiled stage has upstream's pixels.
         """
-        chosen = self.acceleration.model_dump(exclude_defaults=True, exclude={"offload", "compile"})
-        return sorted([*chosen, *["compile"] * (self.compiles and self.device == "cpu")])
+        hidden = {"compile"} if self.device == "cuda" else set()
+        return sorted(self.options_that_change_pixels.keys() - hidden)
 
     @model_validator(mode="after")
     def _offloads_from_a_gpu(self) -> Self:
@@ -361,6 +369,11 @@ class ModelConfig(Config):
     def traits(self) -> Family:
         """Traits of the model's family."""
         return FAMILIES[self.family]
+
+    @cached_property
+    def identity(self) -> str:
+        """Text that is equal for equal pixels; see `deployments.identity`."""
+        return identity(self)
 
     @property
     def weights(self) -> str:

@@ -25,13 +25,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from serve_app.config import APIKey, AppConfig
+from serve_app.home import ROOT
 from serve_app.http.tls import self_signed
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 
-TLS_FOLDER = Path.home() / ".local/share/glm-image-server/tls"
+TLS_FOLDER = ROOT / "tls"
 
 
 class _Application(BaseModel):

@@ -1,6 +1,7 @@
 """The wiring: from a configuration to a Ray Serve application."""
 
 import asyncio
+import logging
 import warnings
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from serve_app.generation.prompt_expansion import PromptExpansion
 from serve_app.generation.safety import SafetyCheck
 from serve_app.generation.sources import SourceReader
 from serve_app.generation.unit import Model, StageCall
+from serve_app.home import at_home
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
 from serve_app.jobs.database import Database
@@ -177,12 +179,19 @@ def _autoscaling(part: _Part) -> AutoscalingConfig:
         )
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """Returns whether a line of the log is news. Serve warns again and again of a call that waits."""
+    return not record.getMessage().startswith("Failed to route request after ")
+
+
 class Ingress:
     """The API plane."""
 
     def __init__(self, config: AppConfig, stages: dict[str, dict[str, DeploymentHandle[Any]]]) -> None:
         context = serve.get_replica_context()
+        config = at_home(config, context.app_name)
         tracing.start(context.replica_tag)
+        logging.getLogger("ray.serve").addFilter(is_news)
         changed = asyncio.Event()
         outbound, files = Outbound(config.outbound), FileStore(config.storage)
         models = {
@@ -211,7 +220,8 @@ class Ingress:
         }
         status = StatusReader(context.app_name, deployments, registry, autoscaling=config.cluster.autoscaling)
         lifecycle = Lifecycle(self._generator, changed, registry, status)
-        database = Database(config.database.url)
+        server = f"{context.app_name}, in the Ray cluster at {ray.get_runtime_context().gcs_address}"
+        database = Database(config.database.url, server)
         self._services = Services.of(config, self._generator, lifecycle, files, database, outbound)
         self._app = create_app(self._services)
 

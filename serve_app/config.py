@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, HttpUrl, model_validator
 
 from deployments.config import ChatModelConfig, ClassifierConfig, Config, ModelConfig
+from serve_app.home import NAME, ROOT
 
 
 class Limits(Config):
@@ -89,7 +89,11 @@ class Limits(Config):
         default=2**25,
         ge=256,
         description="Most pixels of a source image, checked before it is decoded. Decoding takes up to 17 "
-        "bytes a pixel, for one image at a time.",
+        "bytes a pixel, for one image at a time. A JPEG may have 16 times as many, and "
+        "a progressive one twice as many: it is decoded at a half or a quarter of its size.",
+    )
+    max_source_side: int = Field(
+        default=32_768, ge=16, description="Longest side of a source image, in pixels."
     )
 
 
@@ -146,8 +150,9 @@ class StorageConfig(Config):
     """The file store."""
 
     url: str = Field(
-        default_factory=lambda: str(Path.home() / ".local/share/glm-image-server/files"),
-        description="A folder, or another URL that fsspec writes to, such as `s3://bucket/prefix`.",
+        default_factory=lambda: str(ROOT / NAME / "files"),
+        description="A folder, or another URL that fsspec writes to, such as `s3://bucket/prefix`. `{name}` "
+        "stands for the application's name.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -183,11 +188,11 @@ class DatabaseConfig(Config):
     """The database of jobs."""
 
     url: str = Field(
-        default_factory=lambda: f"sqlite:///{Path.home()}/.local/share/glm-image-server/jobs.db",
+        default_factory=lambda: f"sqlite:///{ROOT / NAME}/jobs.db",
         pattern=r"^(sqlite:///.|postgresql://)",
         description="SQLAlchemy's URL of an SQLite file, `sqlite:///PATH`, or of a PostgreSQL database, "
         "`postgresql://USER@HOST/NAME`, which several ingress replicas may share. Missing parts come from "
-        "the environment: `PGPASSWORD`, `PGPASSFILE`, ….",
+        "the environment: `PGPASSWORD`, `PGPASSFILE`, …. `{name}` stands for the application's name.",
     )
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import set_tqdm_hook
 
 from deployments.errors import CheckpointError
+from deployments.identity import FILE_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,8 +33,6 @@ logger = logging.getLogger("ray.serve")
 
 WEIGHTS_SHARE = 0.5
 """Assumed share of the loading time that reading weights takes, if compiling follows."""
-FILE_TYPES = ("json", "jinja", "model", "safetensors", "txt")
-"""Suffixes of the files that are downloaded: settings, vocabularies and safe weights."""
 
 
 class Source(Protocol):

@@ -71,6 +71,11 @@ class Status(BaseModel):
         description="Queued jobs of all ingress replicas, counted every five seconds while the database can "
         "be reached."
     )
+    jobs_foreign: dict[str, int] | None = Field(
+        default=None,
+        description="Numbers of those that no model here can make, by the `identity` of the model that they "
+        "wait for.",
+    )
     units: list[UnitStatus]
 
 
@@ -153,6 +158,7 @@ def _add_status(routes: APIRouter, services: Services) -> None:
             status=doing,
             queue_length=len(units) - len(running),
             jobs_queued=services.gauges.jobs_queued,
+            jobs_foreign=dict(services.gauges.jobs_foreign) or None,
             units=[_describe(unit, units) for unit in units],
         )
 

@@ -199,8 +199,12 @@ class Generator:
                 yield running
 
     @asynccontextmanager
-    async def resume(self, request: ResolvedRequest) -> AsyncIterator[RunningRequest]:
+    async def resume(self, request: ResolvedRequest, turn: float) -> AsyncIterator[RunningRequest]:
         """Runs a job's request, which was accepted when the job was submitted.
+
+        Args:
+            request: the request.
+            turn: the job's place in the order of work.
 
         Yields:
             The running request, ready for `run`.
@@ -210,6 +214,7 @@ class Generator:
             TimedOut: its deadline has passed, or no stage began in time.
         """
         async with self._run_within(request, self._limits.job_deadline_s) as running:
+            running.turn = turn
             self._running.make_ready(running, request)
             yield running
 
@@ -262,7 +267,10 @@ class Generator:
         for attempt in attempts:
             painted = replace(request, prompt=attempt.prompt)
             outcomes: list[str] = []
-            images = [self._image(painted, attempt, image, sources, outcomes) for image in range(request.n)]
+            images = [
+                self._image(painted, attempt, image, sources, outcomes, running.turn_of(image))
+                for image in range(request.n)
+            ]
             try:
                 async with aclosing(merged(images)) as events:
                     async for event in events:
@@ -280,10 +288,16 @@ class Generator:
                     metrics.IMAGES.add(api=request.api, model=request.model, outcome=outcome)
 
     async def _image(
-        self, request: ResolvedRequest, expansion: Expansion, image: int, sources: Any, outcomes: list[str]
+        self,
+        request: ResolvedRequest,
+        expansion: Expansion,
+        image: int,
+        sources: Any,
+        outcomes: list[str],
+        turn: float | None,
     ) -> AsyncGenerator[Event, None]:
         """Makes one image; adds its outcome to the list."""
-        unit = Unit(self._models[request.model], request, image, sources, self._risk)
+        unit = Unit(self._models[request.model], request, image, sources, self._risk, turn)
         outcome = "failed"
         self._units.append(unit)
         try:

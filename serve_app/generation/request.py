@@ -109,6 +109,12 @@ class ResolvedRequest(GenerationRequest):
     seed: int
     pixels: tuple[Pixels, ...] = field(default=(), repr=False)
 
+    @property
+    def work(self) -> float:
+        """Megapixels of an image × denoising steps × images."""
+        width, height = self.size
+        return width * height * self.steps * self.n / 1e6
+
     def image_request(self, image: int, sources: Any) -> ImageRequest:
         """Returns the stages' request for one image.
 

@@ -29,6 +29,7 @@ class RunningRequest:
         deadline: its deadline, on the clock of the event loop.
         deadline_s: seconds from its acceptance to its deadline.
         start_within_s: seconds in which a stage must begin; None for no limit.
+        turn: place of a job in the order of work; None for a request that somebody waits for.
     """
 
     model: str
@@ -38,6 +39,7 @@ class RunningRequest:
     deadline: float
     deadline_s: float
     start_within_s: float | None = None
+    turn: float | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     aborted: bool = False
     _request: ResolvedRequest | None = None
@@ -58,6 +60,10 @@ class RunningRequest:
     def make_ready(self, request: ResolvedRequest) -> None:
         """Makes it ready for its model."""
         self._request = request
+
+    def turn_of(self, image: int) -> float | None:
+        """Returns the turn of one image: images of other keys' jobs come between a job's images."""
+        return None if self.turn is None else self.turn + image * self.request.work / self.request.n
 
     def note_start(self) -> None:
         """Notes that a stage has begun with it: `start_within_s` no longer applies."""

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +28,13 @@ from serve_app.generation.events import (
     StageProgress,
     is_flagged,
 )
+from serve_app.generation.gate import Gate
 from serve_app.generation.request import ResolvedRequest
 from serve_app.observability import metrics
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from deployments.config import ModelConfig
     from serve_app.generation.prompt_expansion import Expansion
 
@@ -48,11 +51,23 @@ Risk = Callable[[Pixels, ResolvedRequest], Awaitable[float | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A served model: its configuration and its two stages."""
+    """A served model: its configuration, and its two stages with their gates."""
 
     config: ModelConfig
     prior: StageCall
     decode: StageCall
+    gates: Mapping[Stage, Gate] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Makes the gates."""
+        batch, priors = self.config.prior.max_batch_size, self.config.prior.max_replicas
+        decoders = self.config.decoder.max_replicas
+        # One row of a batch costs little, and is free for whoever comes. A whole replica would cost too much.
+        gates = {
+            "prior": Gate(batch * priors, batch * priors - (batch > 1)),
+            "decoder": Gate(decoders, decoders),
+        }
+        object.__setattr__(self, "gates", gates)
 
 
 class Unit:
@@ -64,6 +79,7 @@ class Unit:
         image: index of the image, from 0.
         sources: its source images, or a reference to them.
         risk: checks images.
+        turn: see `Gate.enter`.
 
     Attributes:
         model: name of the model.
@@ -72,7 +88,15 @@ class Unit:
         progress: progress of the stage that works on it; None while it waits for one.
     """
 
-    def __init__(self, model: Model, request: ResolvedRequest, image: int, sources: Any, risk: Risk) -> None:
+    def __init__(
+        self,
+        model: Model,
+        request: ResolvedRequest,
+        image: int,
+        sources: Any,
+        risk: Risk,
+        turn: float | None = None,
+    ) -> None:
         self.model = request.model
         self.request_id = request.request_id
         self.began = time.monotonic()
@@ -81,6 +105,7 @@ class Unit:
         self._request = request
         self._image = image
         self._risk = risk
+        self._turn = turn
         self._unit = request.image_request(image, sources)
         self._prior = Prior()
         self._previews = 0
@@ -170,7 +195,8 @@ class Unit:
                 self._log_retry(stage, "lost the replica that had the image")
             self.progress, called, result = None, time.time(), None
             with suppress(ReplicaDied), tracing.span(stage, kind="client"):
-                async with aclosing(call(replace(request, traceparent=tracing.traceparent()))) as events:
+                sent = replace(request, traceparent=tracing.traceparent())
+                async with self._stages.gates[stage].enter(self._turn), aclosing(call(sent)) as events:
                     async for event in events:
                         if isinstance(event, Progress | Preview):
                             if shown := await self._event(stage, event):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import alembic.command
 import alembic.config
@@ -36,6 +37,9 @@ BUSY_S = 30
 """Seconds that a process waits while another one writes to SQLite's file."""
 ADVISORY_LOCK = 5_494_110_027
 """Number of the PostgreSQL lock of `Database.one_at_a_time`: any number that nothing else uses."""
+MIGRATIONS = Path(__file__).parent / "migrations"
+STEPS = {"versions": "alembic_version", "additions": "alembic_additions"}
+"""Folders of the migrations, in their order, and the tables that count their steps."""
 
 Result = TypeVar("Result")
 
@@ -64,18 +68,23 @@ class Database:
         url: SQLAlchemy's URL of SQLite (`sqlite:///PATH`; `~` is the home folder) or PostgreSQL
             (`postgresql://…`). PostgreSQL's client takes missing parts, such as the password, from the
             environment (`PGPASSWORD`, …).
+        server: name of the server that uses it, which all its processes have. SQLite is for one server at a
+            time: another one would run its jobs, and delete them.
 
     Raises:
         ValueError: the database cannot be used.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, server: str = "") -> None:
         where = make_url(url)
         self._is_sqlite = where.get_backend_name() == "sqlite"
+        self._lock_file: IO[str] | None = None
         options: dict[str, Any] = {"pool_pre_ping": True}
         if self._is_sqlite:
             where = where.set(database=str(Path(where.database or "").expanduser()))
-            Path(where.database or "").parent.mkdir(parents=True, exist_ok=True)
+            path = Path(where.database or "")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock_file = _taken(path.with_name(f"{path.name}.lock"), server)
             options = {"connect_args": {"timeout": BUSY_S}}
         else:
             where = where.set(drivername="postgresql+psycopg")
@@ -90,19 +99,22 @@ class Database:
         try:
             self._migrate()
         except (CommandError, DBAPIError) as error:
+            self.close()
             reason = str(error).partition("\n")[0]
             shown = where.render_as_string(hide_password=True)
             raise ValueError(f"database.url: {shown} cannot be used: {reason}") from None
 
     def _migrate(self) -> None:
         """Creates the tables, or migrates them to this version of the server."""
-        config = alembic.config.Config()
-        config.set_main_option("script_location", "serve_app.jobs:migrations")
-        config.set_main_option("path_separator", "os")
         with self._transaction() as connection:
             self._lock(connection)
-            config.attributes["connection"] = connection
-            alembic.command.upgrade(config, "head")
+            for folder, version_table in STEPS.items():
+                config = alembic.config.Config()
+                config.set_main_option("script_location", "serve_app.jobs:migrations")
+                config.set_main_option("version_locations", str(MIGRATIONS / folder))
+                config.set_main_option("path_separator", "os")
+                config.attributes.update(connection=connection, version_table=version_table)
+                alembic.command.upgrade(config, "head")
 
     def one_at_a_time(self, session: Session) -> None:
         """Lets one transaction at a time past this point; the next one waits until it has ended.
@@ -129,6 +141,8 @@ class Database:
         """Closes all connections."""
         self._threads.shutdown()
         self._engine.dispose()
+        if self._lock_file:
+            self._lock_file.close()
 
     async def write(self, call: Callable[[Session], Result]) -> Result:
         """Runs `call` in a thread, in a transaction that takes effect as a whole or not at all.
@@ -172,6 +186,31 @@ class Database:
                 code="database_unavailable",
                 retry_after_s=5,
             ) from None
+
+
+def _taken(path: Path, server: str) -> IO[str]:
+    """Returns the lock file of an SQLite database, which all processes of one server hold together.
+
+    The kernel gives the lock back when they end, however they end.
+
+    Raises:
+        ValueError: another server holds it.
+    """
+    file = path.open("a+")
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it
+        file.truncate(0)
+        file.write(server)
+        file.flush()
+    fcntl.flock(file, fcntl.LOCK_SH)
+    file.seek(0)
+    if (holder := file.read()) != server:
+        file.close()
+        raise ValueError(
+            f"database.url: {path.with_suffix('')} is in use by another server: {holder}. Stop that server, "
+            "or give this one another database.url; servers that share jobs need PostgreSQL."
+        )
+    return file
 
 
 def _prepare_sqlite(connection: DBAPIConnection, _: object) -> None:

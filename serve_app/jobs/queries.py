@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, case, delete, func, literal, or_, select, update
+from sqlalchemy import and_, case, delete, func, literal, select, tuple_, update
 from sqlalchemy.orm import aliased, with_expression
 
 from serve_app.errors import NotFound
@@ -14,7 +14,7 @@ from serve_app.jobs.records import UnreadableRecord
 from serve_app.jobs.tables import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Delete, Select, Update
     from sqlalchemy.orm import Session
@@ -27,12 +27,9 @@ ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 def jobs() -> Select[Job]:
     """Returns a query of jobs, with their positions."""
     other = aliased(Job)
-    ahead = (
-        select(func.count(other.seq))
-        .where(other.state == "queued", other.model == Job.model)
-        .where(or_(other.priority < Job.priority, and_(other.priority == Job.priority, other.seq < Job.seq)))
-        .scalar_subquery()
-    )
+    same_model = and_(other.model == Job.model, other.identity.is_not_distinct_from(Job.identity))
+    turns = tuple_(other.priority, other.turn, other.seq) < tuple_(Job.priority, Job.turn, Job.seq)
+    ahead = select(func.count(other.seq)).where(other.state == "queued", same_model, turns).scalar_subquery()
     position = case((Job.state == "queued", ahead), else_=literal(None))
     return select(Job).options(with_expression(Job.position, position))
 
@@ -44,6 +41,16 @@ def orphaned(active: Collection[str]) -> ColumnElement[bool]:
         active: ids of the jobs that the caller runs.
     """
     return and_(Job.state == "running", Job.lease_until < now(), Job.id.not_in(active))
+
+
+def made_by(models: Mapping[str, str]) -> ColumnElement[bool]:
+    """Returns the condition for the jobs that these models can make.
+
+    Args:
+        models: identities of the models, by name.
+    """
+    of_older_servers = [(name, "") for name in models]
+    return tuple_(Job.model, func.coalesce(Job.identity, "")).in_([*models.items(), *of_older_servers])
 
 
 def end_jobs(ttl_s: float, state: State, **values: Any) -> Update:

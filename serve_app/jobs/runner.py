@@ -25,6 +25,7 @@ from serve_app.observability import metrics, telemetry
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from deployments.config import ModelConfig
     from deployments.types import Pixels
     from serve_app.background import Background
     from serve_app.files.store import FileStore
@@ -52,6 +53,7 @@ class ActiveJob:
 
     Attributes:
         job: the job as it was when it began.
+        unfinished: number of its images that are not made yet.
         news: its progress, previews and log.
         task: the task that makes it.
         has_news: whether the store lacks some of the news.
@@ -63,6 +65,7 @@ class ActiveJob:
     """
 
     job: Job
+    unfinished: int
     news: JobProgress
     task: asyncio.Task[None] | None = None
     has_news: bool = True
@@ -115,6 +118,7 @@ class JobRunner:
         self._wake = submitted
         self._background = background
         self._worker = uuid.uuid4().hex
+        self._identities = {model.name: model.identity for model in generator.models()}
         self._active: dict[str, ActiveJob] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -171,29 +175,48 @@ class JobRunner:
 
     async def _begin_jobs(self) -> None:
         """Begins jobs while there is room."""
-        while models := self._with_room():
-            job = await self._store.claim(self._worker, models, list(self._active))
-            if job is None:
-                return
-            await self._delete_files(job, sources=False)  # what an earlier runner has left
-            news = JobProgress(id=job.id, progress=[None] * job.request.n, log=list(job.log))
-            active = self._active[job.id] = ActiveJob(job=job, news=news)
-            active.log("began" if job.attempts == 1 else f"began again: attempt {job.attempts}")
-            active.task = asyncio.create_task(self._run(active))
-            active.task.add_done_callback(partial(self._remove, job.id))
+        for model in self._generator.models():
+            identity = {model.name: model.identity}
+            while (without := self._keys_without_room(model)) is not None:
+                job = await self._store.claim(self._worker, identity, list(self._active), without)
+                if job is None:
+                    break
+                await self._delete_files(job, sources=False)  # what an earlier runner has left
+                self._begin(job)
+
+    def _begin(self, job: Job) -> None:
+        news = JobProgress(id=job.id, progress=[None] * job.request.n, log=list(job.log))
+        active = self._active[job.id] = ActiveJob(job=job, unfinished=job.request.n, news=news)
+        active.log("began" if job.attempts == 1 else f"began again: attempt {job.attempts}")
+        active.task = asyncio.create_task(self._run(active))
+        active.task.add_done_callback(partial(self._remove, job.id))
 
     def _remove(self, job_id: str, _: asyncio.Task[None]) -> None:
         del self._active[job_id]
         self._wake.set()
 
-    def _with_room(self) -> list[str]:
-        """Returns the models with room for jobs: a batch for each prior, an image for each decoder."""
-        return [
-            model.name
-            for model in self._generator.models()
-            if sum(one.job.request.n for one in self._active.values() if one.job.model == model.name)
-            < model.prior.max_batch_size * model.prior.max_replicas + model.decoder.max_replicas
-        ]
+    def _keys_without_room(self, model: ModelConfig) -> set[str] | None:
+        """Returns the keys whose next jobs for a model must wait; None if all must.
+
+        A model has room for as many images as keep it busy: a batch for each prior, and one for each decoder.
+        Beyond, it takes jobs of keys that have none here, which large jobs of others would hold up.
+        """
+        room = model.prior.max_batch_size * model.prior.max_replicas + model.decoder.max_replicas
+        active = [one for one in self._active.values() if one.job.model == model.name]
+        if sum(one.unfinished for one in active) < room:
+            return set()
+        return {one.job.key_id for one in active} if len(active) < room else None
+
+    def waits_for(self, job: Job) -> str | None:
+        """Returns what a queued job waits for if no model here can make it; None otherwise."""
+        identity = self._identities.get(job.model)
+        if job.state != "queued" or (identity and job.identity in (identity, None)):
+            return None
+        return (
+            f"It waits for a server with the model that it was submitted to: {job.model}, "
+            f"{job.identity or 'of any identity'}. This server has "
+            f"{', '.join(f'{name}, {identity}' for name, identity in self._identities.items())}."
+        )
 
     async def _renew(self) -> None:
         """Renews the leases, stores the news, and stops jobs that are not to run here any more."""
@@ -298,12 +321,14 @@ class JobRunner:
         pixels = await self._generator.decode_sources(files, job.model)
         made: list[GeneratedImage] = []
         async with (
-            self._generator.resume(job.resolved(pixels)) as running,
+            self._generator.resume(job.resolved(pixels), job.turn) as running,
             aclosing(self._generator.run(running)) as events,
         ):
             async for event in events:
                 if isinstance(event, GeneratedImage):
                     made.append(event)
+                    active.unfinished -= 1
+                    self._wake.set()
                 else:
                     self._note(active, event)
             made = in_order(made)

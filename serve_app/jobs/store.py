@@ -25,6 +25,7 @@ from serve_app.jobs.queries import (
     delete_jobs,
     end_jobs,
     first_job,
+    made_by,
     no_job,
     one_job,
     orphaned,
@@ -36,7 +37,7 @@ from serve_app.jobs.records import StoredError, UnreadableRecord
 from serve_app.jobs.tables import Job
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
     from sqlalchemy.orm import Session
 
@@ -62,11 +63,13 @@ class Counts(NamedTuple):
         queued: jobs that wait.
         running: jobs that run.
         oldest_s: age of the oldest job that waits, in seconds; 0 if none waits.
+        foreign: numbers of those that wait for a model that the caller lacks, by its identity.
     """
 
     queued: int
     running: int
     oldest_s: float
+    foreign: Mapping[str, int]
 
 
 @dataclass(kw_only=True)
@@ -98,6 +101,10 @@ class JobStore:
     async def submit(self, job: Job, start_within_s: float | None = None) -> tuple[Job, bool]:
         """Enqueues a job.
 
+        Its turn follows the work that its key has enqueued before, and not that of others: of two keys that
+        both have jobs waiting, each gets the same work done, and those of one key keep their order. This is
+        start-time fair queueing (Goyal, Vin and Cheng, 1996), for each model and priority.
+
         Args:
             job: the new job.
             start_within_s: seconds after which it fails if it has not begun; None for `ttl_s`.
@@ -116,6 +123,7 @@ class JobStore:
                 return known, False
             self._check_room(session)
             job.start_by = now() + min(start_within_s or self._ttl_s, self._ttl_s)
+            job.turn = _turn(session, job)
             session.add(job)
             session.flush()
             return one_job(session, Job.id == job.id), True
@@ -283,22 +291,35 @@ class JobStore:
 
         return await self._database.write(call)
 
-    async def claim(self, worker: str, models: Collection[str], active: Collection[str] = ()) -> Job | None:
-        """Begins the next job of these models, if there is one; the worker holds its lease from now on.
+    async def claim(
+        self,
+        worker: str,
+        models: Mapping[str, str],
+        active: Collection[str] = (),
+        without_keys: Collection[str] = (),
+    ) -> Job | None:
+        """Begins the next job that these models can make; the worker holds its lease from now on.
 
         Args:
             worker: id of the worker.
-            models: names of the models.
+            models: identities of the models, by name.
             active: ids of the jobs that the worker runs. It keeps them although their leases have expired.
+            without_keys: ids of the keys whose jobs are left out.
         """
 
         def call(session: Session) -> Job | None:
             free = or_(Job.state == "queued", orphaned(active))
             following = (
                 select(Job.seq)
-                .where(free, Job.model.in_(models), ~Job.cancelling, Job.attempts < MAX_ATTEMPTS)
+                .where(
+                    free,
+                    made_by(models),
+                    Job.key_id.not_in(without_keys),
+                    ~Job.cancelling,
+                    Job.attempts < MAX_ATTEMPTS,
+                )
                 .where(or_(Job.start_by >= now(), Job.started_at.is_not(None)))
-                .order_by(Job.priority, Job.seq)
+                .order_by(Job.priority, Job.turn, Job.seq)
                 .limit(1)
                 .with_for_update(skip_locked=True)
             )
@@ -454,15 +475,26 @@ class JobStore:
 
         return await self._database.write(call)
 
-    async def counts(self) -> Counts:
-        """Returns the numbers of jobs that have not ended."""
+    async def counts(self, models: Mapping[str, str]) -> Counts:
+        """Returns the numbers of jobs that have not ended.
+
+        Args:
+            models: identities of the caller's models, by name.
+        """
 
         def call(session: Session) -> Counts:
             counted = select(Job.state, func.count(Job.seq), now() - func.min(Job.created_at))
             unfinished = counted.where(Job.state.in_(("queued", "running"))).group_by(Job.state)
             rows = {state: (count, age) for state, count, age in session.execute(unfinished)}
             queued, oldest_s = rows.get("queued", (0, 0.0))
-            return Counts(queued=queued, running=rows.get("running", (0, 0.0))[0], oldest_s=oldest_s)
+            needed = func.coalesce(Job.identity, Job.model)
+            foreign = select(needed, func.count(Job.seq)).where(Job.state == "queued", ~made_by(models))
+            return Counts(
+                queued=queued,
+                running=rows.get("running", (0, 0.0))[0],
+                oldest_s=oldest_s,
+                foreign={one: int(count) for one, count in session.execute(foreign.group_by(needed))},
+            )
 
         return await self._database.read(call)
 
@@ -507,3 +539,16 @@ class JobStore:
         await self._database.write(
             lambda session: session.execute(update_jobs(Job.id == job_id).values(values))
         )
+
+
+def _turn(session: Session, job: Job) -> float:
+    """Returns the turn of a new job; see `JobStore.submit`."""
+    same = and_(Job.identity.is_not_distinct_from(job.identity), Job.priority == job.priority)
+    unfinished = Job.state.in_(("queued", "running"))
+    after_mine = select(func.max(Job.turn + Job.work)).where(unfinished, same, Job.key_id == job.key_id)
+    running = select(func.max(Job.turn)).where(Job.state == "running", same)
+    queued = select(func.min(Job.turn)).where(Job.state == "queued", same)
+    current = session.scalar(running)
+    if current is None:
+        current = session.scalar(queued)
+    return max(session.scalar(after_mine) or 0, current or 0)

@@ -118,7 +118,9 @@ class Submitter:
             api=what.api,
             fingerprint=await asyncio.to_thread(_fingerprint, what, pixels),  # of up to 50 MB of pixels
             model=resolved.model,
+            identity=self._generator.model(resolved.model).identity,
             request=StoredRequest.of(resolved, tracing.traceparent()),
+            work=resolved.work,
             encoding=StoredEncoding(format=request.encoding.format, quality=request.encoding.quality),
             answer={**what.answer, "base_url": what.base_url},
             priority=what.priority,

@@ -111,6 +111,10 @@ class Job(Base, kw_only=True):
         idempotency_key: a second job of the same API key with the same one is this job.
         fingerprint: equal for equal requests.
         model: name of the model.
+        identity: identity of the model; see `deployments.identity`. None for jobs of older servers, which
+            any model of that name makes.
+        work: megapixels of an image × denoising steps × images.
+        turn: place in the order of work among jobs of one priority; see `JobStore.submit`.
         priority: jobs of low priority begin when no others wait.
         request: the request.
         sources: names of the files of its source images.
@@ -144,6 +148,9 @@ class Job(Base, kw_only=True):
     idempotency_key: Mapped[str | None] = mapped_column(default=None)
     fingerprint: Mapped[str]
     model: Mapped[str]
+    identity: Mapped[str | None] = mapped_column(default=None)
+    work: Mapped[float] = mapped_column(Double, default=0)
+    turn: Mapped[float] = mapped_column(Double, default=0, init=False)
     priority: Mapped[Priority] = mapped_column(_PriorityNumber, default="normal")
     request: Mapped[StoredRequest] = mapped_column(_RecordColumn(StoredRequest))
     sources: Mapped[list[str]] = mapped_column(JSON, default_factory=list)

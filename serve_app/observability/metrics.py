@@ -50,7 +50,8 @@ RETRIES = Counter("retries", "Images that a stage made again because its replica
 PENDING = Gauge("pending", "Unfinished images of requests, in one ingress replica.")
 JOBS = Gauge(
     "jobs",
-    "Jobs that are `queued` or `running`, by `state`. Every ingress replica reports the same number.",
+    "Jobs that are `queued` or `running`, by `state`; `foreign` ones are queued, and wait for a model that "
+    "this server lacks. Every ingress replica reports the same number.",
     "state",
 )
 OLDEST_JOB_SECONDS = Gauge(

@@ -94,6 +94,10 @@ class JobSummary(BaseModel):
     queue_position: int | None = Field(
         default=None, description="While it is queued: number of jobs for its model that begin before it."
     )
+    waiting_for: str | None = Field(
+        default=None,
+        description="Set while no model of this server can make it: the model that it waits for.",
+    )
     progress: float = Field(description="0 to 1. Each stage is half of an image.")
     cancelling: bool | None = Field(default=None, description="Set while it runs and is being stopped.")
     error: Error | None = None
@@ -143,8 +147,12 @@ async def view(services: Services, job: Job, base: str) -> JobView:
         Gone: its images are to be in the answer, and were deleted.
     """
     runs = job.state == "running"
+    shown = summary(services, job)
+    log = [JobLogLine(at=line.at, message=line.message) for line in job.log]
+    if shown.waiting_for:
+        log.append(JobLogLine(at=job.created_at, message=shown.waiting_for))
     return JobView(
-        **dict(summary(job)),
+        **dict(shown),
         images=[
             ImageProgress(stage=image.stage, done=image.done, total=image.total)
             if image
@@ -159,7 +167,7 @@ async def view(services: Services, job: Job, base: str) -> JobView:
         ]
         if runs
         else None,
-        log=[JobLogLine(at=line.at, message=line.message) for line in job.log],
+        log=log,
         result=await _result(services, job, base) if job.state == "succeeded" else None,
     )
 
@@ -197,7 +205,7 @@ def compose(services: Services) -> Compose:
     return message
 
 
-def summary(job: Job) -> JobSummary:
+def summary(services: Services, job: Job) -> JobSummary:
     """Returns a job without its images."""
     width, height = job.request.size
     times = {name: getattr(job, name) for name in ("created_at", "started_at", "ended_at", "expires_at")}
@@ -210,6 +218,7 @@ def summary(job: Job) -> JobSummary:
         size=f"{width}x{height}",
         seed=job.request.seed,
         queue_position=job.position,
+        waiting_for=services.runner.waits_for(job),
         progress=_progress(job),
         cancelling=True if job.cancelling and job.state == "running" else None,
         error=error_body(job.error.error) if job.error else None,
@@ -315,7 +324,9 @@ def _add_reading(routes: APIRouter, services: Services) -> None:
         found = await store.page(
             _owner(request), limit=query.limit + 1, after=query.after, state=query.status
         )
-        return JobList(data=[summary(job) for job in found[: query.limit]], has_more=len(found) > query.limit)
+        return JobList(
+            data=[summary(services, job) for job in found[: query.limit]], has_more=len(found) > query.limit
+        )
 
     async def find(job_id: str, request: Request) -> Job:
         return await store.get(_owner(request), job_id)
@@ -357,4 +368,4 @@ def _add_ending(routes: APIRouter, services: Services) -> None:
     @routes.post(PATH + "/{job_id}/purge", response_model_exclude_none=True, responses=errors(404, 409, 503))
     async def purge_job(job_id: str, request: Request) -> JobSummary:
         """Deletes an ended job and its images now, before they expire."""
-        return summary(await services.runner.purge(_owner(request), job_id))
+        return summary(services, await services.runner.purge(_owner(request), job_id))

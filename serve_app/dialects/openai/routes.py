@@ -190,6 +190,7 @@ def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model
         owned_by="glm-image-server",
         description=model.description,
         family=model.family,
+        identity=model.identity,
         editing=family.max_sources > 0,
         max_source_images=family.max_sources,
         sizes=Sizes(min=family.min_side, max=family.max_side, multiple_of=family.side_multiple),

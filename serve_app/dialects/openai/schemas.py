@@ -302,6 +302,10 @@ class Model(BaseModel):
     owned_by: str
     description: str | None = Field(default=None, description="A text for people.")
     family: str
+    identity: str = Field(
+        description="Equal for models that give the same pixels for one request. A job is made by a model "
+        "with the identity of the one that it was submitted to."
+    )
     editing: bool
     max_source_images: int
     sizes: Sizes

@@ -130,7 +130,7 @@ def test_a_draining_generator_leaves_jobs_to_the_runner(make: Make) -> None:
         generator = make()
         resolved = generator.resolve(request())
         await generator.drain()
-        async with generator.resume(resolved) as running:
+        async with generator.resume(resolved, turn=0) as running:
             return len(await finished(generator, running))
 
     assert asyncio.run(main()) == 1
@@ -140,7 +140,7 @@ def test_a_resumed_request_makes_the_same_image_and_has_the_deadline_of_a_job(
     make: Make, decoded: list[ImageRequest]
 ) -> None:
     async def main(generator: Generator) -> list[GeneratedImage]:
-        async with generator.resume(generator.resolve(request(seed=3, steps=2))) as running:
+        async with generator.resume(generator.resolve(request(seed=3, steps=2)), turn=0) as running:
             return await finished(generator, running)
 
     (image,) = asyncio.run(main(make(deadline_s=0.001, job_deadline_s=60)))

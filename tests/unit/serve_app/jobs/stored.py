@@ -1,6 +1,6 @@
 """Jobs and their records for tests of the job store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from serve_app.generation.delivery import ImageRecord
@@ -11,7 +11,8 @@ from serve_app.jobs.tables import Job, Owner
 
 Open = Callable[[str], Database]
 
-MODELS = ["m", "other"]
+MODELS = {"m": "identity of m", "other": "identity of other"}
+"""Identities of the models, by name."""
 OWNER = Owner("k", "images")
 ANOTHER = Owner("another", "images")
 BROKEN = StoredError(status=500, code="broken", message="broken")
@@ -30,7 +31,8 @@ def new_job(owner: Owner = OWNER, **fields: Any) -> Job:
         "request": request,
         "encoding": StoredEncoding(),
     }
-    return Job(**defaults | fields)
+    given = defaults | fields
+    return Job(**{"identity": MODELS.get(given["model"])} | given)
 
 
 async def submitted(store: JobStore, *, start_within_s: float | None = None, **fields: Any) -> Job:
@@ -39,7 +41,7 @@ async def submitted(store: JobStore, *, start_within_s: float | None = None, **f
     return job
 
 
-async def claimed(store: JobStore, worker: str = "w", models: list[str] = MODELS) -> Job:
+async def claimed(store: JobStore, worker: str = "w", models: Mapping[str, str] = MODELS) -> Job:
     job = await store.claim(worker, models)
     assert job
     return job

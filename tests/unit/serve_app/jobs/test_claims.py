@@ -8,7 +8,16 @@ import pytest
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import LogLine, StoredProgress
 from serve_app.jobs.store import JobProgress, JobStore
-from tests.unit.serve_app.jobs.stored import BROKEN, IMAGE, MODELS, OWNER, claimed, no_news, submitted
+from tests.unit.serve_app.jobs.stored import (
+    ANOTHER,
+    BROKEN,
+    IMAGE,
+    MODELS,
+    OWNER,
+    claimed,
+    no_news,
+    submitted,
+)
 
 
 def test_jobs_begin_in_order_by_priority_and_model(store: JobStore) -> None:
@@ -19,9 +28,60 @@ def test_jobs_begin_in_order_by_priority_and_model(store: JobStore) -> None:
         second = await submitted(store)
         positions = [(await store.get(OWNER, job.id)).position for job in (low, first, other, second)]
         assert positions == [2, 0, 0, 1]
-        assert (await claimed(store, models=["other"])).id == other.id
+        assert (await claimed(store, models={"other": MODELS["other"]})).id == other.id
         assert [(await claimed(store)).id for _ in range(3)] == [first.id, second.id, low.id]
         assert await store.claim("w", MODELS) is None
+
+    asyncio.run(main())
+
+
+def test_a_job_is_begun_only_by_a_model_with_its_identity(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        assert await store.claim("w", {"m": "another"}) is None
+        assert await store.claim("w", {"other": MODELS["m"]}) is None
+        assert (await claimed(store)).id == job.id
+
+    asyncio.run(main())
+
+
+def test_a_job_of_an_older_server_is_begun_by_the_model_of_its_name(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store, identity=None)
+        assert await store.claim("w", {"other": MODELS["other"]}) is None
+        assert (await claimed(store)).id == job.id
+
+    asyncio.run(main())
+
+
+def test_each_key_gets_the_same_work_done_and_keeps_its_order(store: JobStore) -> None:
+    async def main() -> None:
+        large = [(await submitted(store, work=100)).id for _ in range(2)]
+        small = [(await submitted(store, owner=ANOTHER, work=40)).id for _ in range(3)]
+        begun = [(await claimed(store)).id for _ in range(5)]
+        assert begun == [large[0], small[0], small[1], small[2], large[1]]
+
+    asyncio.run(main())
+
+
+def test_a_key_that_was_idle_has_saved_up_no_turns(store: JobStore) -> None:
+    async def main() -> None:
+        first = [(await submitted(store, work=100)).id for _ in range(3)]
+        assert [(await claimed(store)).id for _ in range(2)] == first[:2]
+        late = [(await submitted(store, owner=ANOTHER, work=100)).id for _ in range(2)]
+        assert [(await claimed(store)).id for _ in range(3)] == [late[0], first[2], late[1]]
+
+    asyncio.run(main())
+
+
+def test_keys_can_be_left_out(store: JobStore) -> None:
+    async def main() -> None:
+        await submitted(store)
+        other = await submitted(store, owner=ANOTHER)
+        begun = await store.claim("w", MODELS, without_keys=[OWNER.key_id])
+        assert begun
+        assert begun.id == other.id
+        assert await store.claim("w", MODELS, without_keys=[OWNER.key_id]) is None
 
     asyncio.run(main())
 

@@ -6,10 +6,15 @@ import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import literal, select, text
+from sqlalchemy.orm import Session
 
 from serve_app.jobs.database import Database
 from serve_app.jobs.store import JobStore
+from serve_app.jobs.tables import Job
 from tests.unit.serve_app.jobs.stored import OWNER, Open, submitted
+
+JOB_ID = "0190163d-8694-739b-aea5-966c26f8ad91"
 
 
 def test_processes_that_start_together_make_the_tables_once(database_url: str, open_database: Open) -> None:
@@ -54,6 +59,40 @@ def test_a_path_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HOME", str(tmp_path))
     Database("sqlite:///~/new/jobs.db").close()
     assert (tmp_path / "new" / "jobs.db").exists()
+
+
+def test_a_file_of_sqlite_is_for_one_server_at_a_time(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/jobs.db"
+    first = Database(url, "demo")
+    Database(url, "demo").close()  # another process of the same server
+    with pytest.raises(
+        ValueError, match=r"jobs\.db is in use by another server: demo\. Stop that server, or"
+    ):
+        Database(url, "tiny")
+    first.close()
+    Database(url, "tiny").close()
+
+
+def test_an_older_server_can_go_on_using_the_database(database_url: str, open_database: Open) -> None:
+    """Version 0.1.0 knows one step of `alembic_version`, and names the columns that it fills."""
+
+    def as_version_0_1_0(session: Session) -> str:
+        table = Job.metadata.tables["jobs"]
+        old = [column for column in table.columns if column.name not in ("identity", "work", "turn")]
+        new = {"seq": table.c.seq + 1, "id": literal(JOB_ID)}
+        copied = select(*(new.get(column.name, column) for column in old))
+        session.execute(table.insert().from_select(old, copied, include_defaults=False))
+        return session.scalar(text("SELECT version_num FROM alembic_version")) or ""
+
+    async def main() -> None:
+        database = open_database(database_url)
+        store = JobStore(database, max_jobs=5, ttl_s=60)
+        await submitted(store)
+        assert await database.write(as_version_0_1_0) == "0001"
+        found = await store.get(OWNER, JOB_ID)
+        assert (found.identity, found.turn) == (None, 0)
+
+    asyncio.run(main())
 
 
 def test_an_unusable_database_is_named_without_its_password(tmp_path: Path) -> None:

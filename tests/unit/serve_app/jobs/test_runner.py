@@ -12,7 +12,7 @@ from serve_app.jobs import store as store_module
 from serve_app.jobs.records import StoredError, StoredProgress
 from serve_app.observability import metrics
 from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, Make
-from tests.unit.serve_app.jobs.stored import OWNER
+from tests.unit.serve_app.jobs.stored import OWNER, submitted
 
 
 def test_a_job_is_made_as_submitted_and_only_its_images_are_kept(make: Make) -> None:
@@ -23,7 +23,7 @@ def test_a_job_is_made_as_submitted_and_only_its_images_are_kept(make: Make) -> 
         (source,) = server.kept
         async with server.runner.run_in_background():
             server.stages.prior_may_continue.set()
-            await server.until(lambda: len(server.kept) == 3)
+            await server.until(lambda: len(server.kept) == 2)  # the other image waits for the decoder
             server.stages.decoder_may_continue.set()
             job = await server.ended(job_id)
             await server.until(lambda: len(server.kept) == 2)
@@ -178,6 +178,42 @@ def test_each_model_runs_as_many_jobs_as_its_stages_can_use(make: Make) -> None:
             server.stages.may_continue()
             for job_id in [*ids, other]:
                 assert (await server.ended(job_id)).state == "succeeded"
+
+    asyncio.run(main())
+
+
+def test_a_large_job_does_not_hold_up_the_job_of_another_key(make: Make) -> None:
+    async def main() -> None:
+        server = make()
+        server.stages.prior_may_continue.set()
+        large = await server.submit(n=10, size=(1024, 1024))
+        async with server.runner.run_in_background():
+            await server.until(lambda: len(server.stages.decoded) == 1)
+            small = await server.submit(key_id="another")
+            await server.until(lambda: len(server.generator.units) == 11)
+            server.stages.decoder_may_continue.set()
+            await server.until(lambda: len(server.stages.decoded) == 11)
+            assert (await server.ended(large.id)).state == "succeeded"
+        order = [request.request_id for request in server.stages.decoded]
+        assert order[:3] == [large.id, small.id, large.id]
+
+    asyncio.run(main())
+
+
+def test_a_job_for_a_model_with_another_identity_waits_and_says_for_what(make: Make) -> None:
+    async def main() -> None:
+        server = make()
+        foreign = await submitted(server.store, identity="glm_image-0123456789abcdef")
+        own = await server.submit()
+        server.stages.may_continue()
+        async with server.runner.run_in_background():
+            assert (await server.ended(own.id)).state == "succeeded"
+            job = await server.job(foreign.id)
+        assert job.state == "queued"
+        waits_for = server.runner.waits_for(job)
+        assert waits_for
+        assert "m, glm_image-0123456789abcdef" in waits_for
+        assert server.runner.waits_for(await server.job(own.id)) is None
 
     asyncio.run(main())
 

@@ -283,14 +283,17 @@ def test_a_webhook_is_due_when_its_job_has_ended_and_again_without_a_report(stor
 
 def test_unfinished_jobs_are_counted_by_state(store: JobStore) -> None:
     async def main() -> None:
-        assert await store.counts() == (0, 0, 0)
+        assert await store.counts(MODELS) == (0, 0, 0, {})
         for _ in range(3):
             await submitted(store)
+        await submitted(store, identity="of another server")
+        await submitted(store, model="removed", identity=None)
         assert await store.finish("w", no_news(await claimed(store)), "succeeded")
         await claimed(store)
-        counts = await store.counts()
-        assert (counts.queued, counts.running) == (1, 1)
+        counts = await store.counts(MODELS)
+        assert (counts.queued, counts.running) == (3, 1)
         assert 0 <= counts.oldest_s < 10
+        assert counts.foreign == {"of another server": 1, "removed": 1}
 
     asyncio.run(main())
 

@@ -1,0 +1,76 @@
+"""The gates of a model's stages: images of jobs enter only where they keep no request waiting for long.
+
+Requests of people enter at once, and Ray Serve queues them. Images of jobs wait at the gate, so that at most
+as many are inside as are worked on: whoever comes then waits for one of them to end, and not for a queue of
+them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+class Gate:
+    """The gate of one stage.
+
+    Args:
+        places: images that all replicas of the stage work on at the same time.
+        places_for_jobs: how many of them images of jobs may have.
+    """
+
+    def __init__(self, places: int, places_for_jobs: int) -> None:
+        self._places = places
+        self._places_for_jobs = places_for_jobs
+        self._people = 0
+        self._jobs = 0
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._numbers = count()
+
+    @asynccontextmanager
+    async def enter(self, turn: float | None) -> AsyncIterator[None]:
+        """Lets an image into the stage for the duration of the block.
+
+        Args:
+            turn: place of a job's image in the order of those that wait, the smallest first; None for an
+                image of a request, which does not wait.
+        """
+        if turn is None:
+            self._people += 1
+        else:
+            await self._wait(turn)
+        try:
+            yield
+        finally:
+            if turn is None:
+                self._people -= 1
+            else:
+                self._jobs -= 1
+            self._let_in()
+
+    async def _wait(self, turn: float) -> None:
+        """Returns when a job's image has a place."""
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (turn, next(self._numbers), place))
+        self._let_in()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():  # it had its place already
+                self._jobs -= 1
+                self._let_in()
+            raise
+
+    def _let_in(self) -> None:
+        """Gives the free places to the images of jobs that wait, in their order."""
+        while self._waiting and self._jobs < min(self._places_for_jobs, self._places - self._people):
+            _, _, place = heapq.heappop(self._waiting)
+            if not place.done():  # otherwise its job was stopped
+                self._jobs += 1
+                place.set_result(None)

@@ -1,0 +1,48 @@
+"""The home of a server: the folder of its database and files, unless the configuration names other places.
+
+Each application has its own, so that servers of two configurations do not share one by accident.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serve_app.config import AppConfig
+
+ROOT = Path.home() / ".local/share/glm-image-server"
+NAME = "{name}"
+"""Stands for the application's name in the two places of a configuration."""
+
+
+def at_home(config: AppConfig, application: str) -> AppConfig:
+    """Returns the configuration with the application's name in the places of its database and files.
+
+    Version 0.1.0 had one home for all. The first application that starts goes on with it, which includes the
+    way back to that version.
+    """
+    home = ROOT if _inherits(application) else ROOT / application
+
+    def place(url: str) -> str:
+        return url.replace(str(ROOT / NAME), str(home)).replace(NAME, application)
+
+    return config.model_copy(
+        update={
+            "storage": config.storage.model_copy(update={"url": place(config.storage.url)}),
+            "database": config.database.model_copy(update={"url": place(config.database.url)}),
+        }
+    )
+
+
+def _inherits(application: str) -> bool:
+    """Returns whether the home of version 0.1.0 is this application's."""
+    if not (ROOT / "jobs.db").exists():
+        return False
+    heir = ROOT / "application"
+    try:
+        with heir.open("x") as file:
+            file.write(application)
+    except FileExistsError:
+        return heir.read_text() == application
+    return True

@@ -1,0 +1,99 @@
+"""The identity of a model changes with its pixels, and with nothing else."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from deployments.config import ModelConfig
+from deployments.families.glm_image import tiny
+from deployments.families.glm_image.checkpoint import DEMO
+
+Make = Callable[..., ModelConfig]
+COMMIT = "0" * 39 + "1"
+
+
+def identity(model: ModelConfig, change: dict[str, Any]) -> str:
+    """Returns the identity of a model with other options."""
+    options = model.model_dump()
+    for name, value in change.items():
+        options[name] = options[name] | value if isinstance(value, dict) else value
+    return ModelConfig.model_validate(options).identity
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return shutil.copytree(tiny.cached(), tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "renamed"},
+        {"defaults": {"steps": 3, "width": 512, "height": 512}},
+        {"prior": {"max_batch_size": 2, "max_replicas": 3}},
+        {"decoder": {"max_replicas": 3, "acceleration": {"compile": False}}},
+        {"decoder": {"acceleration": {"attention": "native", "offload": "none"}}},
+    ],
+    ids=str,
+)
+def test_it_does_not_change_with_what_leaves_pixels_alone(model_config: Make, change: dict[str, Any]) -> None:
+    assert identity(model_config(), change) == model_config().identity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint": "demo"},
+        {"revision": COMMIT},
+        {"prior": {"dtype": "bfloat16"}},
+        {"prior": {"cpu_threads": 1}},
+        {"decoder": {"dtype": "bfloat16"}},
+        {"decoder": {"cpu_threads": 3}},
+        {"decoder": {"acceleration": {"step_cache": 0.1}}},
+        {"decoder": {"acceleration": {"compile": True}}},
+        {"decoder": {"acceleration": {"attention": "sage"}}},
+        {"decoder": {"acceleration": {"quantization": "fp8"}}},
+        {"decoder": {"acceleration": {"vae_tiling": True}}},
+    ],
+    ids=str,
+)
+def test_it_changes_with_every_option_that_changes_pixels(model_config: Make, change: dict[str, Any]) -> None:
+    assert identity(model_config(), change) != model_config().identity
+
+
+def test_a_folder_counts_by_its_content_and_not_by_its_path(model_config: Make, checkpoint: Path) -> None:
+    moved = shutil.copytree(checkpoint, checkpoint.with_name("moved"))
+    (moved / "README.md").write_text("notes")
+    assert model_config(checkpoint=str(moved)).identity == model_config(checkpoint=str(checkpoint)).identity
+    assert model_config(checkpoint=str(DEMO)).identity == model_config(checkpoint="demo").identity
+
+
+def test_trained_weights_and_other_settings_are_another_model(model_config: Make, checkpoint: Path) -> None:
+    before = model_config(checkpoint=str(checkpoint)).identity
+    file = next((checkpoint / "transformer").glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(weights)[-1]
+    weights[name] = weights[name] * 1.001
+    save_file(weights, file)
+    trained = model_config(checkpoint=str(checkpoint)).identity
+    settings = checkpoint / "scheduler/scheduler_config.json"
+    settings.write_text(
+        settings.read_text().replace('"num_train_timesteps": 1000', '"num_train_timesteps": 999')
+    )
+    assert len({before, trained, model_config(checkpoint=str(checkpoint)).identity}) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"])
+def test_a_broken_file_is_left_to_the_loader(model_config: Make, checkpoint: Path, content: bytes) -> None:
+    file = next((checkpoint / "transformer").glob("*.safetensors"))
+    file.write_bytes(content)
+    assert model_config(checkpoint=str(checkpoint)).identity
+
+
+def test_an_absent_folder_counts_by_its_name(model_config: Make) -> None:
+    one, other = (model_config(checkpoint=f"/models/{name}").identity for name in "ab")
+    assert one != other
