@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -14,6 +15,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fsspec.core import url_to_fs
@@ -68,7 +70,7 @@ class FileStore:
         return name
 
     async def save_as(self, name: str, data: bytes) -> None:
-        """Keeps `data` under a name of `new_name`. The file appears as a whole.
+        """Keeps `data` under a name of `new_name`. The file appears as a whole, and survives a loss of power.
 
         Raises:
             Full: there is no room.
@@ -95,8 +97,9 @@ class FileStore:
         unfinished = self._path(self.new_name("part"))
         try:
             self._check_room(len(data))
-            self._fs.pipe_file(unfinished, data)
-            self._fs.mv(unfinished, self._path(name))
+            _write_through(unfinished, data)
+            Path(unfinished).rename(self._path(name))
+            _flush(self._root)
         except OSError as error:
             with suppress(OSError):
                 self._fs.rm_file(unfinished)
@@ -208,6 +211,23 @@ def _modified(info: dict[str, Any]) -> float:
     """Returns the time of the last change, by `time.time`. Each file system of fsspec has its own key."""
     modified = next(info[key] for key in ("mtime", "LastModified", "created") if key in info)
     return modified.timestamp() if isinstance(modified, datetime) else float(modified)
+
+
+def _write_through(path: str, data: bytes) -> None:
+    """Writes a file; returns when the disk has it."""
+    with Path(path).open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: str) -> None:
+    """Returns when the disk has the names of a folder's files."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _full() -> Full:

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from serve_app.errors import Conflict, InvalidParameter, Refused, image_too_large
-from serve_app.generation import codec
+from serve_app.generation import containers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
@@ -60,7 +60,7 @@ class Uploads:
             data += chunk
             if len(data) > self._max_bytes:
                 raise image_too_large(self._max_bytes)
-        if not codec.is_image(data):
+        if not containers.is_image(data):
             raise InvalidParameter("sources", "must be PNG, JPEG or WebP", code="invalid_image")
         await self._files.save_as(name, bytes(data))
 
