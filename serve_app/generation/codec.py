@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-import re
 from contextlib import suppress
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from serve_app.errors import InvalidParameter
+from serve_app.generation import containers
+from serve_app.generation.colour import to_srgb
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from deployments.families import Family
     from deployments.types import Pixels
     from serve_app.generation.request import Encoding
@@ -24,83 +22,103 @@ if TYPE_CHECKING:
 Image.MAX_IMAGE_PIXELS = None
 
 MIN_SOURCE_SIDE = 16
-MAX_SOURCE_SIDE = 8192
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-JPEG_MARKER = re.compile(rb"\xff[\xc4\xdb\xdd\xe0-\xef\xfe]")
-"""Start of a table, of application data, or of a comment."""
-MAX_SCANS = 100
-"""Most scans of a JPEG, those of embedded pictures included. Progressive files have about ten."""
-MAX_PARTS = 20_000
-"""Most markers of a JPEG, or chunks of a PNG. Some encoders write chunks of 4 KiB, so 80 MB are allowed."""
+JPEG_SCALES = (1, 2, 4)
+"""Divisors by which a JPEG can be made smaller while it is decoded."""
+MAX_PROGRESSIVE = 2
+"""Most pixels of a progressive JPEG, as a multiple of `max_pixels`. All of it is in memory, at its size."""
+BROKEN = "is broken or incomplete"
 PNG_LEVEL = 4
 """Compression level of zlib. Files are as large as at the usual level 6 (98-104 % for three kinds of
 1024×1024 pictures), and encoding takes 86, 55 and 32 % of the time."""
+MAX_PADDED_SIDE = 8192
+"""Longest side of an image that is padded at its own size."""
 BACKGROUND = (255, 255, 255)
 """White: shows behind transparency, and beside a source that is too long for the model."""
 
 
-def decode_source(data: bytes, family: Family, max_pixels: int) -> Pixels:
+def decode_source(data: bytes, family: Family, max_pixels: int, max_side: int) -> Pixels:
     """Decodes a source image into pixels that both stages take as they are.
 
-    The image is turned upright by its EXIF orientation, flattened onto white, padded with white to the
-    family's widest aspect, and scaled to a legal size (see `legal_size`). A legal opaque image keeps its
-    pixels.
+    The image is turned upright by its EXIF orientation, converted to sRGB, flattened onto white, padded with
+    white to the family's widest aspect, and scaled to a legal size (see `legal_size`). A legal opaque image
+    in sRGB keeps its pixels. A JPEG of more than `max_pixels` is decoded at a fraction of its size.
 
     Raises:
         InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, of more than `max_pixels`, in more
-            parts than an image needs, or a side not in 16-8192 pixels.
+            parts than an image needs, or a side not from 16 to `max_side` pixels.
     """
-    if _is_laborious(data):
-        raise _bad_source("has more parts than an image needs; save it anew")
     try:
-        # The first bytes decide, not the declared type; no other of Pillow's decoders is reachable.
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-    except Exception as error:  # Pillow's errors for broken files are of many kinds
-        raise _bad_source("is not a PNG, JPEG or WebP image") from error
-    if not all(MIN_SOURCE_SIDE <= side <= MAX_SOURCE_SIDE for side in image.size):
+        data = containers.picture(data)
+    except containers.TooManyPartsError:
+        raise _bad_source("has more parts than an image needs; save it anew") from None
+    except ValueError as error:
+        raise _bad_source(BROKEN) from error
+    image = _opened(data)
+    if not all(MIN_SOURCE_SIDE <= side <= max_side for side in image.size):
         raise _bad_source(
-            f"is {image.width}x{image.height}; each side must be {MIN_SOURCE_SIDE}-{MAX_SOURCE_SIDE} pixels"
+            f"is {image.width}x{image.height}; each side must be {MIN_SOURCE_SIDE}-{max_side} pixels"
         )
-    if image.width * image.height > max_pixels:
-        raise _bad_source(
-            f"is {image.width}x{image.height}; at most {max_pixels} pixels are allowed: send a smaller one"
-        )
+    fraction = _fraction(image, max_pixels)
     # MPO, a camera's JPEG with a second picture in it, counts as animated; its first frame is meant.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise _bad_source("is animated; send a single frame")
     try:
-        image.load()
-        return np.asarray(_fit(_flatten(_upright(image)), family))
+        if not containers.has_end(data):
+            image = _without_end(data, fraction)
+        else:
+            image.draft(None, fraction)
+            image.load()
+        upright = _upright(image)
+        return np.asarray(_fit(_flatten(to_srgb(_shallow(upright), image)), family))
     except Exception as error:
-        raise _bad_source("is broken or incomplete") from error
+        raise _bad_source(BROKEN) from error
 
 
-def is_image(data: bytes | bytearray) -> bool:
-    """Returns whether the first bytes are those of a PNG, JPEG or WebP image."""
-    return data.startswith((PNG_SIGNATURE, b"\xff\xd8\xff")) or (
-        data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+def _opened(data: bytes) -> Image.Image:
+    """Returns an image of which only the header was read."""
+    try:
+        # The first bytes decide, not the declared type; no other of Pillow's decoders is reachable.
+        return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    except Exception as error:  # Pillow's errors for broken files are of many kinds
+        raise _bad_source(
+            "cannot be read" if containers.is_image(data) else "is not a PNG, JPEG or WebP image"
+        ) from error
+
+
+def _fraction(image: Image.Image, max_pixels: int) -> tuple[int, int]:
+    """Returns the size at which to decode an image, in pixels. Only a JPEG can be decoded at a fraction.
+
+    Raises:
+        InvalidParameter: it is too large all the same.
+    """
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if "progressive" in image.info:
+        is_jpeg = image.width * image.height <= MAX_PROGRESSIVE * max_pixels
+    for scale in JPEG_SCALES if is_jpeg else (1,):
+        width, height = (-(-side // scale) for side in image.size)
+        if width * height <= max_pixels:
+            return width, height
+    raise _bad_source(
+        f"is {image.width}x{image.height}; at most {max_pixels} pixels are allowed: send a smaller one"
     )
 
 
-def _is_laborious(data: bytes) -> bool:
-    """Returns whether a file would keep a decoder busy: each scan of a JPEG covers the whole image."""
-    if data.startswith(b"\xff\xd8"):
-        return data.count(b"\xff\xda") > MAX_SCANS or _has_more(JPEG_MARKER.finditer(data))
-    if data.startswith(PNG_SIGNATURE):
-        return _has_more(_png_chunks(data))
-    return False
+def _without_end(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """Returns a JPEG that lacks its end marker, decoded, if it has all its pixels.
 
+    Pixels that are missing depend on what follows the data.
 
-def _has_more(parts: Iterator[object]) -> bool:
-    return next(islice(parts, MAX_PARTS, None), None) is not None
-
-
-def _png_chunks(data: bytes) -> Iterator[int]:
-    """Yields the offset of each chunk."""
-    at = len(PNG_SIGNATURE)
-    while at < len(data):
-        yield at
-        at += 12 + int.from_bytes(data[at : at + 4])
+    Raises:
+        ValueError: pixels are missing.
+    """
+    data = data.rstrip(b"\xff")  # half of the marker
+    first, second = (_opened(data + following + containers.JPEG_END) for following in (b"", b"\xaa" * 4096))
+    for image in (first, second):
+        image.draft(None, size)
+        image.load()
+    if ImageChops.difference(first, second).getbbox(alpha_only=False):
+        raise ValueError("pixels are missing")
+    return first
 
 
 def legal_size(width: int, height: int, family: Family) -> tuple[int, int]:
@@ -145,13 +163,18 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
+def _shallow(image: Image.Image) -> Image.Image:
+    """Returns the image with 8 bits a channel. Pillow's own conversion of 16 bits would clip them."""
+    if not image.mode.startswith("I;16"):
+        return image.convert("RGBA") if "transparency" in image.info else image
+    deep = np.asarray(image)
+    shallow = Image.fromarray((deep >> 8).astype(np.uint8))
+    if isinstance(transparent := image.info.get("transparency"), int):
+        shallow.putalpha(Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8)))
+    return shallow
+
+
 def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips instead of scaling
-        deep = np.asarray(image)
-        shallow = (deep >> 8).astype(np.uint8)
-        if isinstance(transparent := image.info.get("transparency"), int):
-            shallow[deep == transparent] = BACKGROUND[0]
-        return Image.fromarray(shallow).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, BACKGROUND)
@@ -161,6 +184,8 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _fit(image: Image.Image, family: Family) -> Image.Image:
+    if max(image.size) > MAX_PADDED_SIDE:  # first, since padding makes a long image large
+        image = ImageOps.contain(image, (MAX_PADDED_SIDE, MAX_PADDED_SIDE), Image.Resampling.LANCZOS)
     least = -(-max(image.size) // family.max_aspect)  # rounded up
     padded = (max(image.width, least), max(image.height, least))
     if padded != image.size:

@@ -8,6 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
 
 from serve_app.errors import InvalidParameter, image_too_large
 from serve_app.generation import codec
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from serve_app.generation.request import Source
     from serve_app.outbound import Outbound
 
-DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
-"""https://www.rfc-editor.org/rfc/rfc2397. The media type is ignored: the file itself shows its format."""
+DATA_URL = re.compile(r"data:[^,]{0,100}?(; *base64)?,", re.IGNORECASE)
+"""https://fetch.spec.whatwg.org/#data-urls. The media type is ignored: the file itself shows its format."""
+FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 OUR_FILE = re.compile(r"https?://[^/?#]+(?:/[^?#]*)?/files/([^/?#]+)", re.IGNORECASE)
 
 
@@ -40,6 +42,7 @@ class SourceReader:
         self._files = files
         self._max_bytes = limits.max_image_bytes
         self._max_pixels = limits.max_source_pixels
+        self._max_side = limits.max_source_side
         # One image at a time, since a hostile one takes hundreds of megabytes, and in a thread of its own.
         self._decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
@@ -51,9 +54,7 @@ class SourceReader:
             TooLarge: it has too many bytes.
         """
         if match := DATA_URL.match(url):
-            if (len(url) - match.end()) * 3 / 4 > self._max_bytes + 2:  # up to two bytes of padding
-                raise image_too_large(self._max_bytes)
-            return await asyncio.to_thread(_decoded, url, match.end())
+            return await asyncio.to_thread(self._decoded, url[match.end() :], is_base64=bool(match[1]))
         # The host may have another name for the client. Knowing a file's name is permission to read it.
         if (match := OUR_FILE.fullmatch(url)) and (file := await self._files.read_all(match[1])) is not None:
             if len(file) > self._max_bytes:
@@ -63,6 +64,25 @@ class SourceReader:
             return await self._outbound.fetch(url, max_bytes=self._max_bytes)
         except OutboundError as error:
             raise InvalidParameter("sources", error.problem, code="invalid_image_url") from error
+
+    def _decoded(self, text: str, *, is_base64: bool) -> bytes:
+        """Returns the file in a data URL.
+
+        Clients write base64 in lines, percent-encoded, without padding, or in the alphabet for URLs.
+        """
+        data = unquote_to_bytes(text)
+        if is_base64:
+            data = data.translate(FROM_URL_SAFE, delete=b"\t\n\f\r ").rstrip(b"=")
+            if len(data) * 3 // 4 > self._max_bytes:
+                raise image_too_large(self._max_bytes)
+            try:
+                data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+            except ValueError as error:
+                problem = "has a data URL that is not base64"
+                raise InvalidParameter("sources", problem, code="invalid_image_url") from error
+        if len(data) > self._max_bytes:
+            raise image_too_large(self._max_bytes)
+        return data
 
     async def decode(self, sources: Sequence[Source], family: Family) -> tuple[Pixels, ...]:
         """Returns source images as pixels that both stages take.
@@ -78,13 +98,7 @@ class SourceReader:
         """
         files = [await self.read(source) if isinstance(source, str) else source for source in sources]
         loop = asyncio.get_running_loop()
-        decode = partial(codec.decode_source, family=family, max_pixels=self._max_pixels)
+        decode = partial(
+            codec.decode_source, family=family, max_pixels=self._max_pixels, max_side=self._max_side
+        )
         return tuple([await loop.run_in_executor(self._decoding, decode, file) for file in files])
-
-
-def _decoded(url: str, start: int) -> bytes:
-    try:
-        return base64.b64decode(url[start:], validate=True)
-    except ValueError as error:
-        problem = "has a data URL that is not base64"
-        raise InvalidParameter("sources", problem, code="invalid_image_url") from error

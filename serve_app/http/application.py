@@ -23,7 +23,7 @@ from serve_app.dialects.base import Dialect, dialect_of
 from serve_app.errors import Invalid, RequestError, Unavailable, server_error
 from serve_app.http.auth import Authentication, Keys
 from serve_app.http.errors import ProtocolError, status_of
-from serve_app.http.middleware import BodyLimit, HangUpGuard, HeadAsGet
+from serve_app.http.middleware import BodyLimit, HeadAsGet, HeaderGuard
 from serve_app.http.openapi import describe
 from serve_app.jobs.webhooks import Webhooks
 from serve_app.observability import gauges, telemetry
@@ -70,7 +70,7 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
     limits, auth = services.config.limits, services.config.auth
     # The last one runs first: a request without a key is rejected before its body is read.
     app.add_middleware(HeadAsGet)
-    app.add_middleware(HangUpGuard, respond=respond)
+    app.add_middleware(HeaderGuard, respond=respond)
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Authentication, keys=Keys(auth), open_to_all=auth.open, respond=respond)
     for dialect in dialects:

@@ -90,6 +90,16 @@ def too_large(limit: int) -> TooLarge:
     return TooLarge(f"The request body is larger than the {limit} bytes allowed.")
 
 
+def compressed() -> ProtocolError:
+    """Returns the error for a compressed body: https://www.rfc-editor.org/rfc/rfc9110#section-12.5.3."""
+    return ProtocolError(
+        "Send the body uncompressed, without Content-Encoding.",
+        param="Content-Encoding",
+        status=415,
+        headers={"Accept-Encoding": "identity"},
+    )
+
+
 def too_slow(limit_s: float) -> ProtocolError:
     """Returns the error for a body that takes longer than `limit_s` seconds to arrive."""
     return ProtocolError(

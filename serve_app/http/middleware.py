@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from serve_app.errors import Invalid, RequestError
-from serve_app.http.errors import too_large, too_many_bytes, too_slow
+from serve_app.http.errors import compressed, too_large, too_many_bytes, too_slow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,14 +32,15 @@ class HeadAsGet:
         await self._app(scope, receive, send)
 
 
-class HangUpGuard:
-    """Rejects the header by which a client can keep Ray Serve's proxy from noticing its disconnection.
+class HeaderGuard:
+    """Rejects headers that ask for what would go wrong.
 
-    The work of such a request would go on without a client. (`parse_disconnect_disabled_header` in Ray's
-    serve/_private/http_util.py.)
+    One keeps Ray Serve's proxy from noticing that the client has hung up, so that its work would go on
+    (`parse_disconnect_disabled_header` in Ray's serve/_private/http_util.py). The other announces a
+    compressed body.
     """
 
-    HEADER = (b"x-request-disconnect-disabled", b"?1")
+    DISCONNECT_DISABLED = (b"x-request-disconnect-disabled", b"?1")
 
     def __init__(self, app: ASGIApp, respond: Callable[[Scope, RequestError], ASGIApp]) -> None:
         self._app = app
@@ -47,10 +48,13 @@ class HangUpGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or rejects it."""
-        app = self._app
-        if self.HEADER in scope.get("headers", ()):
-            name = self.HEADER[0].decode()
+        app, headers = self._app, scope.get("headers", ())
+        if self.DISCONNECT_DISABLED in headers:
+            name = self.DISCONNECT_DISABLED[0].decode()
             app = self._respond(scope, Invalid(f"The header {name} is not allowed; remove it.", param=name))
+        encoding = dict(headers).get(b"content-encoding", b"identity").strip().lower()
+        if encoding not in (b"", b"identity"):
+            app = self._respond(scope, compressed())
         await app(scope, receive, send)
 
 

@@ -106,7 +106,9 @@ async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> 
     texts: dict[str, str] = {}
     files: list[bytes] = []
     try:
-        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+        # The texts are bounded by the body's limit, and then by the limits of their parameters.
+        most = limits.max_body_bytes
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=most) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     if name not in ("image", "image[]"):

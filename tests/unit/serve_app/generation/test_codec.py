@@ -20,7 +20,7 @@ from serve_app.generation.codec import encode, legal_size
 from serve_app.generation.request import Encoding
 
 GLM_IMAGE = FAMILIES["glm_image"]
-decode_source = partial(codec.decode_source, max_pixels=2**25)
+decode_source = partial(codec.decode_source, max_pixels=2**25, max_side=32_768)
 WHITE = [255, 255, 255]
 sides = st.integers(min_value=16, max_value=8192)
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -33,14 +34,47 @@ def test_a_data_url_is_read_whatever_its_media_type(small: SourceReader, media_t
     assert asyncio.run(small.read(data_url(DATA).replace("data:", "DATA:"))) == DATA
 
 
+def in_lines(text: str, width: int, end: str) -> str:
+    return end.join(text[at : at + width] for at in range(0, len(text), width))
+
+
+BASE64 = base64.b64encode(DATA).decode()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        in_lines(BASE64, 76, "\r\n"),
+        in_lines(BASE64, 64, "\n"),
+        f" \t{BASE64}\f\n",
+        BASE64.rstrip("="),
+        base64.urlsafe_b64encode(DATA).decode(),
+        base64.urlsafe_b64encode(DATA).decode().rstrip("="),
+        quote(BASE64, safe=""),
+        quote(in_lines(BASE64, 76, "\r\n"), safe=""),
+    ],
+    ids=["MIME", "PEM", "spaces", "no padding", "URL-safe", "URL-safe without padding", "percent", "both"],
+)
+def test_base64_may_be_written_in_all_usual_ways(small: SourceReader, written: str) -> None:
+    for start in ("data:image/png;base64,", "data:image/png; BASE64,", "data:;base64,"):
+        assert asyncio.run(small.read(start + written)) == DATA
+
+
+def test_a_data_url_may_be_percent_encoded_alone(small: SourceReader) -> None:
+    assert asyncio.run(small.read(f"data:image/png,{quote(DATA, safe='')}")) == DATA
+    with pytest.raises(TooLarge, match="1024 bytes"):
+        asyncio.run(small.read(f"data:image/png,{quote(DATA + b'1', safe='')}"))
+
+
 def test_a_data_url_above_the_limit_is_too_large(small: SourceReader) -> None:
     with pytest.raises(TooLarge, match="1024 bytes"):
         asyncio.run(small.read(data_url(DATA + b"four")))
 
 
 def test_a_data_url_that_is_not_base64_is_rejected(small: SourceReader) -> None:
-    with pytest.raises(InvalidParameter, match="not base64") as caught:
-        asyncio.run(small.read("data:image/png;base64,?"))
+    for wrong in ("?", "A", "AAAAA", "AA=A", "AA%00A", "ÄAAA"):
+        with pytest.raises(InvalidParameter, match="not base64") as caught:
+            asyncio.run(small.read(f"data:image/png;base64,{wrong}"))
     assert (caught.value.param, caught.value.code) == ("sources", "invalid_image_url")
 
 

@@ -104,17 +104,12 @@ def test_a_redirect_to_nowhere_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["image/png", "IMAGE/JPEG; a=b", "application/octet-stream", "binary/octet-stream", "", None]
+    "kind",
+    ["image/png", "binary/octet-stream", "application/force-download", "text/plain; a=b", "é", "", None],
 )
-def test_images_and_files_of_unknown_type_are_accepted(kind: str | None) -> None:
+def test_the_media_type_does_not_matter(kind: str | None) -> None:
+    """Many hosts do not know it. The decoder looks at the file."""
     assert fetch(Server({"/": answer(DATA, Content_Type=kind)})) == DATA
-
-
-@pytest.mark.parametrize(
-    "kind", ["text/html", "application/json", "imagex/png", "text/plain; image/png", "é"]
-)
-def test_other_types_are_rejected(kind: str) -> None:
-    assert problem_of(Server({"/": answer(DATA, Content_Type=kind)})) == "is not an image by its Content-Type"
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])
