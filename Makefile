@@ -23,7 +23,8 @@ test: .venv/dev.stamp $(NODE_MODULES) ## Run the tests
 	$(BIN)/pytest -m "not slow and not soak" tests/serve
 
 slow: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that take long: faults, load, the playground, the demo, helpers
-	$(BIN)/pytest -m "slow and not soak"
+	$(BIN)/pytest -m "slow and not soak" -n 2 --dist loadfile tests/unit tests/http
+	$(BIN)/pytest -m "slow and not soak" --ignore tests/unit --ignore tests/http
 
 soak: .venv/dev.stamp $(NODE_MODULES) ## Run the tests that repeat the same many times, and those of a whole cluster
 	$(BIN)/pytest -m soak

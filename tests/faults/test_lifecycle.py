@@ -22,6 +22,7 @@ from tests.polling import until
 from tests.serve.conftest import Upstream, config_file, served, tiny_model
 
 pytestmark = pytest.mark.slow
+ROUNDS = 10
 LONG: dict[str, Any] = {"num_inference_steps": 100}
 UNLOADED = {"prior": {"state": "unloaded"}, "decoder": {"state": "unloaded"}}
 IDLE_S = 2
@@ -243,7 +244,7 @@ def test_repeated_unloading_leaks_no_process_and_no_memory(
     durations: list[float] = []
     processes: list[int] = []
     memory: list[float] = []
-    for seed in range(20):
+    for seed in range(ROUNDS):
         expected = reference("a boat", 512, 512, seed=seed, steps=2)
         assert np.array_equal(client.pixels(client.ask(seed=seed)), expected)
         began = time.monotonic()
@@ -258,8 +259,10 @@ def test_repeated_unloading_leaks_no_process_and_no_memory(
             f"\nunload: median {statistics.median(durations):.2f} s, slowest {max(durations):.2f} s; "
             f"processes {processes}; MiB {[round(each) for each in memory]}"
         )
-    assert statistics.median(processes[10:]) <= statistics.median(processes[:10])
-    assert statistics.median(memory[15:]) - statistics.median(memory[5:10]) < 50
+    half = ROUNDS // 2
+    assert statistics.median(processes[half:]) <= statistics.median(processes[:half])
+    # The first rounds import modules.
+    assert statistics.median(memory[-3:]) - statistics.median(memory[half - 2 : half + 1]) < 50
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
