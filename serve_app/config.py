@@ -128,6 +128,11 @@ class AuthConfig(Config):
         "only.",
     )
     api_keys: tuple[APIKey, ...] = Field(default=(), description="The valid keys.")
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="More names by which requests without a key may call the server. Addresses, `localhost`, "
+        "this machine's name and that of `public_url` are always allowed.",
+    )
 
     @model_validator(mode="after")
     def _closed_or_meant(self) -> Self:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.cluster.status import HELPER, ModelStatuses, StageStatus
 from serve_app.dialects.openai.schemas import errors
-from serve_app.errors import NotFound, Refused, stopping
+from serve_app.errors import NotFound, stopping
 from serve_app.http.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -172,11 +172,8 @@ def _add_unload(routes: APIRouter, services: Services) -> None:
         response_model_exclude_none=True,
         responses=errors(400, 403, 404, 409, 503),
     )
-    async def unload(query: Annotated[UnloadQuery, Query()], request: Request) -> Unloaded:
+    async def unload(query: Annotated[UnloadQuery, Query()]) -> Unloaded:
         """Frees the GPUs now. The next request loads again. A second call does nothing."""
-        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            # A page of another site could have a browser call this as the address of an image.
-            raise Refused("Pages of other sites may not unload models.", code="cross_site")
         names = [services.generator.model(query.model).name] if query.model else lifecycle.names
         wait_s = services.config.limits.deadline_s if query.wait else 0
         await lifecycle.unload(names, wait_s=wait_s, force=query.force)

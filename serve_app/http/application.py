@@ -25,6 +25,7 @@ from serve_app.http.auth import Authentication, Keys
 from serve_app.http.errors import ProtocolError, status_of
 from serve_app.http.middleware import BodyLimit, HeadAsGet, HeaderGuard
 from serve_app.http.openapi import describe
+from serve_app.http.sites import SiteGuard, hosts_of
 from serve_app.jobs.webhooks import Webhooks
 from serve_app.observability import gauges, telemetry
 
@@ -72,6 +73,7 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
     app.add_middleware(HeadAsGet)
     app.add_middleware(HeaderGuard, respond=respond)
     app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(SiteGuard, hosts=hosts_of(services.config), respond=respond)
     app.add_middleware(Authentication, keys=Keys(auth), open_to_all=auth.open, respond=respond)
     for dialect in dialects:
         if dialect.middleware:

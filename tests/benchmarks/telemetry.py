@@ -110,7 +110,9 @@ class Bench:
         lifecycle: Any = None  # not used by these requests
         app = create_app(Services.of(config, generator, lifecycle, files, database, outbound))
         times: list[list[float]] = []
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost"
+        ) as client:
             for _ in range(rounds + 10):
                 times.append([])
                 for kind in (mute, counting, nullcontext):

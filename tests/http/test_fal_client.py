@@ -6,10 +6,12 @@ import importlib
 import io
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http.client import HTTPSConnection
 from typing import Any
 
 import httpx
@@ -54,6 +56,25 @@ def busy(fal: Any) -> Iterator[None]:
     for handle in handles:
         handle.cancel()
     until(lambda: all(isinstance(handle.status(), fal.Completed) for handle in handles))
+
+
+@pytest.fixture
+def crowd(vendors: Endpoint, http: httpx.Client) -> Iterator[None]:
+    """Fills the prior stage with images that somebody waits for. At the end their clients hang up."""
+
+    def units() -> int:
+        return len(http.get("/v1/internal/status").json()["units"])
+
+    url, trust = httpx.URL(vendors.url), ssl.create_default_context(cafile=vendors.certificate)
+    connections = [HTTPSConnection(url.host, url.port, context=trust) for _ in range(3)]
+    headers = {"Content-Type": "application/json", "Authorization": f"Key {vendors.key}"}
+    for connection in connections:
+        connection.request("POST", f"/{APP}", json.dumps(LONG), headers)
+    until(lambda: units() == 12)
+    yield
+    for connection in connections:
+        connection.close()
+    until(lambda: units() == 0)
 
 
 def test_run_returns_images(fal: Any, http: httpx.Client) -> None:
@@ -145,7 +166,7 @@ def test_a_client_timeout_cancels_the_request(fal: Any) -> None:
     assert fal.status(APP, ids[0]).error_type == "client_cancelled"
 
 
-def test_a_start_timeout_fails_without_a_retry(fal: Any, busy: None, sent: list[str]) -> None:
+def test_a_start_timeout_fails_without_a_retry(fal: Any, crowd: None, sent: list[str]) -> None:
     with pytest.raises(fal.FalClientHTTPError, match=r"did not start within 1\.5 s") as caught:
         fal.run(APP, arguments=SMALL, start_timeout=1.5)
     assert (caught.value.status_code, caught.value.error_type) == (504, "request_timeout")

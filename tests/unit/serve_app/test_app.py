@@ -93,7 +93,7 @@ async def ask(config: AppConfig, prior: Method, decoder: Method, *sources: bytes
         "m": {"prior": SimpleNamespace(generate=prior), "decoder": SimpleNamespace(decode=decoder)}
     }
     transport = httpx.ASGITransport(Ingress(config, stages).__serve_build_asgi_app__())
-    async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         body = {"prompt": "a boat", "response_format": "b64_json"}
         if sources:
             return await client.post(

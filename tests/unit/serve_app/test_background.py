@@ -5,6 +5,7 @@ import logging
 import selectors
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -321,15 +322,20 @@ def test_the_gauges_are_set_again_after_an_error(
 
     class Counts:
         queued, running, oldest_s = 3, 1, 2.5
+        foreign = MappingProxyType({"glm_image-0": 2})
 
     class Store:
-        async def counts(self) -> Counts:
+        async def counts(self, models: dict[str, str]) -> Counts:
+            assert models == {}
             if outcomes:
                 raise outcomes.pop(0)
             return Counts()
 
     class Generator:
         pending = 4
+
+        def models(self) -> list[Any]:
+            return []
 
     class Files:
         kept_bytes = None

@@ -14,7 +14,6 @@ from typing import Any
 import boto3
 import httpx
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 
@@ -183,15 +182,23 @@ def test_a_file_that_was_deleted_has_no_bytes(make: Make) -> None:
 
 def test_a_file_appears_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    move = LocalFileSystem.mv
+    flushed: list[bytes | None] = []
+    rename, flush = Path.rename, os.fsync
 
-    def observed(*paths: Any) -> None:
+    def renamed(*paths: Any) -> Path:
         seen.append(sorted(path.suffix for path in tmp_path.iterdir()))
-        move(*paths)
+        return rename(*paths)
 
-    monkeypatch.setattr(LocalFileSystem, "mv", observed)
+    def observed(number: int) -> None:
+        opened = Path(f"/proc/self/fd/{number}").resolve()
+        flushed.append(opened.read_bytes() if opened.is_file() else None)
+        flush(number)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "fsync", observed)
     name = asyncio.run(store(str(tmp_path)).save(DATA, "png"))
     assert seen == [[".part"]]
+    assert flushed == [DATA, None], "the file before it has its name, then the folder"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -214,11 +221,10 @@ def test_a_full_disk_leaves_no_part_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
 
-    def fill(_: LocalFileSystem, path: str, data: bytes) -> None:
-        Path(path).write_bytes(data[:10])
+    def fill(_: int) -> None:
         raise OSError(number, "full")
 
-    monkeypatch.setattr(LocalFileSystem, "pipe_file", fill)
+    monkeypatch.setattr(os, "fsync", fill)
     is_full(store(str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
 
@@ -227,8 +233,8 @@ def test_an_object_store_serves_files_itself_if_configured(s3: dict[str, Any]) -
     async def url(*, presigned: bool) -> str | None:
         files = store("s3://files/signed", options=s3, presigned=presigned)
         name = await files.save(DATA, "png")
-        url = await files.url("http://here", name)
-        assert (await files.signed_url(name) is None) == (url == f"http://here/files/{name}")
+        url = await files.url("http://localhost", name)
+        assert (await files.signed_url(name) is None) == (url == f"http://localhost/files/{name}")
         return await files.signed_url(name)
 
     assert asyncio.run(url(presigned=False)) is None

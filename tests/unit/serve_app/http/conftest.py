@@ -70,7 +70,7 @@ def make_services(
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here:80")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:80")
 
 
 @pytest.fixture

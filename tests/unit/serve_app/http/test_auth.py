@@ -163,7 +163,7 @@ def test_a_request_without_a_key_reaches_only_the_open_paths(
     async def main() -> httpx.Response:
         guarded = Authentication(app, keys, open_to_all=open_to_all, respond=rejecting)
         transport = httpx.ASGITransport(guarded)
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.get(path, headers=headers)
 
     answered = asyncio.run(main())

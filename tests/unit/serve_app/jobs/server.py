@@ -206,7 +206,7 @@ class Server:
         submission = Submission(
             request=GenerationRequest(**defaults | fields),
             api=OWNER.api,
-            base_url="http://here",
+            base_url="http://localhost",
             idempotency_key=idempotency_key,
         )
         return await self.submitter.submit(submission)

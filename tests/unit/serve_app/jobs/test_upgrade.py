@@ -82,7 +82,7 @@ def app(tmp_path: Path, stages: Stages) -> FastAPI:
     config = AppConfig.model_validate(
         {
             "models": [model | {"defaults": {"width": 512, "height": 512, "steps": 3}}],
-            "auth": {"open": True},
+            "auth": {"open": True, "allowed_hosts": ["here"]},
             "storage": {"url": str(tmp_path / "v1/files"), "min_free_bytes": 0, "ttl_s": 20 * 365 * 86_400},
             "database": {"url": f"sqlite:///{tmp_path}/v1/v1.db"},
             "outbound": {"allow": ["127.0.0.1:9"]},

@@ -71,7 +71,7 @@ class Server:
 
     async def cancelled_job(self, url: str) -> Job:
         """Returns a job that has ended."""
-        answer = {"base_url": "http://here", "quality": None, "response_format": None}
+        answer = {"base_url": "http://localhost", "quality": None, "response_format": None}
         job = await submitted(self.store, owner=OWNER, answer=answer, webhook_url=url)
         cancelled, _ = await self.store.cancel(OWNER, job.id)
         return cancelled
