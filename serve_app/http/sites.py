@@ -30,7 +30,7 @@ CHANGING_PATH = "/v1/internal/unload"
 def hosts_of(config: AppConfig) -> frozenset[str]:
     """Returns the names by which clients may call an open server, in lower case."""
     public = config.public_url.host if config.public_url else None
-    own = ("localhost", socket.gethostname(), socket.getfqdn(), public, *config.auth.allowed_hosts)
+    own = ("localhost", socket.gethostname(), public, *config.auth.allowed_hosts)
     return frozenset(name.lower() for name in own if name)
 
 

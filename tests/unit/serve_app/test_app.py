@@ -1,6 +1,7 @@
 """The wiring, over stand-ins for Ray Serve's handles: errors and disconnections at the stages."""
 
 import asyncio
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.types import PriorTokens
 from serve_app import app as app_module
-from serve_app.app import Ingress
+from serve_app.app import Ingress, is_news
 from serve_app.config import AppConfig
 from tests.pictures import picture
 
@@ -177,3 +178,13 @@ def test_a_client_that_disconnects_cancels_the_call_of_the_stage(config: AppConf
         assert stuck.cancelled
 
     asyncio.run(main())
+
+
+def test_only_warnings_that_say_something_new_are_logged() -> None:
+    def line(message: str) -> logging.LogRecord:
+        return logging.LogRecord("ray.serve", logging.WARNING, "", 1, message, None, None)
+
+    assert not is_news(
+        line("Failed to route request after 350 attempts over 9.81s. Retrying. Request ID: a.")
+    )
+    assert is_news(line("m's prior stage lost the replica that had the image; retrying the image"))

@@ -16,11 +16,14 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from PIL import Image
+from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from deployments.types import ImageRequest
 from serve_app.background import Periodic
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
+from serve_app.jobs.tables import Job
 from tests.unit.serve_app.http.conftest import Call, MakeServices, client_of
 
 Make = Callable[..., FastAPI]
@@ -262,3 +265,28 @@ def test_a_fault_is_an_error_without_details_and_is_raised_for_the_log(
     assert answer.json()["error"]["code"] == "server_error"
     with pytest.raises(RuntimeError, match="a secret"):
         asyncio.run(get(raises=True))
+
+
+def test_a_job_for_another_model_says_what_it_waits_for(make_services: MakeServices, call: Call) -> None:
+    services = make_services()
+    app = create_app(services)
+    job_id = call(app, "POST", "/v1/images/jobs", json={"prompt": "a boat", "size": "512x512"}).json()["id"]
+    mine = call(app, "GET", f"/v1/images/jobs/{job_id}").json()
+    assert (mine["status"], "waiting_for" in mine, mine["log"]) == ("queued", False, [])
+
+    def meant_for_another(session: Session) -> None:
+        session.execute(update(Job).values(identity="glm_image-0123456789abcdef"))
+
+    async def main() -> None:
+        await services.database.write(meant_for_another)
+        await services.gauges.update()
+
+    asyncio.run(main())
+    shown = call(app, "GET", f"/v1/images/jobs/{job_id}").json()
+    (model,) = call(app, "GET", "/v1/models").json()["data"]
+    for identity in ("glm_image-0123456789abcdef", model["identity"]):
+        assert identity in shown["waiting_for"]
+    assert [line["message"] for line in shown["log"]] == [shown["waiting_for"]]
+    (listed,) = call(app, "GET", "/v1/images/jobs").json()["data"]
+    assert listed["waiting_for"] == shown["waiting_for"]
+    assert services.gauges.jobs_foreign == {"glm_image-0123456789abcdef": 1}
