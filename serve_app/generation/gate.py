@@ -33,6 +33,11 @@ class Gate:
         self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
         self._numbers = count()
 
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether requests leave a place for images of jobs."""
+        return self._places > self._people
+
     @asynccontextmanager
     async def enter(self, turn: float | None) -> AsyncIterator[None]:
         """Lets an image into the stage for the duration of the block.

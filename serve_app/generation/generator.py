@@ -131,6 +131,10 @@ class Generator:
         """The requests that run."""
         return self._running
 
+    def takes_jobs(self, model: str) -> bool:
+        """Returns whether the requests to a model leave a place for jobs."""
+        return self._models[model].gates["prior"].takes_jobs
+
     async def drain(self) -> None:
         """Rejects new requests; returns when the running ones have ended."""
         self.draining = True

@@ -199,8 +199,11 @@ class JobRunner:
         """Returns the keys whose next jobs for a model must wait; None if all must.
 
         A model has room for as many images as keep it busy: a batch for each prior, and one for each decoder.
-        Beyond, it takes jobs of keys that have none here, which large jobs of others would hold up.
+        Beyond, it takes jobs of keys that have none here, which large jobs of others would hold up. While
+        requests fill it, it takes none, so that the jobs' limits of time to begin hold.
         """
+        if not self._generator.takes_jobs(model.name):
+            return None
         room = model.prior.max_batch_size * model.prior.max_replicas + model.decoder.max_replicas
         active = [one for one in self._active.values() if one.job.model == model.name]
         if sum(one.unfinished for one in active) < room:

@@ -60,7 +60,7 @@ def busy(fal: Any) -> Iterator[None]:
 
 @pytest.fixture
 def crowd(vendors: Endpoint, http: httpx.Client) -> Iterator[None]:
-    """Fills the prior stage with images that somebody waits for. At the end their clients hang up."""
+    """Fills the prior stage with images that somebody waits for."""
 
     def units() -> int:
         return len(http.get("/v1/internal/status").json()["units"])
@@ -72,9 +72,9 @@ def crowd(vendors: Endpoint, http: httpx.Client) -> Iterator[None]:
         connection.request("POST", f"/{APP}", json.dumps(LONG), headers)
     until(lambda: units() == 12)
     yield
+    http.post("/v1/internal/unload?force=true").raise_for_status()
     for connection in connections:
         connection.close()
-    until(lambda: units() == 0)
 
 
 def test_run_returns_images(fal: Any, http: httpx.Client) -> None:

@@ -23,7 +23,7 @@ class Visitors:
     async def come(self, name: str, turn: float | None = None) -> None:
         self.leaving[name] = asyncio.Event()
         self.visits[name] = asyncio.create_task(self._visit(name, turn))
-        await self._settle()
+        await self.settle()
 
     async def _visit(self, name: str, turn: float | None) -> None:
         async with self._gate.enter(turn):
@@ -36,15 +36,15 @@ class Visitors:
     async def leave(self, name: str) -> None:
         self.leaving[name].set()
         await self.visits[name]
-        await self._settle()
+        await self.settle()
 
     async def stop(self, name: str) -> None:
         self.visits[name].cancel()
         await asyncio.wait([self.visits[name]])
-        await self._settle()
+        await self.settle()
 
     @staticmethod
-    async def _settle() -> None:
+    async def settle() -> None:
         for _ in range(5):
             await asyncio.sleep(0)
 
@@ -65,11 +65,14 @@ def test_as_many_images_of_jobs_enter_as_are_worked_on_in_the_order_of_their_tur
 
 def test_a_request_enters_at_once_and_images_of_jobs_wait_for_it() -> None:
     async def main() -> None:
-        images = Visitors(Gate(1, 1))
+        gate = Gate(1, 1)
+        images = Visitors(gate)
         await images.come("job", 0)
         await images.come("next", 1)
+        assert gate.takes_jobs
         await images.come("person")
         assert images.inside == ["job", "person"]
+        assert not gate.takes_jobs
         await images.leave("job")
         assert images.inside == ["person"], "the next image of a job would take the person's place"
         await images.leave("person")
@@ -104,13 +107,18 @@ def test_an_image_that_is_stopped_gives_its_place_back() -> None:
 
 def test_an_image_that_is_stopped_on_its_way_in_gives_its_place_back() -> None:
     async def main() -> None:
-        images = Visitors(Gate(1, 1))
-        await images.come("first", 0)
-        await images.come("second", 1)
-        await images.come("third", 2)
-        images.leaving["first"].set()
-        await images.visits["first"]
-        await images.stop("second")
+        gate = Gate(1, 1)
+        images = Visitors(gate)
+
+        async def first() -> None:
+            async with gate.enter(0):
+                await images.come("second", 1)
+                await images.come("third", 2)
+            images.visits["second"].cancel()  # it has the place, and has not gone on yet
+
+        await first()
+        await asyncio.wait([images.visits["second"]])
+        await images.settle()
         assert images.inside == ["third"]
 
     asyncio.run(main())
