@@ -112,7 +112,7 @@ def _add_drain(parser: argparse.ArgumentParser) -> None:
         "command returns when running requests have ended and running jobs are back in the queue. "
         "Run it before `serve shutdown`, which closes all connections at once."
     )
-    parser.add_argument("--name", default="glm-image", help="name of the application; glm-image by default")
+    parser.add_argument("--name", help="name of the application; by default the only one")
     parser.set_defaults(run=partial(_drain, parser))
 
 
@@ -133,7 +133,10 @@ def _drain(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 
     try:
         ray.init(address="auto", log_to_driver=False)
-        handle = serve.get_app_handle(arguments.name)
+        names = [arguments.name] if arguments.name else list(serve.status().applications)
+        if len(names) != 1:
+            parser.error(f"name one application with --name; there are: {', '.join(names) or 'none'}")
+        handle = serve.get_app_handle(names[0])
     except (ConnectionError, RayServeException) as error:
         parser.error(str(error))
     handle.broadcast("drain").results()

@@ -191,7 +191,7 @@ def test_draining_lets_accepted_requests_finish(client: Client, cluster: Cluster
         answers = [pool.submit(client.ask, seed=seed, num_inference_steps=60) for seed in range(4)]
         until(lambda: len(client.status()["units"]) == 4)
         drain = subprocess.Popen(
-            [sys.executable, "-m", "serve_app", "drain", "--name", "app"],
+            [sys.executable, "-m", "serve_app", "drain"],
             cwd=ROOT,
             env=os.environ | {"RAY_ADDRESS": cluster.address},
         )
