@@ -26,7 +26,7 @@ MODEL = {"min_replicas": 1}
 
 def milliseconds(running: Running, method: str, route: str) -> list[float]:
     """Returns the sorted durations of requests to a route, from the server's log."""
-    (ingress,) = running.replicas("glm-image:Ingress")
+    (ingress,) = running.replicas(":Ingress")
     logs = Path(ingress.environ()["RAY_TMPDIR"]) / "ray/session_latest/logs/serve"
     lines = itertools.chain.from_iterable(file.read_text().splitlines() for file in logs.glob("*.log"))
     entries = [json.loads(line) for line in lines if f'"{route}"' in line]
@@ -48,7 +48,7 @@ def main() -> None:
         where = {"database": {"url": arguments.database}} if arguments.database else {}
         config = config_file(folder, [tiny_model("m", prior=MODEL, decoder=MODEL)], **where)
         with served(config) as running, httpx.Client(base_url=running.url, timeout=60) as client:
-            (ingress,) = running.replicas("glm-image:Ingress")
+            (ingress,) = running.replicas(":Ingress")
             client.post("/v1/images/generations", json=BODY).raise_for_status()
             before = ingress.memory_info().rss
             began = time.perf_counter()

@@ -100,7 +100,7 @@ def delivered(receiver: Receiver) -> set[tuple[str, str]]:
 
 
 def ingresses(running: Running) -> list[psutil.Process]:
-    return running.replicas("glm-image:Ingress")
+    return running.replicas(":Ingress")
 
 
 def kill(process: psutil.Process) -> None:
