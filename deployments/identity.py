@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,16 +76,12 @@ def _samples(path: Path) -> Iterator[bytes]:
     """Yields a file's header and the beginning of each of its tensors. The loader reports broken files."""
     with path.open("rb") as file:
         size = file.read(8)
-        length = struct.unpack("<Q", size)[0] if len(size) == 8 else 0
+        length = int.from_bytes(size, "little")
         header = file.read(min(length, MAX_HEADER_BYTES))
         yield size + header
-        try:
+        with suppress(ValueError, LookupError, TypeError, AttributeError, OverflowError, OSError):
             tensors = json.loads(header)
-            starts = [
-                8 + length + one["data_offsets"][0] for name, one in tensors.items() if name != "__metadata__"
-            ]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return
-        for start in sorted(starts):
-            file.seek(start)
-            yield file.read(SAMPLE_BYTES)
+            begins = [one["data_offsets"][0] for name, one in tensors.items() if name != "__metadata__"]
+            for begin in sorted(begins):
+                file.seek(8 + length + begin)
+                yield file.read(SAMPLE_BYTES)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 
-TLS_FOLDER = ROOT / "tls"
+TLS_FOLDER = ROOT.expanduser() / "tls"
 
 
 class _Application(BaseModel):

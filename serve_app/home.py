@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from serve_app.config import AppConfig
 
-ROOT = Path.home() / ".local/share/glm-image-server"
+ROOT = Path("~/.local/share/glm-image-server")
 NAME = "{name}"
 """Stands for the application's name in the two places of a configuration."""
 
@@ -22,10 +22,11 @@ def at_home(config: AppConfig, application: str) -> AppConfig:
     Version 0.1.0 had one home for all. The first application that starts goes on with it, which includes the
     way back to that version.
     """
-    home = ROOT if _inherits(application) else ROOT / application
 
     def place(url: str) -> str:
-        return url.replace(str(ROOT / NAME), str(home)).replace(NAME, application)
+        if str(ROOT / NAME) in url and _inherits(application):
+            url = url.replace(str(ROOT / NAME), str(ROOT))
+        return url.replace(NAME, application)
 
     return config.model_copy(
         update={
@@ -37,9 +38,10 @@ def at_home(config: AppConfig, application: str) -> AppConfig:
 
 def _inherits(application: str) -> bool:
     """Returns whether the home of version 0.1.0 is this application's."""
-    if not (ROOT / "jobs.db").exists():
+    root = ROOT.expanduser()
+    if not (root / "jobs.db").exists():
         return False
-    heir = ROOT / "application"
+    heir = root / "jobs.db.application"
     try:
         with heir.open("x") as file:
             file.write(application)

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 Image.MAX_IMAGE_PIXELS = None
 
 MIN_SOURCE_SIDE = 16
-JPEG_SCALES = (1, 2, 4)
+JPEG_SCALES: tuple[int, ...] = (1, 2, 4)
 """Divisors by which a JPEG can be made smaller while it is decoded."""
-MAX_PROGRESSIVE = 2
-"""Most pixels of a progressive JPEG, as a multiple of `max_pixels`. All of it is in memory, at its size."""
+MAX_BUFFERED = 2
+"""Most pixels of a JPEG with several scans, as a multiple of `max_pixels`. The decoder holds all of it."""
 BROKEN = "is broken or incomplete"
 PNG_LEVEL = 4
 """Compression level of zlib. Files are as large as at the usual level 6 (98-104 % for three kinds of
@@ -58,16 +58,12 @@ def decode_source(data: bytes, family: Family, max_pixels: int, max_side: int) -
         raise _bad_source(
             f"is {image.width}x{image.height}; each side must be {MIN_SOURCE_SIDE}-{max_side} pixels"
         )
-    fraction = _fraction(image, max_pixels)
+    scale = _scale(image, data, max_pixels)
     # MPO, a camera's JPEG with a second picture in it, counts as animated; its first frame is meant.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise _bad_source("is animated; send a single frame")
     try:
-        if not containers.has_end(data):
-            image = _without_end(data, fraction)
-        else:
-            image.draft(None, fraction)
-            image.load()
+        image = _loaded(image, scale) if containers.has_end(data) else _without_end(data, scale)
         upright = _upright(image)
         return np.asarray(_fit(_flatten(to_srgb(_shallow(upright), image)), family))
     except Exception as error:
@@ -85,37 +81,53 @@ def _opened(data: bytes) -> Image.Image:
         ) from error
 
 
-def _fraction(image: Image.Image, max_pixels: int) -> tuple[int, int]:
-    """Returns the size at which to decode an image, in pixels. Only a JPEG can be decoded at a fraction.
+def _scale(image: Image.Image, data: bytes, max_pixels: int) -> int:
+    """Returns the divisor of an image's sides at which to decode it. Only a JPEG may have one above 1.
 
     Raises:
         InvalidParameter: it is too large all the same.
     """
-    is_jpeg = image.format in ("JPEG", "MPO")
-    if "progressive" in image.info:
-        is_jpeg = image.width * image.height <= MAX_PROGRESSIVE * max_pixels
-    for scale in JPEG_SCALES if is_jpeg else (1,):
+    pixels = image.width * image.height
+    scales: tuple[int, ...] = (1,)
+    if image.format in ("JPEG", "MPO") and pixels > max_pixels:
+        is_small = pixels <= MAX_BUFFERED * max_pixels
+        if is_small or not ("progressive" in image.info or containers.has_several_scans(data)):
+            scales = JPEG_SCALES
+    for scale in scales:
         width, height = (-(-side // scale) for side in image.size)
         if width * height <= max_pixels:
-            return width, height
+            return scale
     raise _bad_source(
         f"is {image.width}x{image.height}; at most {max_pixels} pixels are allowed: send a smaller one"
     )
 
 
-def _without_end(data: bytes, size: tuple[int, int]) -> Image.Image:
+def _loaded(image: Image.Image, scale: int) -> Image.Image:
+    """Returns an image, decoded at a fraction of its size.
+
+    Raises:
+        ValueError: it cannot be decoded at that fraction.
+    """
+    expected = tuple(-(-side // scale) for side in image.size)
+    image.draft(None, (image.width // scale, image.height // scale))
+    if image.size != expected:
+        raise ValueError("it cannot be decoded at a fraction of its size")
+    image.load()
+    return image
+
+
+def _without_end(data: bytes, scale: int) -> Image.Image:
     """Returns a JPEG that lacks its end marker, decoded, if it has all its pixels.
 
-    Pixels that are missing depend on what follows the data.
+    Pixels that are missing depend on the bytes that follow the data.
 
     Raises:
         ValueError: pixels are missing.
     """
     data = data.rstrip(b"\xff")  # half of the marker
-    first, second = (_opened(data + following + containers.JPEG_END) for following in (b"", b"\xaa" * 4096))
-    for image in (first, second):
-        image.draft(None, size)
-        image.load()
+    first, second = (
+        _loaded(_opened(data + following + containers.JPEG_END), scale) for following in (b"", b"\xaa" * 4096)
+    )
     if ImageChops.difference(first, second).getbbox(alpha_only=False):
         raise ValueError("pixels are missing")
     return first

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_PROFILE_BYTES = 2**22
+"""Largest colour profile. Those of displays have a few kilobytes, those of printers up to some megabytes."""
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 """Colour space of a profile, by the mode of the picture."""
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-Chromaticities = tuple[float, ...]
-"""x and y of white, red, green and blue, as in a PNG's `cHRM`."""
 BT_709 = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+"""x and y of white, red, green and blue in sRGB, in the order of a PNG's `cHRM`."""
 SRGB_GAMMA = 1 / 2.2
 """Value of `gAMA` with which programs mean sRGB."""
 D50 = np.array([0.9642, 1, 0.8249])
@@ -77,7 +77,7 @@ def _matrix_profile(points: Sequence[float], exponent: float | None) -> bytes:
     """Returns an ICC profile of version 4: https://www.color.org/specification/ICC.1-2022-05.pdf.
 
     Args:
-        points: see `Chromaticities`.
+        points: x and y of white, red, green and blue.
         exponent: exponent by which values become light; None for the curve of sRGB.
 
     Raises:

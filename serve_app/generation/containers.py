@@ -1,6 +1,6 @@
-"""The containers of source images: what lies beside and behind the pixels is left out before decoding.
+"""The containers of source images. Metadata and trailing data are removed before decoding.
 
-Metadata and trailing data are often large, sometimes broken, and never needed. So they refuse no picture.
+They are often large, sometimes broken, and never needed. So no picture is rejected because of them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 USED_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"iCCP", b"sRGB", b"gAMA", b"cHRM")
 """Ancillary chunks that say how to show the pixels: https://www.w3.org/TR/png-3/#4Concepts.FormatChunks."""
-MAX_PROFILE_BYTES = 2**20
-"""Largest colour profile. Those of displays have a few kilobytes, those of printers up to a megabyte."""
+MAX_CHUNK_BYTES = 2**20
+"""Largest ancillary chunk, unpacked. Pillow rejects a picture with a larger one."""
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
+SCAN = b"\xda"
+"""Second byte of the marker that begins a scan."""
 AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """Marker that ends a scan: https://www.w3.org/Graphics/JPEG/itu-t81.pdf, B.1.1."""
 MAX_SCANS = 100
@@ -59,31 +61,41 @@ def has_end(data: bytes) -> bool:
     return not data.startswith(JPEG_START) or data.endswith(JPEG_END)
 
 
+def has_several_scans(jpeg: bytes) -> bool:
+    """Returns whether a JPEG has several scans, so that a decoder must hold the whole image."""
+    return sum(marker == SCAN for marker, _ in _markers(jpeg)) > 1
+
+
 def _jpeg_end(data: bytes) -> int | None:
     """Returns the offset behind the end marker of the first picture; None without one."""
-    at, scans = len(JPEG_START), 0
-    for _ in range(MAX_PARTS):
-        at = data.find(b"\xff", at)
-        marker = data[at + 1 : at + 2]
-        if at < 0 or not marker:
-            return None
-        if marker == b"\xd9":
+    scans = 0
+    for parts, (marker, at) in enumerate(_markers(data)):
+        scans += marker == SCAN
+        if scans > MAX_SCANS or parts >= MAX_PARTS:
+            raise TooManyPartsError
+        if marker == JPEG_END[1:]:
             return at + 2
+    return None
+
+
+def _markers(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yields the second byte and the offset of each marker of a JPEG's first picture."""
+    at = len(JPEG_START)
+    while (at := data.find(b"\xff", at)) >= 0 and (marker := data[at + 1 : at + 2]):
+        yield marker, at
+        if marker == JPEG_END[1:]:
+            return
         if marker == b"\xff":  # fill bytes may precede a marker
             at += 1
         elif marker[0] in range(0xD0, 0xD9) or marker[0] < 2:  # these have no content
             at += 2
         else:
             at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4]))
-        if marker == b"\xda":
-            scans += 1
+        if marker == SCAN:
             following = AFTER_SCAN.search(data, at)
             if following is None:
-                return None
+                return
             at = following.start()
-        if scans > MAX_SCANS:
-            break
-    raise TooManyPartsError
 
 
 def _needed_chunks(data: bytes) -> Iterator[bytes]:
@@ -113,11 +125,9 @@ def _has_checksum(chunk: bytes) -> bool:
 def _is_small(chunk: bytes) -> bool:
     """Returns whether a chunk is small, unpacked if it is packed."""
     if chunk[4:8] != b"iCCP":
-        return len(chunk) <= MAX_PROFILE_BYTES
+        return len(chunk) <= MAX_CHUNK_BYTES
     _, _, compressed = chunk[8:-4].partition(b"\0")
     try:
-        return (
-            len(zlib.decompressobj().decompress(compressed[1:], MAX_PROFILE_BYTES + 1)) <= MAX_PROFILE_BYTES
-        )
+        return len(zlib.decompressobj().decompress(compressed[1:], MAX_CHUNK_BYTES + 1)) <= MAX_CHUNK_BYTES
     except zlib.error:
         return False

@@ -1,8 +1,7 @@
 """The gates of a model's stages: images of jobs enter only where they keep no request waiting for long.
 
-Requests of people enter at once, and Ray Serve queues them. Images of jobs wait at the gate, so that at most
-as many are inside as are worked on: whoever comes then waits for one of them to end, and not for a queue of
-them.
+Images of requests enter immediately, and Ray Serve queues them. Images of jobs wait at the gate. Only as many
+enter as the stage works on at the same time. So a request waits for one of them, and not for a queue of them.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Model:
         """Makes the gates."""
         batch, priors = self.config.prior.max_batch_size, self.config.prior.max_replicas
         decoders = self.config.decoder.max_replicas
-        # One row of a batch costs little, and is free for whoever comes. A whole replica would cost too much.
+        # One row of a batch is reserved for requests, since it costs little. A replica would cost too much.
         gates = {
             "prior": Gate(batch * priors, batch * priors - (batch > 1)),
             "decoder": Gate(decoders, decoders),

@@ -124,3 +124,16 @@ def belongs_to(job_id: str, owner: Owner) -> ColumnElement[bool]:
 def no_job() -> NotFound:
     """Returns the error for an unknown job."""
     return NotFound("There is no such job.", code="job_not_found")
+
+
+def turn_of(session: Session, job: Job) -> float:
+    """Returns the turn of a new job; see `JobStore.submit`."""
+    same = and_(Job.identity.is_not_distinct_from(job.identity), Job.priority == job.priority)
+    unfinished = Job.state.in_(("queued", "running"))
+    after_mine = select(func.max(Job.turn + Job.work)).where(unfinished, same, Job.key_id == job.key_id)
+    running = select(func.max(Job.turn)).where(Job.state == "running", same)
+    queued = select(func.min(Job.turn)).where(Job.state == "queued", same)
+    current = session.scalar(running)
+    if current is None:
+        current = session.scalar(queued)
+    return max(session.scalar(after_mine) or 0, current or 0)

@@ -18,9 +18,10 @@ from serve_app.errors import Failed, Gone, RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage, in_order
+from serve_app.jobs.ends import HANDED_ON, report_end
 from serve_app.jobs.records import LogLine, StoredError, StoredPreview, StoredProgress
 from serve_app.jobs.store import JobProgress
-from serve_app.observability import metrics, telemetry
+from serve_app.observability import metrics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -43,8 +44,6 @@ EXPIRE_INTERVAL_S = 60.0
 STOP_TIMEOUT_S = 30.0
 """Seconds for the storing of images when the server stops. Leases that end meanwhile are not renewed."""
 MAX_LOG_LINES = 200
-HANDED_ON = "handed on"
-"""Outcome of a job that another server runs from now on."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -161,7 +160,7 @@ class JobRunner:
         """Cancels a job; see `JobStore.cancel`. One that runs here stops within a token or a step."""
         job, has_ended = await self._store.cancel(owner, job_id)
         if has_ended:
-            _report_end(job, job.state)
+            report_end(job, job.state)
             await self._delete_files(job)
         elif active := self._active.get(job_id):
             active.stop("not ours")
@@ -241,7 +240,7 @@ class JobRunner:
 
     async def _reap(self) -> None:
         for job in await self._store.reap(list(self._active)):
-            _report_end(job, job.state, why=job.error)
+            report_end(job, job.state, why=job.error)
             await self._delete_files(job)
 
     async def _expire(self) -> None:
@@ -279,7 +278,7 @@ class JobRunner:
             if ended:
                 await self._files.delete(job.sources)
             why = why if ended == "failed" else None
-            _report_end(job, ended, time.monotonic() - began, why)
+            report_end(job, ended, time.monotonic() - began, why)
             tracing.note(error=why.code if why else "", model=job.model, outcome=ended or HANDED_ON)
 
     async def _end(
@@ -383,22 +382,6 @@ class JobRunner:
         if not keep:
             names += [save.result()[0] for save in active.saves if not save.exception()]
         await self._files.delete(names)
-
-
-def _report_end(job: Job, state: State | None, seconds: float = 0, why: StoredError | None = None) -> None:
-    """Counts a job that has ended, and writes its line.
-
-    Args:
-        job: the job.
-        state: its state; None if another server runs it from now on.
-        seconds: seconds that it took here.
-        why: why it failed.
-    """
-    if state:
-        metrics.JOBS_ENDED.add(api=job.api, model=job.model, state=state)
-    if why:
-        metrics.ERRORS.add(code=why.code)
-    telemetry.log_job_end(job, state or HANDED_ON, seconds, why)
 
 
 _NOT_MADE = Failed("The server failed to make it; its log says why.")

@@ -31,6 +31,7 @@ from serve_app.jobs.queries import (
     orphaned,
     owned_by,
     readable_jobs,
+    turn_of,
     update_jobs,
 )
 from serve_app.jobs.records import StoredError, UnreadableRecord
@@ -123,7 +124,7 @@ class JobStore:
                 return known, False
             self._check_room(session)
             job.start_by = now() + min(start_within_s or self._ttl_s, self._ttl_s)
-            job.turn = _turn(session, job)
+            job.turn = turn_of(session, job)
             session.add(job)
             session.flush()
             return one_job(session, Job.id == job.id), True
@@ -539,16 +540,3 @@ class JobStore:
         await self._database.write(
             lambda session: session.execute(update_jobs(Job.id == job_id).values(values))
         )
-
-
-def _turn(session: Session, job: Job) -> float:
-    """Returns the turn of a new job; see `JobStore.submit`."""
-    same = and_(Job.identity.is_not_distinct_from(job.identity), Job.priority == job.priority)
-    unfinished = Job.state.in_(("queued", "running"))
-    after_mine = select(func.max(Job.turn + Job.work)).where(unfinished, same, Job.key_id == job.key_id)
-    running = select(func.max(Job.turn)).where(Job.state == "running", same)
-    queued = select(func.min(Job.turn)).where(Job.state == "queued", same)
-    current = session.scalar(running)
-    if current is None:
-        current = session.scalar(queued)
-    return max(session.scalar(after_mine) or 0, current or 0)

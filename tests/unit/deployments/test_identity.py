@@ -89,7 +89,19 @@ def test_trained_weights_and_other_settings_are_another_model(model_config: Make
     assert len({before, trained, model_config(checkpoint=str(checkpoint)).identity}) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"])
+def header(tensors: object) -> bytes:
+    """Returns a file of safetensors that has only a header."""
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"short", b"\xff" * 64, header([]), header({"a": 1}), header({"a": {"data_offsets": ["b"]}})),
+        *(header({"a": {"data_offsets": [at]}}) for at in (-1000, 2**80, 0.5)),
+    ],
+)
 def test_a_broken_file_is_left_to_the_loader(model_config: Make, checkpoint: Path, content: bytes) -> None:
     file = next((checkpoint / "transformer").glob("*.safetensors"))
     file.write_bytes(content)

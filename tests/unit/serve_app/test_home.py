@@ -40,6 +40,12 @@ def test_a_place_may_name_the_application(root: Path) -> None:
     )
 
 
+def test_an_application_with_places_of_its_own_does_not_take_the_home_of_version_0_1_0(root: Path) -> None:
+    (root / "jobs.db").write_bytes(b"")
+    places("elsewhere", database={"url": "sqlite:////jobs.db"}, storage={"url": "/files"})
+    assert places("demo") == (f"sqlite:///{root}/jobs.db", f"{root}/files")
+
+
 def test_the_first_application_goes_on_with_the_home_of_version_0_1_0(root: Path) -> None:
     (root / "jobs.db").write_bytes(b"")
     inherited = (f"sqlite:///{root}/jobs.db", f"{root}/files")

@@ -1,4 +1,4 @@
-"""What lies beside and behind the pixels of a source image refuses no picture, and missing pixels do."""
+"""A picture is rejected if pixels are missing, but not because of data beside or behind its pixels."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter, PngImagePlugin
 from deployments.families import FAMILIES
 from deployments.types import Pixels
 from serve_app.errors import InvalidParameter
-from serve_app.generation import codec
+from serve_app.generation import codec, containers
 
 GLM_IMAGE = FAMILIES["glm_image"]
 decode = partial(codec.decode_source, family=GLM_IMAGE, max_pixels=2**20, max_side=32_768)
@@ -119,6 +119,21 @@ def test_a_large_photo_is_decoded_at_a_fraction_of_its_size() -> None:
     small = np.asarray(photo.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BOX))
     assert pixels.shape[1] >= 500
     assert abs(pixels.astype(int) - small).mean() < 4
+
+
+def test_a_photo_with_odd_sides_is_decoded_at_a_fraction_too() -> None:
+    """Otherwise it would take the memory of all its pixels."""
+    decoded_at = codec.legal_size(1001, 751, GLM_IMAGE)
+    assert codec.legal_size(2001, 1501, GLM_IMAGE) != decoded_at
+    assert decode(file_of(picture(2001, 1501), "JPEG", quality=95)).shape[1::-1] == decoded_at
+
+
+def test_only_scans_of_the_picture_itself_are_counted() -> None:
+    baseline, progressive = (file_of(picture(), "JPEG", progressive=one) for one in (False, True))
+    inside = b"\xff\xe1" + struct.pack(">H", len(progressive[:60_000]) + 2) + progressive[:60_000]
+    with_thumbnail = baseline[:2] + inside + baseline[2:]
+    found = [containers.has_several_scans(one) for one in (baseline, with_thumbnail, progressive)]
+    assert found == [False, False, True]
 
 
 @pytest.mark.parametrize(
