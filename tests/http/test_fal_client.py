@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import io
 import json
+import logging
 import os
 import ssl
 import subprocess
@@ -158,12 +159,15 @@ def messages(status: Any) -> list[str]:
     return [line["message"] for line in getattr(status, "logs", ())]
 
 
-def test_a_client_timeout_cancels_the_request(fal: Any) -> None:
+def test_a_client_timeout_cancels_the_request(fal: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
     ids: list[str] = []
     with pytest.raises(fal.FalClientTimeoutError):
         fal.subscribe(APP, arguments=LONG, client_timeout=2, on_enqueue=ids.append)
     until(lambda: isinstance(fal.status(APP, ids[0]), fal.Completed))
     assert fal.status(APP, ids[0]).error_type == "client_cancelled"
+    # A thread of the client goes on polling, and asks for the result last. The next test counts requests.
+    until(lambda: any("/requests/{request_id} 499 " in line for line in caplog.messages))
 
 
 def test_a_start_timeout_fails_without_a_retry(fal: Any, crowd: None, sent: list[str]) -> None:
