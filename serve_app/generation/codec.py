@@ -74,11 +74,14 @@ def _opened(data: bytes) -> Image.Image:
     """Returns an image of which only the header was read."""
     try:
         # The first bytes decide, not the declared type; no other of Pillow's decoders is reachable.
-        return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
     except Exception as error:  # Pillow's errors for broken files are of many kinds
         raise _bad_source(
             "cannot be read" if containers.is_image(data) else "is not a PNG, JPEG or WebP image"
         ) from error
+    if code_points := containers.code_points(data):  # Pillow does not read them
+        image.info["cicp"] = code_points
+    return image
 
 
 def _scale(image: Image.Image, data: bytes, max_pixels: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -21,6 +21,30 @@ SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 BT_709 = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 """x and y of white, red, green and blue in sRGB, in the order of a PNG's `cHRM`."""
+PRIMARIES: Mapping[int, Sequence[float]] = {
+    1: BT_709,
+    5: (0.3127, 0.329, 0.64, 0.33, 0.29, 0.6, 0.15, 0.06),
+    6: (0.3127, 0.329, 0.63, 0.34, 0.31, 0.595, 0.155, 0.07),
+    9: (0.3127, 0.329, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),
+    12: (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
+}
+"""White and primaries by their code points in ITU-T H.273 (table 2): 9 is BT.2020, 12 is Display P3."""
+SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+"""Parameters of an ICC profile's curve of type 3: exponent, a, b, c and d."""
+BT_709_CURVE = (1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
+TRANSFERS: Mapping[int, Sequence[float]] = {
+    **dict.fromkeys((1, 6, 14, 15), BT_709_CURVE),
+    4: (2.2,),
+    5: (2.8,),
+    8: (1,),
+    13: SRGB_CURVE,
+}
+"""Curves from values to light by their code points in ITU-T H.273 (table 3)."""
+PQ, HLG = 16, 18
+"""Code points of the curves of high dynamic range."""
+WHITE_NITS = 203
+"""Light of white in pictures of high dynamic range: https://www.itu.int/pub/R-REP-BT.2408."""
+HLG_PEAK_NITS = 1000
 SRGB_GAMMA = 1 / 2.2
 """Value of `gAMA` with which programs mean sRGB."""
 D50 = np.array([0.9642, 1, 0.8249])
@@ -34,7 +58,8 @@ def to_srgb(image: Image.Image, given: Image.Image) -> Image.Image:
     Args:
         image: the picture, with 8 bits a channel.
         given: the picture as it was opened, which says what its numbers mean: by a profile, or else by a
-            PNG's `sRGB`, `gAMA` and `cHRM`. Without these, it is in sRGB. What is broken is ignored.
+            PNG's `cICP`, `sRGB`, `gAMA` and `cHRM`. Without these, it is in sRGB. What is broken is ignored.
+            In high dynamic range, what is brighter than white becomes white.
     """
     try:
         profile = _profile_of(given)
@@ -45,6 +70,9 @@ def to_srgb(image: Image.Image, given: Image.Image) -> Image.Image:
 
 def _profile_of(given: Image.Image) -> ImageCms.ImageCmsProfile | None:
     facts = given.info
+    # Red, green and blue with all values of a byte. A PNG may have nothing else.
+    if len(code_points := facts.get("cicp", b"")) == 4 and code_points[2:] == b"\x00\x01":
+        return _coded(*code_points[:2])
     if profile := facts.get("icc_profile"):
         return ImageCms.ImageCmsProfile(io.BytesIO(profile)) if len(profile) <= MAX_PROFILE_BYTES else None
     if "srgb" in facts or not {"gamma", "chromaticity"} & facts.keys():
@@ -53,7 +81,50 @@ def _profile_of(given: Image.Image) -> ImageCms.ImageCmsProfile | None:
     is_usual = abs(gamma - SRGB_GAMMA) < 0.01
     if is_usual and np.allclose(points, BT_709, atol=0.002):
         return None
-    return ImageCms.ImageCmsProfile(io.BytesIO(_matrix_profile(points, None if is_usual else 1 / gamma)))
+    return _display(points, _parametric(SRGB_CURVE if is_usual else (1 / gamma,)))
+
+
+def _coded(primaries: int, transfer: int) -> ImageCms.ImageCmsProfile | None:
+    """Returns the profile of code points in ITU-T H.273; None for sRGB and for unknown ones."""
+    points, curve = PRIMARIES.get(primaries), TRANSFERS.get(transfer)
+    if points is None or (points is BT_709 and curve is SRGB_CURVE):
+        return None
+    if transfer in (PQ, HLG):
+        return _display(points, _sampled(_nits(transfer) / WHITE_NITS))
+    return _display(points, _parametric(curve)) if curve else None
+
+
+def _nits(transfer: int) -> NDArray[np.float64]:
+    """Returns the light of each value of a byte in high dynamic range.
+
+    https://www.itu.int/rec/R-REC-BT.2100, tables 4 and 5. For HLG, the system's gamma is applied to each
+    channel.
+    """
+    values = np.arange(256) / 255
+    if transfer == PQ:
+        power = values ** (32 / 2523)
+        light: NDArray[np.float64] = np.maximum(power - 3424 / 4096, 0) / (2413 / 128 - 2392 / 128 * power)
+        return 10_000 * light ** (16384 / 2610)
+    upper = (np.exp((values - 0.55991073) / 0.17883277) + 0.28466892) / 12
+    scene = np.where(values <= 0.5, values**2 / 3, upper)
+    nits: NDArray[np.float64] = HLG_PEAK_NITS * scene**1.2
+    return nits
+
+
+def _display(points: Sequence[float], curve: bytes) -> ImageCms.ImageCmsProfile:
+    """Returns the profile of a display by its white, its primaries and the curve of its profile."""
+    return ImageCms.ImageCmsProfile(io.BytesIO(_matrix_profile(points, curve)))
+
+
+def _parametric(parameters: Sequence[float]) -> bytes:
+    """Returns a curve of an ICC profile by its parameters: an exponent alone, or those of type 3."""
+    return b"para" + struct.pack(">IHH", 0, 0 if len(parameters) == 1 else 3, 0) + _fixed(parameters)
+
+
+def _sampled(light: NDArray[np.float64]) -> bytes:
+    """Returns a curve of an ICC profile by its values, of which 1 is white."""
+    numbers = np.round(np.minimum(light, 1) * 65_535).astype(">u2")
+    return b"curv" + struct.pack(">II", 0, len(numbers)) + numbers.tobytes()
 
 
 def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
@@ -73,12 +144,12 @@ def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.I
     return converted
 
 
-def _matrix_profile(points: Sequence[float], exponent: float | None) -> bytes:
+def _matrix_profile(points: Sequence[float], curve: bytes) -> bytes:
     """Returns an ICC profile of version 4: https://www.color.org/specification/ICC.1-2022-05.pdf.
 
     Args:
         points: x and y of white, red, green and blue.
-        exponent: exponent by which values become light; None for the curve of sRGB.
+        curve: curve by which values become light, as an element of the profile.
 
     Raises:
         ValueError: these are not the chromaticities of a display.
@@ -90,13 +161,11 @@ def _matrix_profile(points: Sequence[float], exponent: float | None) -> bytes:
     matrix = _adaptation(white) @ (columns * np.linalg.solve(columns, white))
     if not np.isfinite(matrix).all() or abs(matrix).max() > 4:
         raise ValueError("these are not the chromaticities of a display")
-    curve = [2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045] if exponent is None else [exponent]
-    kind = 3 if exponent is None else 0
     tags = {
         "desc": b"mluc" + bytes(4) + struct.pack(">II", 0, 12),
         "wtpt": _xyz(D50),
         **{f"{name}XYZ": _xyz(matrix[:, at]) for at, name in enumerate("rgb")},
-        **{f"{name}TRC": b"para" + struct.pack(">IHH", 0, kind, 0) + _fixed(curve) for name in "rgb"},
+        **{f"{name}TRC": curve for name in "rgb"},
     }
     table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
     for name, data in tags.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-USED_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"iCCP", b"sRGB", b"gAMA", b"cHRM")
+USED_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM")
 """Ancillary chunks that say how to show the pixels: https://www.w3.org/TR/png-3/#4Concepts.FormatChunks."""
 MAX_CHUNK_BYTES = 2**20
 """Largest ancillary chunk, unpacked. Pillow rejects a picture with a larger one."""
@@ -54,6 +55,14 @@ def picture(data: bytes) -> bytes:
     if data.startswith(PNG_SIGNATURE):
         return PNG_SIGNATURE + b"".join(_needed_chunks(data))
     return data
+
+
+def code_points(data: bytes) -> bytes | None:
+    """Returns the content of a PNG's `cICP` chunk: code points of ITU-T H.273. None without one."""
+    if not data.startswith(PNG_SIGNATURE):
+        return None
+    head = takewhile(lambda chunk: chunk[4:8] != b"IDAT", _needed_chunks(data))
+    return next((chunk[8:-4] for chunk in head if chunk[4:8] == b"cICP"), None)
 
 
 def has_end(data: bytes) -> bool:

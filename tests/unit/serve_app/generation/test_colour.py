@@ -152,6 +152,60 @@ def test_a_png_with_wide_primaries_becomes_more_saturated() -> None:
     assert not np.array_equal(seen, pixels(image))
 
 
+def coded(*points: int) -> Pixels:
+    """The test's picture, in the colours of a `cICP` chunk."""
+    return decode(with_chunk(file_of(picture()), chunk(b"cICP", bytes(points))))
+
+
+def test_code_points_say_the_same_as_other_chunks() -> None:
+    """https://www.w3.org/TR/png-3/#cICP-chunk."""
+    for points, chunks in (
+        ((12, 13, 0, 1), gamma(0.45455) + primaries(WIDE)),
+        ((12, 8, 0, 1), gamma(1.0) + primaries(WIDE)),
+        ((1, 8, 0, 1), gamma(1.0)),
+        ((1, 5, 0, 1), gamma(1 / 2.8)),
+    ):
+        expected = decode(with_chunk(file_of(picture()), chunks))
+        assert not np.array_equal(expected, pixels(picture()))
+        assert np.array_equal(coded(*points), expected), points
+
+
+@pytest.mark.parametrize(
+    "points", [(1, 13, 0, 1), (2, 13, 0, 1), (1, 2, 0, 1), (12, 13, 1, 1), (12, 13, 0, 0), (12, 13), ()]
+)
+def test_code_points_of_srgb_or_of_no_meaning_change_nothing(points: tuple[int, ...]) -> None:
+    assert np.array_equal(coded(*points), pixels(picture()))
+
+
+def test_code_points_count_more_than_a_profile() -> None:
+    point = chunk(b"cICP", bytes((1, 13, 0, 1)))
+    assert np.array_equal(
+        decode(with_chunk(file_of(picture(), icc_profile=swapped()), point)), pixels(picture())
+    )
+
+
+def test_video_curves_are_those_of_bt_709() -> None:
+    values = pixels(picture()) / 255
+    light = np.where(values < 0.081, values / 4.5, ((values + 0.099) / 1.099) ** (1 / 0.45))
+    for transfer in (1, 6, 14, 15):
+        assert abs(linear(coded(1, transfer, 0, 1)) - light).max() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("transfer", "nits"),
+    [
+        # Signals and their light in table 1 of https://www.itu.int/pub/R-REP-BT.2408.
+        (16, {0.38: 26, 0.58: 203, 0.75: 203, 1.0: 203}),
+        (18, {0.38: 26, 0.75: 203, 0.9: 203, 1.0: 203}),
+    ],
+)
+def test_high_dynamic_range_is_as_bright_as_its_white(transfer: int, nits: dict[float, int]) -> None:
+    for signal, light in nits.items():
+        grey = Image.new("RGB", (512, 512), (round(signal * 255),) * 3)
+        seen = decode(with_chunk(file_of(grey), chunk(b"cICP", bytes((1, transfer, 0, 1)))))
+        assert abs(linear(seen) * 203 - light).max() < 4, signal
+
+
 def test_a_profile_counts_more_than_other_facts() -> None:
     data = file_of(picture(), icc_profile=swapped())
     assert np.array_equal(decode(with_chunk(data, gamma(1.0))), decode(data))
