@@ -6,7 +6,7 @@ BIN := .venv/bin
 NODE := tests/http/js tests/k8s tests/playground
 NODE_MODULES := $(NODE:=/node_modules)
 
-.PHONY: help serve test slow soak check format benchmark lock alerts clean
+.PHONY: help serve test slow soak check format benchmark versions lock alerts clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.lifecycle
 	$(BIN)/python -m tests.benchmarks.jobs
 	$(BIN)/python -m tests.benchmarks.kernels
+
+versions: .venv/dev.stamp ## Run the families' tests on other versions of transformers and print a table
+	$(BIN)/python -m tests.versions
 
 # The local part of a version ("+cpu") says which build of torch this machine has, not which one to have.
 lock: .venv/dev.stamp ## Choose the newest versions that pyproject.toml allows and write them down

@@ -11,6 +11,7 @@ from diffusers import GlmImagePipeline
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 
+from deployments.families.glm_image.versions import image_tokens
 from training.demo import codebook, decoder, model, prior, reading, samples, trainer, vae
 from training.demo.codebook import Codes, SumsOfParts
 from training.demo.scenes import CELL, COLOURS, Frame, Scene, Thing, draw, random_scene
@@ -81,8 +82,7 @@ def test_the_model_reads_pictures_as_the_training_does(codes: Codes, net: Any, p
     pixels = ((picture[0] + 1) * 127.5).round().byte()
     read = processor.image_processor(pixels, return_tensors="pt")
     with torch.inference_mode():
-        features = net.get_image_features(read["pixel_values"], read["image_grid_thw"]).pooler_output
-        ids = net.get_image_tokens(torch.cat(features), read["image_grid_thw"])
+        ids = image_tokens(net, read["pixel_values"], read["image_grid_thw"])
     assert torch.equal(ids.view(16, 16), codes.encode_pictures(picture)[0])
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 from deployments.families.glm_image import tiny
 from deployments.types import Pixels
 from tests.polling import until
+from tests.upstream import mended
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
@@ -216,7 +217,7 @@ class Upstream:
 
     def __init__(self, checkpoint: Path) -> None:
         torch.set_num_threads(1)  # as configs/tiny.yaml says
-        self._pipeline = GlmImagePipeline.from_pretrained(checkpoint, local_files_only=True)
+        self._pipeline = mended(GlmImagePipeline.from_pretrained(checkpoint, local_files_only=True))
         self._pipeline.set_progress_bar_config(disable=True)
 
     def __call__(

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.models.glm_image.modeling_glm_image import apply_rotary_pos_emb
 
+from deployments.families.glm_image.versions import CACHE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -108,15 +110,14 @@ class FusedAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: GPUSlots,
-        **_: Any,
+        **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """Applies the attention. Called by upstream's layer.
 
         Args:
             hidden_states: shape (lines, tokens, width).
             position_embeddings: cosines and sines, each of shape (lines, tokens, rotary channels).
-            past_key_values: the layer's cache.
+            others: further arguments; `CACHE` is the layer's cache.
 
         Returns:
             The next hidden states, shape (lines, tokens, width), and None for the attention weights.
@@ -127,8 +128,9 @@ class FusedAttention(nn.Module):
             for part in self.qkv_proj(hidden_states).split(self._widths, dim=-1)
         )
         query, keys = apply_rotary_pos_emb(query, keys, *position_embeddings)
-        past_key_values.write(keys, values)
-        attended = past_key_values.attend(query, self._scaling).transpose(1, 2)
+        slots: GPUSlots = others[CACHE]
+        slots.write(keys, values)
+        attended = slots.attend(query, self._scaling).transpose(1, 2)
         return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), None
 
 

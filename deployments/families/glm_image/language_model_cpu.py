@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from deployments.families.glm_image.language_model import LanguageModel
+from deployments.families.glm_image.versions import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,7 @@ class CPUSlots:
     starts: list[int]
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes keys and values of shape (rows, heads, tokens, channels). Returns the layer's cache."""
         tokens = keys.shape[2]
@@ -172,7 +173,7 @@ class CPULanguageModel(LanguageModel):
         rotary = self._layers.rotary_emb(hidden, position_ids=positions)
         for layer, (keys, values) in zip(self._layers.layers, self._caches, strict=True):
             slots = CPUSlots(keys=keys, values=values, rows=rows, starts=starts)
-            hidden = layer(hidden, position_embeddings=rotary, past_key_values=slots, slots=slots)
+            hidden = layer(hidden, position_embeddings=rotary, slots=slots, **{CACHE: slots})
         logits: torch.Tensor = self._head(self._layers.norm(hidden)[:, -1])
         return logits.float()
 

@@ -12,6 +12,7 @@ from deployments.families.glm_image.attention_gpu import BLOCK, GPUSlots, blocks
 from deployments.families.glm_image.cuda_graphs import CUDAGraphs
 from deployments.families.glm_image.language_model import SLICE_TOKENS, LanguageModel
 from deployments.families.glm_image.sampling_gpu import CandidateSampler
+from deployments.families.glm_image.versions import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -217,7 +218,7 @@ class GPULanguageModel(LanguageModel):
             slots = GPUSlots(
                 keys=keys, values=values, firsts=firsts, starts=starts, blocks=blocks, indices=indices
             )
-            hidden = layer(hidden, position_embeddings=rotary, past_key_values=slots)
+            hidden = layer(hidden, position_embeddings=rotary, **{CACHE: slots})
         return hidden
 
     def _set(self, buffer: torch.Tensor, values: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from deployments.families.glm_image.language_model_cpu import CPULanguageModel
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.sampling import UNSOUND
 from deployments.families.glm_image.sequence import Sequencer
+from deployments.families.glm_image.versions import image_tokens
 from deployments.types import PriorTokens, Progress
 
 if TYPE_CHECKING:
@@ -247,8 +248,7 @@ class PriorEngine:
         sizes = [rows * columns for rows, columns in sequence.sources]
         pixel_values = sequence.pixel_values.split(sizes)[done].to(self._model.device)
         grid = torch.tensor([[1, *sequence.sources[done]]], device=self._model.device)
-        (features,) = self._model.get_image_features(pixel_values, grid).pooler_output
-        state.image_tokens.append(self._model.get_image_tokens(features, grid).view(-1).cpu())
+        state.image_tokens.append(image_tokens(self._model, pixel_values, grid).cpu())
         if len(state.image_tokens) == len(sequence.sources):
             placeholders = state.prompt == self._model.config.image_token_id
             state.prompt[placeholders] = torch.cat(state.image_tokens)

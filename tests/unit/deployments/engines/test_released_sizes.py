@@ -12,6 +12,7 @@ from deployments.families.glm_image.language_model import Line
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.pipeline import DecoderPipeline
 from deployments.families.glm_image.sequence import Sequencer
+from deployments.families.glm_image.versions import image_tokens
 from deployments.types import ImageRequest
 from tests.gpu import models
 
@@ -49,8 +50,7 @@ def test_the_prior_reads_a_prompt_as_upstream_does_and_draws_tokens(monkeypatch:
     assert 0 <= second < models.CODEBOOK
 
     grid = torch.tensor([[1, 4, 4]])
-    (features,) = model.get_image_features(torch.rand(16, 3 * 16 * 16), grid).pooler_output
-    tokens = model.get_image_tokens(features, grid)
+    tokens = image_tokens(model, torch.rand(16, 3 * 16 * 16), grid)
     assert tokens.shape == (16,)
     assert tokens.max() < models.CODEBOOK
 

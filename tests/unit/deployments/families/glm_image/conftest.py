@@ -19,6 +19,7 @@ from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.prior import PriorEngine
 from deployments.stages.calls import Call
 from deployments.types import ImageRequest, Pixels, PriorTokens, TokenGrid
+from tests.upstream import mended
 
 CODEBOOK_SIZE = 256
 ROWS = 3
@@ -61,7 +62,7 @@ class Loaded:
             models.append(model)
         language_model = runner(models[0], rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
         self.engine = PriorEngine(models[0], self.processor, language_model)
-        self.pipeline = GlmImagePipeline(None, self.processor, None, models[1], None, None, None)
+        self.pipeline = mended(GlmImagePipeline(None, self.processor, None, models[1], None, None, None))
 
     def submit(self, request: ImageRequest, call: Call | None = None) -> Future[PriorTokens]:
         """Submits a request and waits until it is in the queue."""

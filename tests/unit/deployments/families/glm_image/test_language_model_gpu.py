@@ -17,6 +17,7 @@ from deployments.families.glm_image.attention_gpu import BLOCK, FusedAttention, 
 from deployments.families.glm_image.language_model import SLICE_TOKENS, LanguageModel, Line
 from deployments.families.glm_image.language_model_cpu import CPULanguageModel
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
+from deployments.families.glm_image.versions import CACHE
 
 ROWS = 3
 MAX_SEQUENCE_LENGTH = 400
@@ -192,7 +193,7 @@ def test_the_blocks_that_are_read_hold_the_row_up_to_its_last_token(load: Callab
     model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     seen: list[GPUSlots] = []
     model._layers.layers[1].register_forward_pre_hook(
-        lambda _, __, kwargs: seen.append(kwargs["past_key_values"]), with_kwargs=True
+        lambda _, __, kwargs: seen.append(kwargs[CACHE]), with_kwargs=True
     )
     tokens, positions = prompt(0)
     for row in range(ROWS):
