@@ -39,11 +39,13 @@ COPY deployments deployments
 COPY serve_app serve_app
 COPY configs configs
 # Python finds the project in /app from any folder, as Ray's processes need it. Ray reports home unless told not to.
+# The callback is what sets up Ray Serve's proxies (serve_app/http/proxy.py).
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    RAY_USAGE_STATS_ENABLED=0
+    RAY_USAGE_STATS_ENABLED=0 \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.http.proxy:configure
 LABEL org.opencontainers.image.title="GLM-Image server" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"

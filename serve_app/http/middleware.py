@@ -1,9 +1,11 @@
-"""Middleware: HEAD requests, a header of Ray Serve's proxy, and bounds on bodies."""
+"""Middleware: a prefix without its slash, HEAD requests, headers that are rejected, bounds on bodies."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
+
+from starlette.responses import RedirectResponse
 
 from serve_app.errors import Invalid, RequestError
 from serve_app.http.errors import compressed, too_large, too_many_bytes, too_slow
@@ -17,6 +19,21 @@ if TYPE_CHECKING:
 
 NOT_BY_HEAD = ("/unload", "/events", "/stream")
 """Ends of paths that HEAD must not call as GET: it would unload models, or wait for a stream's end."""
+
+
+class PrefixSlash:
+    """Leads from the application's prefix without a slash, such as `/img`, to the playground at `/img/`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or redirects it."""
+        app, prefix = self._app, scope.get("root_path", "")
+        if prefix and scope["type"] == "http" and scope["path"] == prefix:
+            # Relative, since a proxy may have removed a prefix of its own.
+            app = RedirectResponse(prefix.rpartition("/")[2] + "/")
+        await app(scope, receive, send)
 
 
 class HeadAsGet:
@@ -35,12 +52,12 @@ class HeadAsGet:
 class HeaderGuard:
     """Rejects headers that ask for what would go wrong.
 
-    One keeps Ray Serve's proxy from noticing that the client has hung up, so that its work would go on
-    (`parse_disconnect_disabled_header` in Ray's serve/_private/http_util.py). The other announces a
-    compressed body.
+    Two are for Ray Serve's proxy (serve/_private/http_util.py in Ray). One keeps it from noticing that the
+    client has hung up, so that its work would go on. The other lets it answer, in plain text, when some
+    seconds have passed. The third announces a compressed body.
     """
 
-    DISCONNECT_DISABLED = (b"x-request-disconnect-disabled", b"?1")
+    OF_THE_PROXY = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
 
     def __init__(self, app: ASGIApp, respond: Callable[[Scope, RequestError], ASGIApp]) -> None:
         self._app = app
@@ -48,11 +65,12 @@ class HeaderGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or rejects it."""
-        app, headers = self._app, scope.get("headers", ())
-        if self.DISCONNECT_DISABLED in headers:
-            name = self.DISCONNECT_DISABLED[0].decode()
-            app = self._respond(scope, Invalid(f"The header {name} is not allowed; remove it.", param=name))
-        encoding = dict(headers).get(b"content-encoding", b"identity").strip().lower()
+        app, headers = self._app, dict(scope.get("headers", ()))
+        for name in self.OF_THE_PROXY:
+            if name.encode() in headers:
+                problem = Invalid(f"The header {name} is not allowed; remove it.", param=name)
+                app = self._respond(scope, problem)
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
         if encoding not in (b"", b"identity"):
             app = self._respond(scope, compressed())
         await app(scope, receive, send)

@@ -164,7 +164,9 @@ def served(
     request_ids: list[str] = []
     with_ids = RequestIDs(app, request_ids)
     server = uvicorn.Server(
-        uvicorn.Config(with_ids, port=0, log_config=None, ssl_certfile=certificate, ssl_keyfile=private)
+        uvicorn.Config(
+            with_ids, port=0, http="h11", log_config=None, ssl_certfile=certificate, ssl_keyfile=private
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -87,6 +87,17 @@ def text_bomb() -> bytes:
     return header_only(512, 512) + bomb + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def nameless(file: bytes) -> dict[str, Any]:
+    """An edit whose file has no name, only a type."""
+    parts = [b'prompt"\r\n\r\na boat', b'image"\r\nContent-Type: image/png\r\n\r\n' + file]
+    body = b"".join(b'--b\r\nContent-Disposition: form-data; name="' + part + b"\r\n" for part in parts)
+    return {
+        "url": EDITS,
+        "content": body + b"--b--\r\n",
+        "headers": {"content-type": "multipart/form-data; boundary=b"},
+    }
+
+
 def form(*files: bytes, name: str = "image[]", **fields: str) -> dict[str, Any]:
     fields = {"prompt": "a boat", "num_inference_steps": "1"} | fields
     return {"url": EDITS, "data": fields, "files": [(name, ("f", file)) for file in files]}
@@ -197,6 +208,11 @@ GROUPS: dict[str, list[Case]] = {
             400,
             "x-request-disconnect-disabled",
         ),
+        (
+            raw(b'{"prompt": "a"}', **{"x-request-timeout-seconds": "600"}),
+            400,
+            "x-request-timeout-seconds",
+        ),
         (raw(b'{"prompt": "a"} {"prompt": "b"}'), 400, None),
     ],
     "forms": [
@@ -221,6 +237,10 @@ GROUPS: dict[str, list[Case]] = {
         (form(png(), guidance_scale="inf"), 400, "guidance_scale"),
         (form(png(), model="gpt-image-9"), 404, "model"),
         (form(png(), image="https://example.com/a.png"), 400, "image"),
+        (nameless(b"\xff not an image"), 400, "image"),
+        (nameless("ein Boot, 船".encode()), 400, "image"),
+        (nameless(png()[:1000]), 400, "image"),
+        (nameless(png() + bytes(51 * 2**20)), 413, "image"),
         ({"url": EDITS, "content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, None),
         (
             {

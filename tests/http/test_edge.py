@@ -1,10 +1,12 @@
 """A server with keys and tight limits: rate limits, range requests, and the errors of OpenAI's client."""
 
+import io
 from collections.abc import Iterator
 
 import httpx
 import openai
 import pytest
+from PIL import Image
 
 from tests.http.conftest import Endpoint, use_up_other_key
 
@@ -100,3 +102,19 @@ def test_files_support_range_requests(http: httpx.Client) -> None:
     head = http.head(image["url"])
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == str(size)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_file_without_a_name_is_a_file(http: httpx.Client, kind: str) -> None:
+    """RFC 7578 (4.2) leaves the name optional."""
+    file = io.BytesIO()
+    Image.effect_noise((512, 512), 80).convert("RGB").save(file, kind)
+    made = [
+        http.post(
+            "/v1/images/edits",
+            data=SMALL | {"response_format": "b64_json"},
+            files={"image": (name, file.getvalue(), f"image/{kind.lower()}")},
+        )
+        for name in (None, "boat")
+    ]
+    assert made[0].json()["data"] == made[1].json()["data"]

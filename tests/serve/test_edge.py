@@ -85,6 +85,60 @@ def test_a_slow_body_times_out(guarded: Guarded) -> None:
         assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
+def ask(guarded: Guarded, *head: bytes) -> bytes:
+    """Returns the answer to a request with some lines in its head. One of them ends the connection."""
+    host, port = guarded.url.removeprefix("http://").split(":")
+    body = json.dumps(SMALL).encode()
+    lines = [
+        b"POST /v1/images/generations HTTP/1.1",
+        b"Host: x",
+        b"Authorization: Bearer " + guarded.key.encode(),
+        b"Content-Type: application/json",
+        b"Content-Length: %d" % len(body),
+        *head,
+        b"",
+        body,
+    ]
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"\r\n".join(lines))
+        with connection.makefile("rb") as answer:
+            return answer.read()
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        (b"Connection: Upgrade, HTTP2-Settings, close", b"Upgrade: h2c", b"HTTP2-Settings: AAEAAEAAAAIAAAAB"),
+        (b"Connection: Upgrade, close", b"Upgrade: TLS/1.0, HTTP/1.1"),
+        (b"Connection: close", b"Upgrade: websocket"),
+    ],
+)
+def test_offers_of_another_protocol_are_ignored(guarded: Guarded, offer: tuple[bytes, ...]) -> None:
+    """RFC 9110 (7.8). Java's HTTP client sends the first with every request."""
+    answer = ask(guarded, *offer)
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (b"X-Request-ID: b\xe4r", 200),
+        (b"serve_multiplexed_model_id: b\xe4r", 200),
+        (b"x-session-id: b\xe4r", 200),
+        (b"traceparent: b\xe4r", 200),
+        (b"x-request-timeout-seconds: b\xe4r", 400),
+        (b"x-request-timeout-seconds: 0.000001", 400),
+        (b"x-request-disconnect-disabled: b\xe4r", 400),
+    ],
+)
+def test_headers_that_the_proxy_reads_do_not_fail_in_it(guarded: Guarded, header: bytes, status: int) -> None:
+    answer = ask(guarded, b"Connection: close", header)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d" % status), answer[:300]
+    if status == 400:
+        assert json.loads(body)["error"]["param"] == header.partition(b":")[0].decode()
+
+
 def test_the_body_timeout_does_not_limit_generation(http: httpx.Client) -> None:
     answer = http.post("/v1/images/generations", json=SMALL | {"num_inference_steps": 60})
     assert answer.status_code == 200

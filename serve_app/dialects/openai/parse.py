@@ -11,6 +11,7 @@ from starlette.datastructures import UploadFile
 from serve_app.dialects.bodies import MAX_FIELDS, first_error, parsed_size, read_json, request_id, unknown
 from serve_app.dialects.openai.schemas import MAX_FILES, QUALITIES, ImageRequest, JobFields, Quality
 from serve_app.errors import Invalid, image_too_large
+from serve_app.generation import containers
 from serve_app.generation.request import Encoding, GenerationRequest
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> 
                         raise image_too_large(limits.max_image_bytes)
                     files.append(await value.read())
                 elif name in ("image", "image[]"):
-                    raise Invalid("image must be a file (with curl: -F image=@FILE).", param="image")
+                    files.append(_nameless_file(value, limits))
                 elif name in texts:
                     raise Invalid(f"{name:.100} is given twice.", param=name[:100])
                 elif not (fields.may_be_unset(name) and value in ("", "false")):
@@ -128,3 +129,19 @@ async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> 
         return fields.model_validate_strings(texts), files
     except ValidationError as error:
         raise first_error(error, fields) from None
+
+
+def _nameless_file(text: str, limits: Limits) -> bytes:
+    """Returns the file of a part without a file name, which RFC 7578 (4.2) leaves optional.
+
+    Starlette takes the part for a text. It decodes what is not UTF-8 as Latin-1.
+    """
+    try:
+        data = text.encode("latin-1")
+    except UnicodeEncodeError:
+        data = b""
+    if not containers.is_image(data):
+        raise Invalid("image must be a file (with curl: -F image=@FILE).", param="image")
+    if len(data) > limits.max_image_bytes:
+        raise image_too_large(limits.max_image_bytes)
+    return data
