@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from serve_app.config import APIKey, AppConfig
 from serve_app.home import ROOT
+from serve_app.http.proxy import ENVIRONMENT
 from serve_app.http.tls import self_signed
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def _new_key(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         key = APIKey(id=arguments.name, sha256=hashlib.sha256(secret.encode()).hexdigest())
     except ValueError:
         parser.error("a name has 1 to 64 letters, digits, dots, underscores and hyphens")
-    print(f"The key, which is not shown again:\n\n  {secret}\n\nUnder auth.api_keys of the configuration:\n")
+    print(f"The key, which is not shown again:\n\n  {secret}\n")
+    print("Under auth.api_keys of the configuration, or in the file auth.keys_file:\n")
     print(f"  - {{id: {key.id}, sha256: {key.sha256}}}")
 
 
@@ -193,7 +195,7 @@ def _closed(config: AppConfig) -> AppConfig:
     Raises:
         ValueError: there are no keys.
     """
-    if not config.auth.api_keys:
+    if not config.auth.has_keys:
         raise ValueError(
             "other machines reach that host, so auth.open is ignored, and there are no auth.api_keys; "
             "make one with `python -m serve_app keys new NAME`"
@@ -203,6 +205,7 @@ def _closed(config: AppConfig) -> AppConfig:
 
 def _build(application: _Application) -> Application:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
+    os.environ.update(ENVIRONMENT)
     from serve_app.app import build_app  # after the setting; --help does not need it
 
     return build_app(application.args)

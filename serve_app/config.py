@@ -128,18 +128,29 @@ class AuthConfig(Config):
         "only.",
     )
     api_keys: tuple[APIKey, ...] = Field(default=(), description="The valid keys.")
+    keys_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File with more keys: a list in YAML, as in `api_keys`. It is read again every few "
+        "seconds, so keys change without a restart.",
+    )
     allowed_hosts: tuple[str, ...] = Field(
         default=(),
         description="More names by which requests without a key may call the server. Addresses, `localhost`, "
         "this machine's name and that of `public_url` are always allowed.",
     )
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether there are keys, here or in a file."""
+        return bool(self.api_keys or self.keys_file)
+
     @model_validator(mode="after")
     def _closed_or_meant(self) -> Self:
         ids = [key.id for key in self.api_keys]
         if len(set(ids)) < len(ids):
             raise ValueError(f"the ids of api_keys must be unique, not {ids}")
-        if not ids and not self.open:
+        if not self.has_keys and not self.open:
             raise ValueError(
                 "there are no api_keys: make one with `python -m serve_app keys new NAME`, or set open: true "
                 "to accept requests without a key"

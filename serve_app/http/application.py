@@ -21,9 +21,9 @@ from serve_app.background import Periodic
 from serve_app.dialects import DIALECTS
 from serve_app.dialects.base import Dialect, dialect_of
 from serve_app.errors import Invalid, RequestError, Unavailable, server_error
-from serve_app.http.auth import Authentication, Keys
+from serve_app.http.auth import RELOAD_S, Authentication, Keys
 from serve_app.http.errors import ProtocolError, status_of
-from serve_app.http.middleware import BodyLimit, HeadAsGet, HeaderGuard
+from serve_app.http.middleware import BodyLimit, HeadAsGet, HeaderGuard, PrefixSlash
 from serve_app.http.openapi import describe
 from serve_app.http.sites import SiteGuard, hosts_of
 from serve_app.jobs.webhooks import Webhooks
@@ -46,15 +46,18 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
     """Returns the application. It needs no Ray.
 
     Raises:
-        ValueError: the environment variable of an API key is not set.
+        OSError: the file of API keys cannot be read.
+        ValueError: the environment variable of an API key is not set, or the file has no list of keys.
     """
+    limits, auth = services.config.limits, services.config.auth
+    keys = Keys(auth)
     app = FastAPI(
         title="GLM-Image server",
         version="1",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=_lifespan(services, dialects),
+        lifespan=_lifespan(services, dialects, keys),
         generate_unique_id_function=lambda route: route.name,
     )
     routers = [router(services) for dialect in dialects for router in dialect.routers]
@@ -68,13 +71,13 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
         return dialect_of(scope, dialects).error_response(error, scope)
 
     _add_error_handlers(app, routers, respond)
-    limits, auth = services.config.limits, services.config.auth
     # The last one runs first: a request without a key is rejected before its body is read.
     app.add_middleware(HeadAsGet)
     app.add_middleware(HeaderGuard, respond=respond)
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(SiteGuard, hosts=hosts_of(services.config), respond=respond)
-    app.add_middleware(Authentication, keys=Keys(auth), open_to_all=auth.open, respond=respond)
+    app.add_middleware(Authentication, keys=keys, open_to_all=auth.open, respond=respond)
+    app.add_middleware(PrefixSlash)
     for dialect in dialects:
         if dialect.middleware:
             app.add_middleware(dialect.middleware)
@@ -83,7 +86,7 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
 
 
 def _lifespan(
-    services: Services, dialects: tuple[Dialect, ...]
+    services: Services, dialects: tuple[Dialect, ...], keys: Keys
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """Returns the application's lifespan, which runs the periodic tasks, the jobs and the webhooks."""
     compose = {api: make(services) for dialect in dialects for api, make in dialect.webhooks.items()}
@@ -103,6 +106,8 @@ def _lifespan(
                 expected=(Unavailable,),
             ),
         ]
+        if services.config.auth.keys_file:
+            tasks.append(Periodic(name="read keys", run=keys.reload, interval_s=RELOAD_S))
         async with (
             services.background.run(tasks),
             webhooks.run_in_background(services.background),

@@ -7,16 +7,21 @@ the clients of Z.ai do. A token is accepted in place of the key.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import os
 import re
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jwt
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from serve_app.config import APIKey
 from serve_app.errors import RequestError
 from serve_app.http.errors import ProtocolError
 
@@ -36,6 +41,8 @@ be shared. An upload needs a signature."""
 SCHEMES = (b"bearer", b"key")
 SIGNING_KEY = re.compile(r"([^.]+)\.([^.]+)")
 """A key that may sign tokens: the id that the tokens name, and the secret that signs them."""
+RELOAD_S = 5.0
+"""Seconds between two readings of the file of keys."""
 MAX_TOKEN_BYTES = 4096
 NO_TIMES: jwt.types.Options = {"verify_exp": False, "verify_iat": False, "verify_nbf": False}
 """The times are milliseconds, and the library would read seconds."""
@@ -45,23 +52,40 @@ class Keys:
     """The valid keys.
 
     Raises:
-        ValueError: the environment variable of a key is not set.
+        OSError: their file cannot be read.
+        ValueError: the environment variable of a key is not set, or the file has no list of keys.
     """
 
     def __init__(self, config: AuthConfig) -> None:
+        self._config = config
         self._digests: dict[str, bytes] = {}
         self._signers: dict[str, list[tuple[str, str]]] = {}
-        for key in config.api_keys:
+        self._read()
+
+    async def reload(self) -> None:
+        """Reads the file of keys again. If it cannot be used, the keys stay as they are.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it has no list of keys.
+        """
+        await asyncio.to_thread(self._read)
+
+    def _read(self) -> None:
+        digests: dict[str, bytes] = {}
+        signers: dict[str, list[tuple[str, str]]] = {}
+        for key in (*self._config.api_keys, *_keys_in(self._config.keys_file)):
+            if key.id in digests:
+                raise ValueError(f"two API keys have the id {key.id}")
             if key.secret_env is None:
-                self._digests[key.id] = bytes.fromhex(key.sha256 or "")
+                digests[key.id] = bytes.fromhex(key.sha256 or "")
             elif secret := os.environ.get(key.secret_env):
-                self._digests[key.id] = hashlib.sha256(secret.encode()).digest()
+                digests[key.id] = hashlib.sha256(secret.encode()).digest()
                 if match := SIGNING_KEY.fullmatch(secret):
-                    self._signers.setdefault(match[1], []).append((key.id, match[2]))
+                    signers.setdefault(match[1], []).append((key.id, match[2]))
             else:
-                raise ValueError(
-                    f"auth.api_keys: {key.id}: the environment variable {key.secret_env} is not set"
-                )
+                raise ValueError(f"API key {key.id}: the environment variable {key.secret_env} is not set")
+        self._digests, self._signers = digests, signers
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
         """Returns the id of a request's key.
@@ -152,6 +176,18 @@ class Authentication:
                 return
         state["key_id"] = key_id
         await self._app(scope, receive, send)
+
+
+def _keys_in(file: str | None) -> tuple[APIKey, ...]:
+    if file is None:
+        return ()
+    try:
+        keys = TypeAdapter(tuple[APIKey, ...]).validate_python(yaml.safe_load(Path(file).read_text()))
+    except (ValidationError, yaml.YAMLError):  # their messages hold what stands in the file
+        keys = ()
+    if not keys:
+        raise ValueError(f"{file} is not a list of keys such as `- {{id: alice, sha256: …}}`")
+    return keys
 
 
 def presented_keys(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,8 @@ import openai
 import pytest
 
 from serve_app.http.auth import presented_keys
-from tests.http.conftest import Endpoint
+from tests.http.conftest import Endpoint, served
+from tests.polling import until
 
 PUBLIC = {
     "/health",
@@ -144,3 +146,26 @@ def test_a_command_creates_a_key() -> None:
     )
     assert refused.returncode == 2
     assert "letters, digits" in refused.stderr
+
+
+def test_keys_are_exchanged_without_a_restart(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+
+    def allow(*keys: str) -> None:
+        hashes = (hashlib.sha256(key.encode()).hexdigest() for key in keys)
+        file.write_text("\n".join(f"- {{id: key-{at}, sha256: {one}}}" for at, one in enumerate(hashes)))
+
+    allow("old")
+    with served(tmp_path, "glm-image", auth={"keys_file": str(file)}) as server, server.client() as http:
+
+        def statuses() -> list[int]:
+            return [
+                http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+                for key in ("old", "new")
+            ]
+
+        assert statuses() == [200, 401]
+        allow("old", "new")
+        until(lambda: statuses() == [200, 200])
+        allow("new")
+        until(lambda: statuses() == [401, 200])

@@ -119,7 +119,9 @@ def test_the_readme_has_no_placeholders() -> None:
     assert not re.search(r"\{\{|PLACEHOLDER|TODO", README)
 
 
-@pytest.mark.parametrize("page", ["README.md", "k8s/README.md", "tests/gpu/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/operate/security.md", "k8s/README.md", "tests/gpu/README.md"]
+)
 def test_no_table_has_an_empty_last_cell(page: str) -> None:
     lines = (ROOT / page).read_text().splitlines()
     pairs = itertools.pairwise([*lines, ""])

@@ -290,3 +290,17 @@ def test_a_job_for_another_model_says_what_it_waits_for(make_services: MakeServi
     (listed,) = call(app, "GET", "/v1/images/jobs").json()["data"]
     assert listed["waiting_for"] == shown["waiting_for"]
     assert services.gauges.jobs_foreign == {"glm_image-0123456789abcdef": 1}
+
+
+def test_the_prefix_without_its_slash_leads_to_the_playground(make: Make) -> None:
+    async def get() -> httpx.Response:
+        keys = [{"id": "a", "sha256": sha256(b"key").hexdigest()}]
+        app = make(auth={"open": False, "api_keys": keys})
+        transport = httpx.ASGITransport(app, root_path="/below/img")
+        async with httpx.AsyncClient(transport=transport, follow_redirects=True) as client:
+            return await client.get("http://localhost/below/img")
+
+    answer = asyncio.run(get())
+    assert str(answer.url) == "http://localhost/below/img/"
+    assert answer.status_code == 200
+    assert "<title>" in answer.text

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -169,3 +170,55 @@ def test_a_request_without_a_key_reaches_only_the_open_paths(
     answered = asyncio.run(main())
     assert (answered.status_code, answered.json()) == answer
     assert ("www-authenticate" in answered.headers) == (answered.status_code == 401)
+
+
+def listed(**secrets: str) -> str:
+    """A file of keys, by their ids."""
+    hashes = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in secrets.items()}
+    return "\n".join(f"- {{id: {name}, sha256: {one}}}" for name, one in hashes.items())
+
+
+def test_keys_change_with_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(listed(old="first"))
+    fixed = {"id": "fixed", "sha256": hashlib.sha256(b"fixed").hexdigest()}
+    keys = Keys(AuthConfig.model_validate({"api_keys": [fixed], "keys_file": str(file)}))
+    assert identify(keys, "first") == "old"
+    file.write_text(listed(old="first", new="second"))
+    asyncio.run(keys.reload())
+    assert [identify(keys, key) for key in ("first", "second", "fixed")] == ["old", "new", "fixed"]
+    file.write_text(listed(new="second"))
+    asyncio.run(keys.reload())
+    with pytest.raises(ProtocolError):
+        identify(keys, "first")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        "keys",
+        "- {id: a, sha256: a-secret}",
+        listed(fixed="x"),
+        "- {id: a, secret_env: NOT_SET}",
+    ],
+)
+def test_a_file_that_is_no_list_of_keys_changes_nothing(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(listed(a="first"))
+    fixed = {"id": "fixed", "sha256": hashlib.sha256(b"fixed").hexdigest()}
+    config = AuthConfig.model_validate({"api_keys": [fixed], "keys_file": str(file)})
+    keys = Keys(config)
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"keys|NOT_SET") as caught:
+        asyncio.run(keys.reload())
+    assert "a-secret" not in str(caught.value)
+    assert identify(keys, "first") == "a"
+    with pytest.raises(ValueError, match=r"keys|NOT_SET"):
+        Keys(config)
+    file.unlink()
+    with pytest.raises(OSError, match="No such file"):
+        asyncio.run(keys.reload())
+    assert identify(keys, "first") == "a"
