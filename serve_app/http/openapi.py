@@ -28,6 +28,8 @@ UNAUTHORIZED = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}},
 }
 
+CROSS_SITE = "The server needs no key, and a page of another site sent the request."
+
 
 def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
     """Returns the document of an application and its routers."""
@@ -49,7 +51,8 @@ def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
                 operation["security"] = []
                 operation["responses"].pop("401", None)
             else:
-                operation["responses"].setdefault("401", UNAUTHORIZED)
+                refusal = operation["responses"].setdefault("401", UNAUTHORIZED)
+                operation["responses"].setdefault("403", refusal | {"description": CROSS_SITE})
     components = document["components"]
     components["securitySchemes"] = KEYS
     for name in ("HTTPValidationError", "ValidationError"):

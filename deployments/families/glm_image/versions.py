@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers in GLM-Image's vision-language model."""
+"""Differences between the versions of transformers in GLM-Image's vision-language model."""
 
 from __future__ import annotations
 

@@ -92,3 +92,16 @@ def test_a_key_is_enough(make_services: MakeServices, call: Call, monkeypatch: p
     foreign = {"Host": "evil.test", "Origin": "https://evil.test", "Authorization": "Bearer secret"}
     answer = call(app, "POST", "/v1/images/generations", headers=foreign, json={"prompt": "a boat"})
     assert answer.status_code == 200
+
+
+def test_the_document_has_the_refusal_in_the_form_of_each_api(app: FastAPI, call: Call) -> None:
+    paths = call(app, "GET", "/openapi.json").json()["paths"]
+    closed = [
+        operation["responses"]
+        for operations in paths.values()
+        for operation in operations.values()
+        if "401" in operation["responses"]
+    ]
+    assert all(one["403"]["content"] == one["401"]["content"] for one in closed)
+    assert len({str(one["403"]["content"]) for one in closed}) >= 4
+    assert "403" not in paths["/health"]["get"]["responses"]

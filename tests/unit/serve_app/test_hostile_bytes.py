@@ -1,0 +1,24 @@
+"""Hostile bytes are rejected or accepted, and never a fault."""
+
+import pytest
+
+from tests import fuzz
+
+MUTATIONS = {
+    "picture": 1000,
+    "sealed_picture": 1000,
+    "data_url": 300,
+    "json_body": 150,
+    "form": 300,
+    "headers": 50,
+}
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_mutations_of_what_is_valid_cause_no_fault(name: str) -> None:
+    for data in fuzz.corpus(name, MUTATIONS[name]):
+        try:
+            fuzz.TARGETS[name](data)
+        except Exception as error:
+            error.add_note(f"the bytes: {data!r:.2000}")
+            raise
