@@ -191,12 +191,15 @@ def corpus(name: str, mutations: int) -> Iterator[bytes]:
 def main() -> None:
     """Runs a target for as long as the options of libFuzzer say."""
     atheris = import_module("atheris")  # not locked, since only this needs it
+    for module in [name for name in sys.modules if name.startswith(("serve_app", "tests"))]:
+        del sys.modules[module]
+    with atheris.instrument_imports(include=["serve_app"]):
+        fuzz = import_module("tests.fuzz")
     name = sys.argv.pop(1)
     with tempfile.TemporaryDirectory() as folder:
         for number, data in enumerate(_seeds(name)):
             (Path(folder) / str(number)).write_bytes(data)
-        atheris.instrument_all()
-        atheris.Setup([*sys.argv, folder], TARGETS[name])
+        atheris.Setup([*sys.argv, folder], fuzz.TARGETS[name])
         atheris.Fuzz()
 
 

@@ -1,10 +1,12 @@
 """Jobs on real servers whose processes are killed. Each ends with one result and its webhook."""
 
+import base64
 import json
 import signal
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import psutil
 import pytest
 
 from deployments.families.glm_image import tiny
+from serve_app.generation.codec import encode
+from serve_app.generation.request import Encoding
 from tests.job_client import PATH, SMALL, pixels
 from tests.polling import until
 from tests.receiver import Receiver
@@ -146,6 +150,38 @@ def test_queued_jobs_survive_a_restart(
         check(client, jobs, receiver, tmp_path, Upstream(tiny.cached()), seeds)
         restarts = [line["message"] for job in jobs for line in job["log"] if "again" in line["message"]]
         assert restarts == [], "a stop does not count as an attempt"
+
+
+def test_jobs_inputs_and_results_survive_the_death_of_every_process(
+    config: Callable[..., Path],
+    receiver: Receiver,
+    tmp_path: Path,
+) -> None:
+    seeds, source = range(400, 406), np.full((512, 512, 3), 90, np.uint8)
+    data_url = f"data:image/png;base64,{base64.b64encode(encode(source, Encoding())).decode()}"
+    with served(config()) as running:
+        client = Client(running, receiver)
+        ids = [client.submit(seed) for seed in seeds]
+        edited = client.submit(500, images=[{"image_url": data_url}], webhook_url=None)
+        until(lambda: client.states(ids)["succeeded"] >= 2)
+        made = {job_id: job for job_id in ids if "result" in (job := client.job(job_id))}
+        server = [running.process, *running.process.children(recursive=True)]
+        for process in server:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(server, timeout=20)
+    with served(config()) as running:
+        client = Client(running, receiver)
+        assert client.states([*ids, edited])["succeeded"] < len(ids), "the kill came too late"
+        jobs = client.wait_until_all_succeeded([*ids, edited])[: len(ids)]
+        reference = Upstream(tiny.cached())
+        check(client, jobs, receiver, tmp_path, reference, seeds)
+        for job in jobs:
+            if job["id"] in made:
+                assert job["result"]["data"][0]["url"].rpartition("/")[2] in str(made[job["id"]]["result"])
+        (image,) = client.job(edited)["result"]["data"]
+        expected = reference("a boat", 512, 512, seed=500, sources=(source,))
+        assert np.array_equal(pixels(client.http.get(image["url"]).content), expected)
 
 
 def test_jobs_of_a_killed_ingress_move_to_the_other_one(
