@@ -52,6 +52,13 @@ def process_name(command: list[str]) -> str:
     return "IDLE" if "_worker.py" in title else re.findall(r"(\w+\.py)\b", title)[0]
 
 
+FIXED = {
+    ("DashboardAgent", "127.0.0.1"),
+    ("DashboardAgent", "the machine's"),
+    ("dashboard.py", "all"),
+    ("monitor.py", "all"),
+}
+"""Ports that are always the same. A second Ray on the machine goes without them."""
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
@@ -66,7 +73,8 @@ def test_every_port_is_on_the_security_page(running: Running) -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| (`http_options.host`|[^|]+) \|", PAGE, re.MULTILINE)
     listed = {(name, "127.0.0.1" if "host" in address else address) for name, address in rows}
     found = {(name, address_name(address)) for name, address, _ in listening(running)}
-    assert found | {("IDLE", "all")} == listed
+    assert found <= listed
+    assert listed - found <= FIXED | {("IDLE", "all")}
 
 
 def test_ray_answers_no_call_without_its_token(running: Running) -> None:
@@ -91,11 +99,6 @@ def test_without_the_token_http_gives_metrics_alone(running: Running) -> None:
             with suppress(httpx.HTTPError):  # gRPC
                 answer = httpx.get(f"http://{host}:{port}/metrics", timeout=10)
                 codes.setdefault((name, address_name(address)), set()).add(answer.status_code)
-    assert codes == {
-        ("DashboardAgent", "127.0.0.1"): {401},
-        ("DashboardAgent", "the machine's"): {401},
-        ("RuntimeEnvAgent", "the machine's"): {401},
-        ("DashboardAgent", "all"): {200},
-        ("dashboard.py", "all"): {200},
-        ("monitor.py", "all"): {200},
-    }
+    for (name, address), found in codes.items():
+        assert found == ({200} if address == "all" else {401}), (name, address)
+    assert codes.keys() >= {("DashboardAgent", "all"), ("RuntimeEnvAgent", "the machine's")}

@@ -123,7 +123,6 @@ def test_the_readme_has_no_placeholders() -> None:
     "page",
     [
         "README.md",
-        "docs/operate/backup.md",
         "docs/operate/security.md",
         "k8s/README.md",
         "tests/gpu/README.md",
