@@ -34,7 +34,6 @@ from serve_app.generation import codec, containers
 from serve_app.generation.sources import SourceReader
 from serve_app.http.application import create_app
 from serve_app.outbound import Outbound
-from tests.http import stages
 from tests.http.conftest import ROOT, services
 
 MAX_PIXELS = 2**18
@@ -96,7 +95,6 @@ class _Server:
     """The application over stand-ins of the stages, and its reader of sources."""
 
     def __init__(self) -> None:
-        stages.PRIOR_SECONDS = stages.DECODER_SECONDS = 0
         self._folder = tempfile.TemporaryDirectory()
         args = yaml.safe_load((ROOT / "configs/tiny.yaml").read_text())["applications"][0]["args"]
         kept = {
@@ -195,6 +193,8 @@ def main() -> None:
         del sys.modules[module]
     with atheris.instrument_imports(include=["serve_app"]):
         fuzz = import_module("tests.fuzz")
+        stages = import_module("tests.http.stages")
+    stages.PRIOR_SECONDS = stages.DECODER_SECONDS = 0  # type: ignore[attr-defined]
     name = sys.argv.pop(1)
     with tempfile.TemporaryDirectory() as folder:
         for number, data in enumerate(_seeds(name)):
