@@ -194,7 +194,8 @@ def main() -> None:
     with atheris.instrument_imports(include=["serve_app"]):
         fuzz = import_module("tests.fuzz")
         stages = import_module("tests.http.stages")
-    stages.PRIOR_SECONDS = stages.DECODER_SECONDS = 0  # type: ignore[attr-defined]
+    for seconds in ("PRIOR_SECONDS", "DECODER_SECONDS"):
+        setattr(stages, seconds, 0)
     name = sys.argv.pop(1)
     with tempfile.TemporaryDirectory() as folder:
         for number, data in enumerate(_seeds(name)):

@@ -9,6 +9,7 @@ from starlette.responses import RedirectResponse
 
 from serve_app.errors import Invalid, RequestError
 from serve_app.http.errors import compressed, too_large, too_many_bytes, too_slow
+from serve_app.http.proxy import TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +58,7 @@ class HeaderGuard:
     seconds have passed. The third announces a compressed body.
     """
 
-    OF_THE_PROXY = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
+    OF_THE_PROXY = (b"x-request-disconnect-disabled", TIMEOUT)
 
     def __init__(self, app: ASGIApp, respond: Callable[[Scope, RequestError], ASGIApp]) -> None:
         self._app = app
@@ -66,8 +67,9 @@ class HeaderGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or rejects it."""
         app, headers = self._app, dict(scope.get("headers", ()))
-        for name in self.OF_THE_PROXY:
-            if name.encode() in headers:
+        for header in self.OF_THE_PROXY:
+            if header in headers:
+                name = header.decode()
                 problem = Invalid(f"The header {name} is not allowed; remove it.", param=name)
                 app = self._respond(scope, problem)
         encoding = headers.get(b"content-encoding", b"identity").strip().lower()

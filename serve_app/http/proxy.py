@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.http.proxy:configure"}
 TIMEOUT = b"x-request-timeout-seconds"
+"""Header with the seconds after which Ray's proxy would answer by itself. The application rejects it."""
 
 
 def configure() -> list[Middleware]:
@@ -33,8 +34,8 @@ def configure() -> list[Middleware]:
 class ReadableHeaders:
     """Middleware that rewrites headers at which Ray's proxy would fail, so that the application answers.
 
-    The proxy decodes some values as UTF-8, and answers others with a 500. It answers in plain text when the
-    seconds of `TIMEOUT` have passed. The application rejects that header.
+    The proxy decodes some values as UTF-8. If they are not, it answers with a 500. When the seconds of
+    `TIMEOUT` have passed, it answers in plain text.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -16,9 +16,8 @@ import psutil
 import pytest
 
 from deployments.families.glm_image import tiny
-from serve_app.generation.codec import encode
-from serve_app.generation.request import Encoding
 from tests.job_client import PATH, SMALL, pixels
+from tests.pictures import picture
 from tests.polling import until
 from tests.receiver import Receiver
 from tests.serve.conftest import Running, Upstream, config_file, served, tiny_model
@@ -158,7 +157,7 @@ def test_jobs_inputs_and_results_survive_the_death_of_every_process(
     tmp_path: Path,
 ) -> None:
     seeds, source = range(400, 406), np.full((512, 512, 3), 90, np.uint8)
-    data_url = f"data:image/png;base64,{base64.b64encode(encode(source, Encoding())).decode()}"
+    data_url = f"data:image/png;base64,{base64.b64encode(picture((90, 90, 90))).decode()}"
     with served(config()) as running:
         client = Client(running, receiver)
         ids = [client.submit(seed) for seed in seeds]

@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 
 from tests.http.conftest import ROOT, served
-from tests.job_client import PATH, SMALL
-from tests.polling import until
+from tests.job_client import PATH, ended, submit
 
 PAGE = (ROOT / "docs/operate/backup.md").read_text()
 BACK_UP, RESTORE = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -24,30 +23,20 @@ def run(commands: str, home: Path, backup: Path) -> None:
 
 
 def submitted(http: httpx.Client, seed: int, steps: int) -> Any:
-    answer = http.post(PATH, json=SMALL | {"seed": seed, "num_inference_steps": steps})
-    assert answer.status_code == 202
-    return answer.json()
+    return submit(http, seed=seed, num_inference_steps=steps)
 
 
 def image_of(http: httpx.Client, job: Any) -> bytes:
     """Waits for a job, and returns its image."""
-    shown: Any = None
-
-    def has_ended() -> bool:
-        nonlocal shown
-        shown = http.get(f"{PATH}/{job['id']}").json()
-        return shown["status"] not in ("queued", "running")
-
-    until(has_ended)
-    name = shown["result"]["data"][0]["url"].rpartition("/")[2]
+    name = ended(http, job)["result"]["data"][0]["url"].rpartition("/")[2]
     return http.get(f"/files/{name}").raise_for_status().content
 
 
 def test_jobs_and_files_are_as_at_the_backup(tmp_path: Path) -> None:
     first, second, backup = tmp_path / "first", tmp_path / "second", tmp_path / "backup"
     with served(first, "glm-image") as server, server.client() as http:
-        ended = [submitted(http, seed, 1) for seed in range(3)]
-        images = [image_of(http, job) for job in ended]
+        done = [submitted(http, seed, 1) for seed in range(3)]
+        images = [image_of(http, job) for job in done]
         waiting = [submitted(http, seed, 100) for seed in range(3, 6)]
         run(BACK_UP, first, backup)
         after = submitted(http, 6, 1)
@@ -56,8 +45,8 @@ def test_jobs_and_files_are_as_at_the_backup(tmp_path: Path) -> None:
         lost = submitted(http, 7, 1)
     run(RESTORE, second, backup)
     with served(second, "glm-image") as server, server.client() as http:
-        states = [http.get(f"{PATH}/{job['id']}").json()["status"] for job in ended]
+        states = [http.get(f"{PATH}/{job['id']}").json()["status"] for job in done]
         assert states == ["succeeded"] * 3
-        assert [image_of(http, job) for job in [*ended, *waiting]] == images
+        assert [image_of(http, job) for job in [*done, *waiting]] == images
         for job in (after, lost):
             assert http.get(f"{PATH}/{job['id']}").status_code == 404

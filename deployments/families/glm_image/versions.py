@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _parameters = inspect.signature(GlmImageTextDecoderLayer.forward).parameters
 CACHE = "cache" if "cache" in _parameters else "past_key_values"
-"""Name of a layer's argument for its cache. The second one is deprecated since 5.24."""
+"""Name of a layer's argument for its cache. In 5.17 it is the second one, which 5.24 deprecates."""
 
 
 def image_tokens(
