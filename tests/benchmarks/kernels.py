@@ -32,6 +32,7 @@ from unittest import mock
 import torch
 from diffusers import GlmImageTransformer2DModel
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from torch._subclasses import fake_impls
 from transformers import ByT5Tokenizer
 
 from deployments.engines import acceleration, compilation
@@ -72,7 +73,12 @@ def prior() -> GPULanguageModel:
     """Returns the prior's language model. Its passes run directly instead of in a CUDA graph."""
     with without_weights():
         model, _ = models.prior(fake_cuda.DEVICE, vision_layers=1)
-    with mock.patch.object(CUDAGraphs, "capture", lambda _, run: run):
+    # transformers' `generate` reads whether its attention mask is all ones, which it is.
+    ones = {torch.ops.aten._local_scalar_dense.default: lambda *_, **__: 1}
+    with (
+        mock.patch.object(CUDAGraphs, "capture", lambda _, run: run),
+        mock.patch.dict(fake_impls.op_implementations_dict, ones),
+    ):
         return GPULanguageModel(model, rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
 
 
