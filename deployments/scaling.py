@@ -1,4 +1,4 @@
-"""Scaling of stages, to zero and back: the demand registry, its client, and Serve's autoscaling policy.
+"""Scaling of stages, to zero and back: the demand registry, and Serve's autoscaling policy.
 
 The policy runs in Serve's controller, which may not have this project installed: Ray pickles this module by
 value. So the module imports only the standard library and Ray, and processes exchange only plain values.
@@ -10,12 +10,11 @@ import asyncio
 import math
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.actor
-from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -30,8 +29,6 @@ LEASE_S = 10.0
 """Seconds for which an entry in the registry is valid. A process that has died does not renew its entries."""
 RENEWAL_S = 2.0
 """Seconds after which an entry is renewed."""
-ANSWER_S = 5.0
-"""Seconds to wait for an answer of the registry."""
 POLL_INTERVAL_S = 1.0
 """Seconds between two checks for an expired need, and between two searches for a registry."""
 ORPHANED_S = 60.0
@@ -122,43 +119,6 @@ def find_registry(app_name: str) -> ActorHandle[Any] | None:
         return ray.get_actor(app_name, namespace=NAMESPACE)
     except ValueError:
         return None
-
-
-class RegistryClient:
-    """The ingress's client of the registry. Creates the registry, and replaces it if it has died.
-
-    The registry runs on the ingress's node, reserves no resources, and outlives the ingress. Ray does not
-    restart it: Ray might choose a node with a GPU, and that node could then not be released.
-
-    Args:
-        app_name: name of the Serve application, and of the actor.
-    """
-
-    def __init__(self, app_name: str) -> None:
-        self._app_name = app_name
-        self._registry = self._create()
-
-    async def ask(self, method: str, *args: Any) -> Any:
-        """Calls a method of the registry and returns its result.
-
-        Raises:
-            RayError: the registry has died. The next call goes to a new and empty one.
-            TimeoutError: the registry does not answer.
-        """
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                return await getattr(self._registry, method).remote(*args)
-        except RayActorError:
-            self._registry = self._create()
-            raise
-
-    def _create(self) -> ActorHandle[Any]:
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        options: dict[str, Any] = {"name": self._app_name, "namespace": NAMESPACE, "get_if_exists": True}
-        options |= {"lifetime": "detached", "num_cpus": 0, "scheduling_strategy": node}
-        registry = cast("ActorHandle[Any]", ray.remote(DemandRegistry).options(**options).remote())
-        registry.watch.remote()
-        return registry
 
 
 class ScalingPolicy:

@@ -18,8 +18,11 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import StageConfig
 from deployments.observability import tracing
-from deployments.scaling import RENEWAL_S, RegistryClient, ScalingPolicy
+from deployments.scaling import NAMESPACE, RENEWAL_S, DemandRegistry, ScalingPolicy
 from deployments.stages.models import DecoderStage, PriorStage, PromptExpander, SafetyChecker
+from serve_app.cluster import fleet
+from serve_app.cluster.actors import ActorClient
+from serve_app.cluster.fleet import Fleet, FleetClient
 from serve_app.cluster.lifecycle import Lifecycle
 from serve_app.cluster.status import HELPER, Deployment, StatusReader
 from serve_app.config import AppConfig
@@ -202,6 +205,7 @@ class Ingress:
             )
             for model in config.models
         }
+        peers = _peers(config, context.app_name)
         self._generator = Generator(
             models,
             config.limits,
@@ -210,8 +214,9 @@ class Ingress:
             share=ray.put,
             safety=_safety(config, stages),
             expansion=_expansion(config, stages, outbound),
+            others=peers,
         )
-        registry = RegistryClient(context.app_name)
+        registry = ActorClient(DemandRegistry, context.app_name, NAMESPACE)
         deployments = {
             name: {
                 key: Deployment(name=part.name, num_gpus=part.config.num_gpus) for key, part in parts.items()
@@ -219,7 +224,7 @@ class Ingress:
             for name, parts in _parts(config).items()
         }
         status = StatusReader(context.app_name, deployments, registry, autoscaling=config.cluster.autoscaling)
-        lifecycle = Lifecycle(self._generator, changed, registry, status)
+        lifecycle = Lifecycle(self._generator, changed, registry, status, peers)
         server = f"{context.app_name}, in the Ray cluster at {ray.get_runtime_context().gcs_address}"
         database = Database(config.database.url, server)
         self._services = Services.of(config, self._generator, lifecycle, files, database, outbound)
@@ -232,6 +237,13 @@ class Ingress:
     async def drain(self) -> None:
         """Rejects new requests; returns when running ones have ended and jobs are back in the queue."""
         await asyncio.gather(self._generator.drain(), self._services.runner.stop())
+
+
+def _peers(config: AppConfig, app_name: str) -> FleetClient | None:
+    """Returns what knows the other ingress replicas; None if there is only one."""
+    if not config.ingress.has_several_replicas:
+        return None
+    return FleetClient(ActorClient(Fleet, app_name, fleet.NAMESPACE))
 
 
 def _safety(config: AppConfig, stages: dict[str, dict[str, DeploymentHandle[Any]]]) -> SafetyCheck | None:

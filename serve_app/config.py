@@ -29,20 +29,20 @@ class Limits(Config):
     max_pending: int = Field(
         default=64,
         ge=1,
-        description="Most unfinished images of requests in one ingress replica. More are rejected with a 429 "
-        "and `Retry-After`.",
+        description="Most unfinished images of requests, over all ingress replicas. More are rejected with a "
+        "429 and `Retry-After`.",
     )
     max_pending_per_key: int | None = Field(
         default=None,
         ge=1,
-        description="Most unfinished images of one API key, or of all requests without a key, in one ingress "
-        "replica. Unlimited if unset.",
+        description="Most unfinished images of one API key, or of all requests without a key. Unlimited if "
+        "unset.",
     )
     megapixel_steps_per_minute: int | None = Field(
         default=None,
         ge=1,
-        description="Most work of one API key a minute, in one ingress replica. The minute begins with a "
-        "request. More is rejected with a 429 and `Retry-After`. Unlimited if unset.",
+        description="Most work of one API key a minute. The minute begins with a request. More is rejected "
+        "with a 429 and `Retry-After`. Unlimited if unset.",
     )
     deadline_s: float = Field(
         default=580,
@@ -221,6 +221,11 @@ class IngressConfig(Config):
         "`ray_actor_options`, …. Several replicas need PostgreSQL and a shared file store.",
     )
 
+    @property
+    def has_several_replicas(self) -> bool:
+        """Whether there may be more than one replica."""
+        return self.deployment.get("num_replicas", 1) != 1 or "autoscaling_config" in self.deployment
+
 
 HostPort = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[1-9][0-9]{0,4}$")]
 
@@ -346,9 +351,7 @@ class AppConfig(Config):
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"models must not be empty, and their names must be unique, not {names}")
-        replicas = self.ingress.deployment
-        several = replicas.get("num_replicas", 1) != 1 or "autoscaling_config" in replicas
-        if several and self.database.url.startswith("sqlite"):
+        if self.ingress.has_several_replicas and self.database.url.startswith("sqlite"):
             raise ValueError("several ingress replicas need a database.url of PostgreSQL; SQLite allows one")
         limits = self.limits
         for low, high in (

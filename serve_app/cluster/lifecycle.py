@@ -16,7 +16,8 @@ from serve_app.errors import Conflict, Unavailable
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from deployments.scaling import RegistryClient
+    from serve_app.cluster.actors import ActorClient
+    from serve_app.cluster.fleet import FleetClient
     from serve_app.cluster.status import ModelStatuses, StageStatus, StatusReader
     from serve_app.generation.generator import Generator
 
@@ -33,15 +34,22 @@ class Lifecycle:
         changed: set when a request is ready for its model, and when it ends.
         registry: the demand registry.
         status: reads the states of the replicas.
+        fleet: knows the other ingress replicas; None if this is the only one.
     """
 
     def __init__(
-        self, generator: Generator, changed: asyncio.Event, registry: RegistryClient, status: StatusReader
+        self,
+        generator: Generator,
+        changed: asyncio.Event,
+        registry: ActorClient,
+        status: StatusReader,
+        fleet: FleetClient | None = None,
     ) -> None:
         self._generator = generator
         self._changed = changed
         self._registry = registry
         self._status = status
+        self._fleet = fleet
         self._ingress = uuid.uuid4().hex
 
     @property
@@ -56,7 +64,10 @@ class Lifecycle:
         )
 
     async def _report(self) -> None:
-        await self._registry.ask("need", self._ingress, self._generator.running.needed())
+        running = self._generator.running
+        await self._registry.ask("need", self._ingress, running.needed())
+        if self._fleet:
+            running.abort(await self._fleet.report(running.counts()))
 
     @property
     def names(self) -> list[str]:
@@ -92,20 +103,14 @@ class Lifecycle:
             Conflict: there are running requests.
             Unavailable: the replicas do not stop.
         """
-        running = self._generator.running
-        if force:
-            running.abort(models)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(UNLOAD_TIMEOUT_S if force else wait_s):
-                await running.until_idle(models)
-        if count := running.count(models):
-            raise Conflict(
-                f"{count} generations are running. Unload with ?wait=true when they have ended, or stop them "
-                "with ?force=true.",
-                code="generating",
-                retryable=True,
-            )
         try:
+            if count := await self._stop_requests(models, UNLOAD_TIMEOUT_S if force else wait_s, force=force):
+                raise Conflict(
+                    f"{count} generations are running. Unload with ?wait=true when they have ended, or stop "
+                    "them with ?force=true.",
+                    code="generating",
+                    retryable=True,
+                )
             await self._registry.ask("unload", list(models))
             async with asyncio.timeout(UNLOAD_TIMEOUT_S):
                 while await self._remain(models):  # noqa: ASYNC110 - Serve has no event for it
@@ -117,6 +122,25 @@ class Lifecycle:
                 retry_after_s=5,
             ) from None
 
+    async def _stop_requests(self, models: Collection[str], wait_s: float, *, force: bool) -> int:
+        """Aborts or awaits the requests of these models; returns the number of those that still run."""
+        running = self._generator.running
+        if force:
+            running.abort(models)
+            if self._fleet:
+                await self._fleet.abort(models)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await running.until_idle(models)
+                while self._fleet and await self._fleet.running(models):  # noqa: ASYNC110 - an actor has no event
+                    await asyncio.sleep(POLL_INTERVAL_S)
+        return await self._count(models)
+
+    async def _count(self, models: Collection[str]) -> int:
+        """Returns the number of running requests of these models, in all ingress replicas."""
+        elsewhere = await self._fleet.running(models) if self._fleet else 0
+        return self._generator.running.count(models) + elsewhere
+
     async def _remain(self, models: Collection[str]) -> bool:
         """Returns whether there are replicas still. A new request loads them again, which ends the wait."""
-        return not self._generator.running.count(models) and bool(await self._status.replicas(models))
+        return not await self._count(models) and bool(await self._status.replicas(models))

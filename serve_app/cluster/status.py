@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from ray.serve.schema import DeploymentStatusOverview
 
-    from deployments.scaling import RegistryClient, Report
+    from deployments.scaling import Report
+    from serve_app.cluster.actors import ActorClient
 
 MAX_AGE_S = 1.0
 MAX_LAG_S = 5.0
@@ -72,7 +73,7 @@ class StatusReader:
         self,
         app_name: str,
         deployments: dict[str, dict[str, Deployment]],
-        registry: RegistryClient,
+        registry: ActorClient,
         *,
         autoscaling: bool,
     ) -> None:

@@ -1,12 +1,12 @@
-"""Admission: bounds on the unfinished work of an ingress replica, in total and for each API key."""
+"""Admission: bounds on the unfinished work of the server, in total and for each API key."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
@@ -15,7 +15,8 @@ from limits.aio.strategies import FixedWindowRateLimiter
 from serve_app.errors import Busy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
     from serve_app.config import Limits
 
@@ -23,24 +24,107 @@ WEIGHT = 0.2
 """Weight of the newest sample in the moving average of unit durations."""
 
 
+class Full(NamedTuple):
+    """A bound that leaves no room.
+
+    Attributes:
+        who: whose bound it is, as the beginning of a sentence.
+        pending: unfinished units that count towards it.
+        bound: how many there may be.
+    """
+
+    who: str
+    pending: int
+    bound: int
+
+
+class Bounds(NamedTuple):
+    """Bounds on unfinished units.
+
+    Attributes:
+        total: how many there may be of all keys.
+        of_key: how many there may be of one key; None for no bound.
+    """
+
+    total: int
+    of_key: int | None
+
+    def check(self, units: int, pending: int, of_key: int) -> Full | None:
+        """Returns the bound that more units would exceed; None if there is room.
+
+        Args:
+            units: number of units to add.
+            pending: unfinished units of all keys.
+            of_key: unfinished units of the key.
+        """
+        if pending + units > self.total:
+            return Full("The server has", pending, self.total)
+        if self.of_key is not None and of_key + units > self.of_key:
+            return Full("Your key has", of_key, self.of_key)
+        return None
+
+
+class WorkRates:
+    """Counts the work of each key in windows of a minute. A window begins with a request."""
+
+    def __init__(self) -> None:
+        self._limiter = FixedWindowRateLimiter(MemoryStorage())
+
+    async def charge(self, cost: int, key_id: str, rate: int) -> tuple[int, float] | None:
+        """Counts work if the key has as much left; otherwise returns what is left, and when it is renewed.
+
+        Args:
+            cost: megapixel-steps.
+            key_id: id of the key.
+            rate: most megapixel-steps of the key a minute.
+
+        Returns:
+            None, or the megapixel-steps that are left and the seconds until the next window.
+        """
+        minute = RateLimitItemPerMinute(rate)
+        # `hit` alone would count what it refuses.
+        if await self._limiter.test(minute, key_id, cost=cost) and await self._limiter.hit(
+            minute, key_id, cost=cost
+        ):
+            return None
+        stats = await self._limiter.get_window_stats(minute, key_id)
+        return stats.remaining, stats.reset_time - time.time()
+
+
+class Others(Protocol):
+    """The bounds over all ingress replicas; see `serve_app.cluster.fleet.FleetClient`."""
+
+    def hold(self, units: int, key_id: str, bounds: Bounds) -> AbstractAsyncContextManager[Full | None]:
+        """Holds units for the duration of the block, unless it yields the bound that leaves no room."""
+        ...
+
+    async def charge(self, cost: int, key_id: str, rate: int) -> tuple[int, float] | None:
+        """Counts work like `WorkRates.charge`."""
+        ...
+
+
 class Admission:
     """Counts unfinished units and requested work; rejects what exceeds a bound.
 
+    Args:
+        limits: the bounds.
+        others: the bounds over all ingress replicas; None if this is the only one.
+
     Attributes:
-        pending: number of unfinished units.
+        pending: number of unfinished units of this replica.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self._max_pending = limits.max_pending
-        self._max_pending_per_key = limits.max_pending_per_key
+    def __init__(self, limits: Limits, others: Others | None = None) -> None:
+        self._bounds = Bounds(limits.max_pending, limits.max_pending_per_key)
         self._rate = limits.megapixel_steps_per_minute
-        self._limiter = FixedWindowRateLimiter(MemoryStorage())
+        self._others = others
+        self._rates = others or WorkRates()
         self._unit_s = 10.0  # until one is finished
         self._of_key: Counter[str] = Counter()
         self.pending = 0
 
-    @contextmanager
-    def permit(self, units: int, key_id: str) -> Iterator[None]:
+    @asynccontextmanager
+    async def permit(self, units: int, key_id: str) -> AsyncIterator[None]:
         """Accepts units for the duration of the block.
 
         Args:
@@ -50,26 +134,28 @@ class Admission:
         Raises:
             Busy: there are too many already; `retry_after_s` estimates when there will be room.
         """
-        mine = self._of_key[key_id]
-        if self.pending + units > self._max_pending:
-            raise self._refusal("The server has", self.pending, self._max_pending, units)
-        if self._max_pending_per_key is not None and mine + units > self._max_pending_per_key:
-            raise self._refusal("Your key has", mine, self._max_pending_per_key, units)
+        self._reject(self._bounds.check(units, self.pending, self._of_key[key_id]), units)
         self.pending += units
         self._of_key[key_id] += units
-        began = time.monotonic()
         try:
-            yield
-            self._unit_s += WEIGHT * (time.monotonic() - began - self._unit_s)
+            async with AsyncExitStack() as stack:
+                if self._others:
+                    held = self._others.hold(units, key_id, self._bounds)
+                    self._reject(await stack.enter_async_context(held), units)
+                began = time.monotonic()
+                yield
+                self._unit_s += WEIGHT * (time.monotonic() - began - self._unit_s)
         finally:
             self.pending -= units
             self._of_key[key_id] -= units
 
-    def _refusal(self, who: str, pending: int, limit: int, units: int) -> Busy:
+    def _reject(self, full: Full | None, units: int) -> None:
+        if full is None:
+            return
         # Little's law: a unit is finished every unit_s / pending seconds.
-        wait_s = math.ceil(units * self._unit_s / max(pending, 1))
-        return Busy(
-            f"{who} {pending} images to make and may have {limit}; try again in {wait_s} s.",
+        wait_s = math.ceil(units * self._unit_s / max(full.pending, 1))
+        raise Busy(
+            f"{full.who} {full.pending} images to make and may have {full.bound}; try again in {wait_s} s.",
             retry_after_s=wait_s,
         )
 
@@ -81,17 +167,13 @@ class Admission:
         """
         if self._rate is None:
             return
-        minute, cost = RateLimitItemPerMinute(self._rate), math.ceil(megapixel_steps)
-        # `hit` alone would count what it refuses.
-        if not (
-            await self._limiter.test(minute, key_id, cost=cost)
-            and await self._limiter.hit(minute, key_id, cost=cost)
-        ):
-            stats = await self._limiter.get_window_stats(minute, key_id)
-            wait_s = max(1, math.ceil(stats.reset_time - time.time()))
+        cost = math.ceil(megapixel_steps)
+        if used_up := await self._rates.charge(cost, key_id, self._rate):
+            remaining, renewed_in_s = used_up
+            wait_s = max(1, math.ceil(renewed_in_s))
             raise Busy(
                 f"This request takes {cost} megapixel-steps (megapixels × denoising steps × images), and of "
-                f"{self._rate} a minute your key has {stats.remaining} left; try again in {wait_s} s.",
+                f"{self._rate} a minute your key has {remaining} left; try again in {wait_s} s.",
                 code="rate_limit_exceeded",
                 retry_after_s=wait_s,
             )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from deployments.types import Pixels
     from serve_app.config import Limits
+    from serve_app.generation.admission import Others
     from serve_app.generation.prompt_expansion import PromptExpansion
     from serve_app.generation.request import GenerationRequest, ResolvedRequest, Source
     from serve_app.generation.running import RunningRequest
@@ -50,6 +51,7 @@ class Generator:
         share: keeps a request's source images where its stages find them; returns a reference to them.
         safety: the safety checker; None without one.
         expansion: the prompt expander; None without one.
+        others: the bounds over all ingress replicas; None if this is the only one.
 
     Attributes:
         draining: whether new requests are rejected.
@@ -65,6 +67,7 @@ class Generator:
         share: Callable[[tuple[Pixels, ...]], Any] = lambda pixels: pixels,
         safety: SafetyCheck | None = None,
         expansion: PromptExpansion | None = None,
+        others: Others | None = None,
     ) -> None:
         self._models = models
         self._limits = limits
@@ -72,7 +75,7 @@ class Generator:
         self._share = share
         self._safety = safety
         self._expansion = expansion
-        self._admission = Admission(limits)
+        self._admission = Admission(limits, others)
         self._running = RunningRequests(on_change)
         self._units: list[Unit] = []
         self.draining = False
@@ -190,17 +193,19 @@ class Generator:
         """
         telemetry.note(model=self.model(request.model).name)
         self.check(request)
-        with self._admission.permit(request.n, request.key_id):
-            async with self._run_within(request, self._limits.deadline_s) as running:
-                size_is_known = not request.sources or request.size is not None
-                if size_is_known:
-                    await self.charge(request)
-                resolved = self.resolve(request, await self.decode_sources(request.sources, request.model))
-                if not size_is_known:
-                    await self.charge(resolved)
-                telemetry.note_request(resolved)
-                self._running.make_ready(running, resolved)
-                yield running
+        async with (
+            self._admission.permit(request.n, request.key_id),
+            self._run_within(request, self._limits.deadline_s) as running,
+        ):
+            size_is_known = not request.sources or request.size is not None
+            if size_is_known:
+                await self.charge(request)
+            resolved = self.resolve(request, await self.decode_sources(request.sources, request.model))
+            if not size_is_known:
+                await self.charge(resolved)
+            telemetry.note_request(resolved)
+            self._running.make_ready(running, resolved)
+            yield running
 
     @asynccontextmanager
     async def resume(self, request: ResolvedRequest, turn: float) -> AsyncIterator[RunningRequest]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -161,6 +162,10 @@ class RunningRequests:
         """Returns the names of the models and helpers that have work."""
         ready = [running for running in self._all if running.is_ready]
         return sorted({name for running in ready for name in (running.model, *running.helpers)})
+
+    def counts(self) -> dict[str, int]:
+        """Returns the number of requests of each model that has any."""
+        return dict(Counter(running.model for running in self._all))
 
     def count(self, models: Collection[str]) -> int:
         """Returns the number of requests of these models."""

@@ -10,9 +10,10 @@ from serve_app.errors import Busy
 from serve_app.generation.admission import Admission
 
 
-def rejected(admission: Admission, units: int, key_id: str = "") -> Busy:
-    with pytest.raises(Busy) as caught, admission.permit(units, key_id):
-        pytest.fail("it was accepted")
+async def rejected(admission: Admission, units: int, key_id: str = "") -> Busy:
+    with pytest.raises(Busy) as caught:
+        async with admission.permit(units, key_id):
+            pytest.fail("it was accepted")
     assert caught.value.retryable
     assert caught.value.retry_after_s is not None
     assert caught.value.retry_after_s >= 1
@@ -20,16 +21,20 @@ def rejected(admission: Admission, units: int, key_id: str = "") -> Busy:
 
 
 def test_places_are_bounded_and_released_however_a_request_ends() -> None:
-    admission = Admission(Limits(max_pending=4))
-    with admission.permit(3, ""):
-        with admission.permit(1, ""):
-            assert admission.pending == 4
-            rejected(admission, 1)
-        with pytest.raises(ValueError, match="broken"), admission.permit(1, ""):
-            raise ValueError("broken")
-        with admission.permit(1, ""):
-            pass
-    assert admission.pending == 0
+    async def main() -> None:
+        admission = Admission(Limits(max_pending=4))
+        async with admission.permit(3, ""):
+            async with admission.permit(1, ""):
+                assert admission.pending == 4
+                await rejected(admission, 1)
+            with pytest.raises(ValueError, match="broken"):
+                async with admission.permit(1, ""):
+                    raise ValueError("broken")
+            async with admission.permit(1, ""):
+                pass
+        assert admission.pending == 0
+
+    asyncio.run(main())
 
 
 def test_the_time_of_the_retry_follows_from_the_durations_of_recent_images(
@@ -37,23 +42,33 @@ def test_the_time_of_the_retry_follows_from_the_durations_of_recent_images(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    admission = Admission(Limits(max_pending=4))
-    for _ in range(50):
-        with admission.permit(1, ""):
-            now += 80
-    with admission.permit(4, ""):
-        error = rejected(admission, 2)
-    assert error.retry_after_s == 40  # four at a time, 80 s each: one every 20 s
+
+    async def main() -> None:
+        nonlocal now
+        admission = Admission(Limits(max_pending=4))
+        for _ in range(50):
+            async with admission.permit(1, ""):
+                now += 80
+        async with admission.permit(4, ""):
+            error = await rejected(admission, 2)
+        assert error.retry_after_s == 40  # four at a time, 80 s each: one every 20 s
+
+    asyncio.run(main())
 
 
 def test_one_key_cannot_take_all_places() -> None:
-    admission = Admission(Limits(max_pending=10, max_pending_per_key=4))
-    with admission.permit(4, "a"):
-        assert rejected(admission, 1, "a").message.startswith("Your key has 4 images to make and may have 4")
-        with admission.permit(4, "b"):
-            assert rejected(admission, 3, "c").message.startswith("The server has 8 images")
-    with admission.permit(4, "a"):
-        pass
+    async def main() -> None:
+        admission = Admission(Limits(max_pending=10, max_pending_per_key=4))
+        async with admission.permit(4, "a"):
+            error = await rejected(admission, 1, "a")
+            assert error.message.startswith("Your key has 4 images to make and may have 4")
+            async with admission.permit(4, "b"):
+                error = await rejected(admission, 3, "c")
+                assert error.message.startswith("The server has 8 images")
+        async with admission.permit(4, "a"):
+            pass
+
+    asyncio.run(main())
 
 
 def test_the_work_of_a_key_is_bounded_by_the_minute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,202 @@
+"""What the ingress replicas of an application know of each other: unfinished work, and orders to stop it.
+
+A Ray actor keeps it, so that limits hold over all replicas. An application with one replica has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import ray
+import ray.actor
+from ray.exceptions import RayError
+
+from deployments.observability.log import FAULT
+from serve_app.generation.admission import Bounds, Full, WorkRates
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection, Iterator
+
+    from serve_app.cluster.actors import ActorClient
+
+logger = logging.getLogger("ray.serve")
+
+NAMESPACE = "glm-image-fleet-1"
+"""Ray namespace of the actor; see `ActorClient`."""
+LEASE_S = 6.0
+"""Seconds for which a replica's report is valid. One that has died gives its units back that soon."""
+ORPHANED_S = 60.0
+"""Seconds without a report after which the actor ends itself."""
+
+
+class Held(NamedTuple):
+    """Unfinished units of one request."""
+
+    units: int
+    key_id: str
+
+
+@dataclass
+class _Ingress:
+    """What an ingress replica has reported.
+
+    Attributes:
+        until: time until which the report is valid.
+        held: its unfinished units, by the id of their request.
+        running: number of its running requests, by model.
+        to_abort: models whose requests it must stop, and has not been told of.
+    """
+
+    until: float
+    held: dict[str, Held] = field(default_factory=dict)
+    running: dict[str, int] = field(default_factory=dict)
+    to_abort: set[str] = field(default_factory=set)
+
+
+class Fleet:
+    """Counts the unfinished work of all ingress replicas. A Ray actor.
+
+    Args:
+        lease_s: seconds for which a replica's report is valid.
+    """
+
+    def __init__(self, lease_s: float = LEASE_S) -> None:
+        self._lease_s = lease_s
+        self._ingresses: dict[str, _Ingress] = {}
+        self._rates = WorkRates()
+        self._reported_at = time.monotonic()
+
+    def _alive(self) -> dict[str, _Ingress]:
+        now = time.monotonic()
+        self._ingresses = {name: one for name, one in self._ingresses.items() if one.until > now}
+        return self._ingresses
+
+    def _ingress(self, name: str) -> _Ingress:
+        """Returns a replica's entry. Its call shows that it is alive."""
+        self._reported_at = time.monotonic()
+        until = self._reported_at + self._lease_s
+        ingress = self._alive().setdefault(name, _Ingress(until))
+        ingress.until = until
+        return ingress
+
+    async def report(self, ingress: str, held: dict[str, Held], running: dict[str, int]) -> list[str]:
+        """Replaces what is known of a replica; returns the models whose requests it must stop."""
+        mine = self._ingress(ingress)
+        mine.held, mine.running = held, running
+        orders, mine.to_abort = sorted(mine.to_abort), set()
+        return orders
+
+    async def hold(self, ingress: str, request: str, wanted: Held, bounds: Bounds) -> Full | None:
+        """Adds units to a replica's, unless they exceed a bound; returns the bound then."""
+        mine = self._ingress(ingress)
+        others = [held for one in self._alive().values() for id_, held in one.held.items() if id_ != request]
+        pending = sum(held.units for held in others)
+        of_key = sum(held.units for held in others if held.key_id == wanted.key_id)
+        full = bounds.check(wanted.units, pending, of_key)
+        if full is None:
+            mine.held[request] = wanted
+        return full
+
+    async def let_go(self, ingress: str, request: str) -> None:
+        """Removes the units of a request that has ended."""
+        self._ingress(ingress).held.pop(request, None)
+
+    async def charge(self, cost: int, key_id: str, rate: int) -> tuple[int, float] | None:
+        """Counts work; see `WorkRates.charge`."""
+        return await self._rates.charge(cost, key_id, rate)
+
+    async def running(self, ingress: str, models: list[str]) -> int:
+        """Returns the number of requests of these models that run in other replicas than this one."""
+        others = (one for name, one in self._alive().items() if name != ingress)
+        return sum(one.running.get(model, 0) for one in others for model in models)
+
+    async def abort(self, ingress: str, models: list[str]) -> None:
+        """Orders all other replicas than this one to stop the requests of these models."""
+        for name, one in self._alive().items():
+            if name != ingress:
+                one.to_abort |= set(models)
+
+    async def watch(self) -> None:
+        """Ends the actor when the application is gone."""
+        while time.monotonic() - self._reported_at < ORPHANED_S:  # noqa: ASYNC110 - waits for silence
+            await asyncio.sleep(self._lease_s)
+        ray.actor.exit_actor()
+
+
+class FleetClient:
+    """An ingress replica's part of the fleet.
+
+    While the actor cannot be reached, the replica's own bounds hold. The next report tells a new actor what
+    the replica holds.
+
+    Args:
+        actor: client of the actor.
+    """
+
+    def __init__(self, actor: ActorClient) -> None:
+        self._actor = actor
+        self._ingress = uuid.uuid4().hex
+        self._held: dict[str, Held] = {}
+        self._rates = WorkRates()
+
+    @asynccontextmanager
+    async def hold(self, units: int, key_id: str, bounds: Bounds) -> AsyncIterator[Full | None]:
+        """Holds units for the duration of the block, unless it yields the bound that leaves no room."""
+        request = uuid.uuid4().hex
+        # A report that is on its way must not remove what the actor adds.
+        self._held[request] = Held(units, key_id)
+        try:
+            full: Full | None = None
+            with _logged():
+                full = await self._actor.ask("hold", self._ingress, request, self._held[request], bounds)
+            yield full
+        finally:
+            del self._held[request]
+            self._actor.tell("let_go", self._ingress, request)
+
+    async def charge(self, cost: int, key_id: str, rate: int) -> tuple[int, float] | None:
+        """Counts work; see `WorkRates.charge`."""
+        with _logged():
+            used_up: tuple[int, float] | None = await self._actor.ask("charge", cost, key_id, rate)
+            return used_up
+        return await self._rates.charge(cost, key_id, rate)
+
+    async def report(self, running: dict[str, int]) -> list[str]:
+        """Reports the running requests by model; returns the models whose requests must stop.
+
+        Raises:
+            RayError: the actor has died. The next call goes to a new and empty one.
+            TimeoutError: the actor does not answer.
+        """
+        orders: list[str] = await self._actor.ask("report", self._ingress, self._held, running)
+        return orders
+
+    async def running(self, models: Collection[str]) -> int:
+        """Returns the number of requests of these models that run in other replicas.
+
+        Raises:
+            RayError: the actor has died. The next call goes to a new and empty one.
+            TimeoutError: the actor does not answer.
+        """
+        count: int = await self._actor.ask("running", self._ingress, list(models))
+        return count
+
+    async def abort(self, models: Collection[str]) -> None:
+        """Orders all other replicas to stop the requests of these models; see `running` for errors."""
+        await self._actor.ask("abort", self._ingress, list(models))
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Logs that the actor cannot be reached, instead of raising it."""
+    try:
+        yield
+    except (RayError, TimeoutError) as error:
+        problem = type(error).__name__
+        logger.warning("each ingress replica has its own limits for a moment: %s", problem, extra=FAULT)
