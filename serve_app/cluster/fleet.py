@@ -1,4 +1,4 @@
-"""What the ingress replicas of an application know of each other: unfinished work, and orders to stop it.
+"""The ingress replicas of an application: their unfinished work in sum, and orders to stop it.
 
 A Ray actor keeps it, so that limits hold over all replicas. An application with one replica has none.
 """
@@ -44,7 +44,7 @@ class Held(NamedTuple):
 
 @dataclass
 class _Ingress:
-    """What an ingress replica has reported.
+    """The report of an ingress replica.
 
     Attributes:
         until: time until which the report is valid.

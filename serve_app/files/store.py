@@ -148,6 +148,16 @@ class FileStore:
         size = await self.size(name)
         return None if size is None else await self.read(name, 0, size)
 
+    async def written_at(self) -> dict[str, float]:
+        """Returns the names of all files, with the times of their writing by `time.time`."""
+        found = await self._in_thread(self._find)
+        return {name: _modified(info) for name, info in found.items() if NAME.fullmatch(name)}
+
+    def _find(self) -> dict[str, dict[str, Any]]:
+        """Returns what the file system says of everything in the folder, by its name there."""
+        found = self._fs.find(self._root, maxdepth=1, detail=True).values()
+        return {info["name"].rpartition("/")[2]: info for info in found}
+
     async def delete(self, names: Iterable[str]) -> None:
         """Deletes files. Missing ones are ignored; the log says which ones could not be deleted."""
         await self._in_thread(self._delete, list(names))
@@ -178,11 +188,10 @@ class FileStore:
 
     def _sweep(self) -> None:
         now, kept, is_full = time.time(), 0, False
-        found = self._fs.find(self._root, maxdepth=1, detail=True).values()
-        newest_first = sorted(((_modified(info), info) for info in found), key=itemgetter(0), reverse=True)
-        for modified, info in newest_first:
+        found = [(_modified(info), name, info) for name, info in self._find().items()]
+        newest_first = sorted(found, reverse=True, key=itemgetter(0))
+        for modified, name, info in newest_first:
             path, age = info["name"], now - modified
-            name = path.rpartition("/")[2]
             if NAME.fullmatch(name):
                 # No file stays that is older than a deleted one.
                 is_full = is_full or kept + info["size"] > self._config.max_bytes

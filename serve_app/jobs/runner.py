@@ -20,6 +20,7 @@ from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage, in_order
 from serve_app.jobs.ends import HANDED_ON, report_end
 from serve_app.jobs.records import LogLine, StoredError, StoredPreview, StoredProgress
+from serve_app.jobs.restoring import Restorer
 from serve_app.jobs.store import JobProgress
 from serve_app.observability import metrics
 
@@ -118,6 +119,7 @@ class JobRunner:
         self._background = background
         self._worker = uuid.uuid4().hex
         self._identities = {model.name: model.identity for model in generator.models()}
+        self._restorer = Restorer(store, generator, files)
         self._active: dict[str, ActiveJob] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -139,6 +141,7 @@ class JobRunner:
                 Periodic(name="expire jobs", run=self._expire, interval_s=EXPIRE_INTERVAL_S, expected=away),
             ]
         )
+        self._tasks.append(asyncio.create_task(self._restorer.run()))
         try:
             yield
         finally:

@@ -40,6 +40,7 @@ from serve_app.jobs.tables import Job
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
+    from sqlalchemy import Select
     from sqlalchemy.orm import Session
 
     from serve_app.generation.delivery import ImageRecord
@@ -54,6 +55,7 @@ LEASE_S = 15
 MAX_ATTEMPTS = 5
 """Most times that a job is begun. A job whose runners keep dying is given up."""
 EXPIRED_AT_A_TIME = 200
+READ_AT_A_TIME = 500
 POLL_INTERVAL_S = 1.0
 
 
@@ -244,6 +246,23 @@ class JobStore:
             return found
 
         return await self._database.read(call)
+
+    async def succeeded(self) -> AsyncIterator[Job]:
+        """Yields the jobs of all owners that have succeeded, without unreadable ones."""
+        after = -1
+        while True:
+            following = select(Job.seq).where(Job.state == "succeeded", Job.seq > after).order_by(Job.seq)
+
+            def call(session: Session, following: Select[int] = following) -> tuple[list[int], list[Job]]:
+                seqs = list(session.scalars(following.limit(READ_AT_A_TIME)))
+                return seqs, readable_jobs(session, seqs)
+
+            seqs, found = await self._database.read(call)
+            for job in found:
+                yield job
+            if not seqs:
+                return
+            after = seqs[-1]
 
     async def cancel(self, owner: Owner, job_id: str) -> tuple[Job, bool]:
         """Cancels a job: a queued one at once, a running one when its runner learns of it.

@@ -1,0 +1,111 @@
+"""Results that the database names and the file store lacks, as after a restore from backup, are made again.
+
+A seed always gives the same bytes, so the old URLs are valid again. Images of edits cannot be made again: a
+job's source images are deleted when it has succeeded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import time
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from deployments.observability.log import FAULT
+from serve_app.errors import RequestError
+from serve_app.generation import codec
+from serve_app.generation.events import GeneratedImage, in_order
+
+if TYPE_CHECKING:
+    from serve_app.files.store import FileStore
+    from serve_app.generation.generator import Generator
+    from serve_app.jobs.store import JobStore
+    from serve_app.jobs.tables import Job
+
+logger = logging.getLogger("ray.serve")
+
+MARGIN_S = 300.0
+"""Seconds by which a job must have ended after the oldest file was written, and before its own expiry."""
+RETRY_S = 10.0
+
+
+class Restorer:
+    """Finds lost results and makes them again, one job at a time and after all other jobs.
+
+    Args:
+        store: keeps the jobs.
+        generator: makes the images.
+        files: keeps the results.
+    """
+
+    def __init__(self, store: JobStore, generator: Generator, files: FileStore) -> None:
+        self._store = store
+        self._generator = generator
+        self._files = files
+        self._identities = {model.name: model.identity for model in generator.models()}
+
+    async def run(self) -> None:
+        """Restores the results that are missing now; returns when that is done."""
+        while True:
+            try:
+                lost = await self._lost()
+                break
+            except Exception:
+                logger.exception("the file store was not compared with the database", extra=FAULT)
+                await asyncio.sleep(RETRY_S)
+        if not lost:
+            return
+        again = [job for job in lost if self._can_be_made_again(job)]
+        logger.error(
+            "the file store lacks results of %d jobs; %d of them are made again, the others cannot be",
+            len(lost),
+            len(again),
+            extra=FAULT,
+        )
+        random.shuffle(again)  # other replicas do the same, and each does another part
+        restored = [await self._restore(job) for job in again]
+        logger.info("the results of %d jobs are restored", sum(restored))
+
+    async def _lost(self) -> list[Job]:
+        """Returns the jobs whose results are missing although the store has older files.
+
+        The store deletes the oldest files when it has too many. Those are not lost.
+        """
+        jobs = [job async for job in self._store.succeeded()]
+        written_at = await self._files.written_at()  # later than the jobs, whose files were written before
+        oldest = min(written_at.values(), default=0.0)
+        now = time.time()
+        return [
+            job
+            for job in jobs
+            if (job.ended_at or 0) - MARGIN_S > oldest
+            and (job.expires_at or 0) - MARGIN_S > now
+            and not all(image.name in written_at for image in job.images)
+        ]
+
+    def _can_be_made_again(self, job: Job) -> bool:
+        """Returns whether the same bytes can be made here. A language model may expand a prompt anew."""
+        known = self._identities.get(job.model) == job.identity
+        return known and not job.sources and not job.request.expand_prompt
+
+    async def _restore(self, job: Job) -> bool:
+        """Makes a job's images again and keeps them under their names; returns whether they are there."""
+        try:
+            if None not in [await self._files.size(image.name) for image in job.images]:
+                return True
+            async with (
+                self._generator.resume(job.resolved(()), math.inf) as running,
+                aclosing(self._generator.run(running)) as events,
+            ):
+                made = in_order([event async for event in events if isinstance(event, GeneratedImage)])
+            for image, record in zip(made, job.images, strict=True):
+                data = await asyncio.to_thread(codec.encode, image.pixels, job.encoding.encoding)
+                await self._files.save_as(record.name, data)
+        except RequestError as error:
+            facts = FAULT | {"job": job.id}
+            logger.warning("the results of job %s are not restored: %s", job.id, error.message, extra=facts)
+            return False
+        return True
