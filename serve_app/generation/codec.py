@@ -11,9 +11,11 @@ from PIL import Image, ImageChops, ImageOps
 
 from serve_app.errors import InvalidParameter
 from serve_app.generation import containers
-from serve_app.generation.colour import to_srgb
+from serve_app.generation.colour import UnusableProfileError, to_srgb
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from deployments.families import Family
     from deployments.types import Pixels
     from serve_app.generation.request import Encoding
@@ -36,18 +38,32 @@ BACKGROUND = (255, 255, 255)
 """White: shows behind transparency, and beside a source that is too long for the model."""
 
 
-def decode_source(data: bytes, family: Family, max_pixels: int, max_side: int) -> Pixels:
+def decode_source(
+    data: bytes,
+    family: Family,
+    max_pixels: int,
+    max_side: int,
+    note: Callable[[str], None] = lambda _: None,
+) -> Pixels:
     """Decodes a source image into pixels that both stages take as they are.
 
     The image is turned upright by its EXIF orientation, converted to sRGB, flattened onto white, padded with
     white to the family's widest aspect, and scaled to a legal size (see `legal_size`). A legal opaque image
     in sRGB keeps its pixels. A JPEG of more than `max_pixels` is decoded at a fraction of its size.
 
+    Args:
+        data: the file.
+        family: the family of the model.
+        max_pixels: most pixels that are decoded.
+        max_side: longest side, in pixels.
+        note: takes what the client should know about the image.
+
     Raises:
         InvalidParameter: not a PNG, JPEG or WebP image, broken, animated, of more than `max_pixels`, in more
             parts than an image needs, or a side not from 16 to `max_side` pixels.
     """
     try:
+        has_profile = containers.has_png_profile(data)
         data = containers.picture(data)
     except containers.TooManyPartsError:
         raise _bad_source("has more parts than an image needs; save it anew") from None
@@ -64,8 +80,15 @@ def decode_source(data: bytes, family: Family, max_pixels: int, max_side: int) -
         raise _bad_source("is animated; send a single frame")
     try:
         image = _loaded(image, scale) if containers.has_end(data) else _without_end(data, scale)
-        upright = _upright(image)
-        return np.asarray(_fit(_flatten(to_srgb(_shallow(upright), image)), family))
+        picture = _shallow(_upright(image))
+        is_unusable = has_profile and not {"icc_profile", "cicp"} & image.info.keys()
+        try:
+            picture = to_srgb(picture, image)
+        except UnusableProfileError:
+            is_unusable = True
+        if is_unusable:
+            note("has a colour profile that cannot be used, and is taken as sRGB")
+        return np.asarray(_fit(_flatten(picture), family))
     except Exception as error:
         raise _bad_source(BROKEN) from error
 

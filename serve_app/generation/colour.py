@@ -52,20 +52,27 @@ BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.03
 """Adaptation to another white: https://www.color.org/specification/ICC.1-2022-05.pdf, annex E."""
 
 
+class UnusableProfileError(ValueError):
+    """The colour profile of a picture is broken, too large, or made for other pictures."""
+
+
 def to_srgb(image: Image.Image, given: Image.Image) -> Image.Image:
     """Returns a picture in sRGB.
 
     Args:
         image: the picture, with 8 bits a channel.
         given: the picture as it was opened, which says what its numbers mean: by a profile, or else by a
-            PNG's `cICP`, `sRGB`, `gAMA` and `cHRM`. Without these, it is in sRGB. What is broken is ignored.
-            In high dynamic range, what is brighter than white becomes white.
+            PNG's `cICP`, `sRGB`, `gAMA` and `cHRM`. Without these, it is in sRGB. In high dynamic range,
+            what is brighter than white becomes white.
+
+    Raises:
+        UnusableProfileError: what says so cannot be used.
     """
     try:
         profile = _profile_of(given)
         return image if profile is None else _converted(image, profile)
-    except (ImageCms.PyCMSError, OSError, ValueError, ArithmeticError, np.linalg.LinAlgError):
-        return image
+    except (ImageCms.PyCMSError, OSError, ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+        raise UnusableProfileError from error
 
 
 def _profile_of(given: Image.Image) -> ImageCms.ImageCmsProfile | None:
@@ -74,7 +81,9 @@ def _profile_of(given: Image.Image) -> ImageCms.ImageCmsProfile | None:
     if len(code_points := facts.get("cicp", b"")) == 4 and code_points[2:] == b"\x00\x01":
         return _coded(*code_points[:2])
     if profile := facts.get("icc_profile"):
-        return ImageCms.ImageCmsProfile(io.BytesIO(profile)) if len(profile) <= MAX_PROFILE_BYTES else None
+        if len(profile) > MAX_PROFILE_BYTES:
+            raise UnusableProfileError
+        return ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if "srgb" in facts or not {"gamma", "chromaticity"} & facts.keys():
         return None
     gamma, points = facts.get("gamma", SRGB_GAMMA), facts.get("chromaticity", BT_709)
@@ -134,11 +143,11 @@ def _converted(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.I
     if space == "RGB" and colours.mode in ("1", "L", "P"):
         colours = colours.convert("RGB")
     if SPACES.get(colours.mode) != space:
-        return image
+        raise UnusableProfileError
     intent = ImageCms.Intent(ImageCms.getDefaultIntent(profile))
     converted = ImageCms.profileToProfile(colours, profile, SRGB, renderingIntent=intent, outputMode="RGB")
     if converted is None:
-        return image
+        raise UnusableProfileError
     if alpha:
         converted.putalpha(alpha)
     return converted

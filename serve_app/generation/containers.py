@@ -65,6 +65,11 @@ def code_points(data: bytes) -> bytes | None:
     return next((chunk[8:-4] for chunk in head if chunk[4:8] == b"cICP"), None)
 
 
+def has_png_profile(data: bytes) -> bool:
+    """Returns whether a file is a PNG with a colour profile, which may be broken or too large to be kept."""
+    return data.startswith(PNG_SIGNATURE) and any(kind == b"iCCP" for kind, _ in _chunks(data))
+
+
 def has_end(data: bytes) -> bool:
     """Returns whether a picture has all parts of its container. A JPEG may lack its end marker."""
     return not data.startswith(JPEG_START) or data.endswith(JPEG_END)
@@ -109,18 +114,24 @@ def _markers(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 def _needed_chunks(data: bytes) -> Iterator[bytes]:
     """Yields the chunks of a PNG to its end, without ancillary ones that are unused, broken or large."""
-    at = len(PNG_SIGNATURE)
-    for _ in range(MAX_PARTS):
-        if at >= len(data):
-            return
-        end = at + 12 + int.from_bytes(data[at : at + 4])
-        chunk, kind = data[at:end], data[at + 4 : at + 8]
+    for kind, chunk in _chunks(data):
         if kind in PIXEL_CHUNKS:
             if not _has_checksum(chunk):  # Pillow does not look
                 raise ValueError("the pixels have a wrong checksum")
             yield chunk
         elif kind in USED_CHUNKS and _is_small(chunk) and _has_checksum(chunk):
             yield chunk
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields the kind of each chunk of a PNG to its end, and the chunk itself."""
+    at = len(PNG_SIGNATURE)
+    for _ in range(MAX_PARTS):
+        if at >= len(data):
+            return
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        kind = data[at + 4 : at + 8]
+        yield kind, data[at:end]
         if kind == b"IEND":
             return
         at = end

@@ -12,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 from serve_app.errors import InvalidParameter, image_too_large
 from serve_app.generation import codec
+from serve_app.observability import telemetry
 from serve_app.outbound import OutboundError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class SourceReader:
         return data
 
     async def decode(self, sources: Sequence[Source], family: Family) -> tuple[Pixels, ...]:
-        """Returns source images as pixels that both stages take.
+        """Returns source images as pixels that both stages take. The answer's header has notes on them.
 
         Args:
             sources: files, or URLs of files; see `read`.
@@ -98,7 +99,17 @@ class SourceReader:
         """
         files = [await self.read(source) if isinstance(source, str) else source for source in sources]
         loop = asyncio.get_running_loop()
-        decode = partial(
-            codec.decode_source, family=family, max_pixels=self._max_pixels, max_side=self._max_side
-        )
-        return tuple([await loop.run_in_executor(self._decoding, decode, file) for file in files])
+        pixels: list[Pixels] = []
+        for number, file in enumerate(files):
+            notes: list[str] = []
+            decode = partial(
+                codec.decode_source,
+                family=family,
+                max_pixels=self._max_pixels,
+                max_side=self._max_side,
+                note=notes.append,
+            )
+            pixels.append(await loop.run_in_executor(self._decoding, decode, file))
+            for problem in notes:
+                telemetry.note_for_client(f"Source image {number + 1} {problem}.")
+        return tuple(pixels)

@@ -43,6 +43,12 @@ def note(**facts: Any) -> None:
         current.update(facts)
 
 
+def note_for_client(text: str) -> None:
+    """Adds a sentence to the line and to the answer's header `X-Image-Notes`, unless it has begun."""
+    if (current := _facts.get()) is not None:
+        current.setdefault("notes", []).append(text)
+
+
 def note_request(request: ResolvedRequest) -> None:
     """Adds the description of a request to the line."""
     note(**{name: getattr(request, name) for name in DESCRIPTION}, sources=len(request.pixels))
@@ -165,6 +171,9 @@ class Requests:
             nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if "notes" in facts:
+                    notes = " ".join(facts["notes"]).encode("latin-1")
+                    message["headers"] = [*message["headers"], (b"x-image-notes", notes)]
             await send(message)
             is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 

@@ -1,8 +1,7 @@
 """All APIs make the same images of the same parameters, and each words errors in its own way."""
 
 import base64
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,17 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
-from deployments.types import ImageRequest, Pixels
+from deployments.types import ImageRequest
+from tests.apis import APIS as IMAGE_APIS
+from tests.apis import EDITING, FAL, Asked, By, pixels, polled, posted
 from tests.http.conftest import Endpoint, served
 from tests.http.stages import pixels_of
-from tests.polling import until
+from tests.pictures import picture
 
 PROMPT, SEED, STEPS = 'a boat called "Aurora"', 2**40 + 11, 10
 OURS = {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": SEED}
-FAL = OURS | {"image_size": "square", "output_format": "png"}
-WHOLE = {"image_size": {"width": 512.0, "height": 512.0}, "num_inference_steps": float(STEPS)}
-"""Whole numbers of JSON may have a decimal point."""
+FALS = OURS | FAL
 EDIT = "glm-image-image-to-image"
 IMAGE = ImageRequest(prompt=PROMPT, width=512, height=512, seed=SEED, steps=STEPS, guidance_scale=1.5)
 """Request that the stages must get."""
@@ -33,106 +31,26 @@ def http(vendors: Endpoint) -> Iterator[httpx.Client]:
         yield client
 
 
-def posted(http: httpx.Client, path: str, body: Any, **headers: str) -> Any:
-    answer = http.post(path, json=body, headers=headers)
-    assert answer.status_code in (200, 202), answer.text
-    return answer.json()
-
-
-def polled(http: httpx.Client, url: str, is_done: Callable[[Any], bool]) -> Any:
-    answers: list[Any] = []
-
-    def done() -> bool:
-        answers[:] = [http.get(url).json()]
-        return is_done(answers[0])
-
-    until(done)
-    return answers[0]
-
-
-def by_openai(http: httpx.Client) -> str:
-    made = posted(http, "/v1/images/generations", OURS | {"size": "512x512", "response_format": "b64_json"})
-    return f"data:image/png;base64,{made['data'][0]['b64_json']}"
-
-
-def by_a_job(http: httpx.Client) -> str:
-    job = posted(http, "/v1/images/jobs", OURS | {"size": "512x512"})
-    done = polled(http, f"/v1/images/jobs/{job['id']}", lambda job: job["status"] == "succeeded")
-    return str(done["result"]["data"][0]["url"])
-
-
-def by_fal(http: httpx.Client) -> str:
-    return str(posted(http, "/fal-ai/glm-image", FAL | {"sync_mode": True} | WHOLE)["images"][0]["url"])
-
-
-def by_fals_queue(http: httpx.Client) -> str:
-    queued = posted(http, "/queue/fal-ai/glm-image", FAL)
-    polled(http, queued["status_url"], lambda status: status["status"] == "COMPLETED")
-    return str(http.get(queued["response_url"]).json()["images"][0]["url"])
-
-
-def by_fals_other_host(http: httpx.Client) -> str:
-    path = "/fal-ai/glm-image"
-    queued = posted(http, path, FAL | {"sync_mode": True}, host=f"Queue.{http.base_url.netloc.decode()}")
+def by_fals_other_host(http: httpx.Client, asked: Asked) -> str:
+    path, body = "/fal-ai/glm-image", asked.fields | FAL | {"sync_mode": True}
+    queued = posted(http, path, body, host=f"Queue.{http.base_url.netloc.decode()}")
     path += f"/requests/{queued['request_id']}"
     assert queued["status_url"].lower().startswith("https://queue.")
     polled(http, f"/queue{path}/status", lambda status: status["status"] == "COMPLETED")
     return str(http.get(f"/queue{path}").json()["images"][0]["url"])
 
 
-def by_zai(http: httpx.Client) -> str:
-    made = posted(http, "/api/paas/v4/images/generations", OURS | {"model": "glm-image", "size": "512x512"})
-    return str(made["data"][0]["url"])
+@pytest.mark.parametrize("by", [*IMAGE_APIS, by_fals_other_host])
+def test_every_api_makes_the_same_image(http: httpx.Client, by: By) -> None:
+    assert np.array_equal(pixels(http, by(http, Asked(PROMPT, SEED, STEPS))), pixels_of(IMAGE))
 
 
-def by_zais_task(http: httpx.Client) -> str:
-    body = OURS | {"model": "glm-image", "size": "512x512", "response_format": "b64_json"}
-    task = posted(http, "/api/paas/v4/async/images/generations", body)
-    url = f"/api/paas/v4/async-result/{task['id']}"
-    done = polled(http, url, lambda task: task["task_status"] == "SUCCESS")
-    return f"data:image/png;base64,{done['image_result'][0]['b64_json']}"
-
-
-def by_pixazo(http: httpx.Client) -> str:
-    made = posted(http, "/glm-image/v1/glm-image-request", FAL, prefer="wait=60")
-    return str(made["output"]["media_url"][0])
-
-
-def pixels(http: httpx.Client, url: str) -> Pixels:
-    data = base64.b64decode(url.partition(",")[2]) if url.startswith("data:") else http.get(url).content
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-@pytest.mark.parametrize(
-    "by",
-    [
-        by_openai,
-        by_a_job,
-        by_fal,
-        by_fals_queue,
-        by_fals_other_host,
-        by_zai,
-        by_zais_task,
-        by_pixazo,
-    ],
-)
-def test_every_api_makes_the_same_image(http: httpx.Client, by: Callable[[httpx.Client], str]) -> None:
-    assert np.array_equal(pixels(http, by(http)), pixels_of(IMAGE))
-
-
-def test_every_api_makes_the_same_edit(http: httpx.Client) -> None:
+@pytest.mark.parametrize("by", EDITING)
+def test_every_api_makes_the_same_edit(http: httpx.Client, by: By) -> None:
     source = np.full((512, 512, 3), (200, 30, 90), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(source).save(file, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode(picture((200, 30, 90))).decode()}"
     expected = pixels_of(replace(IMAGE, sources=(source,)))
-    made = posted(http, "/fal-ai/glm-image/image-to-image", FAL | {"image_urls": url})
-    assert np.array_equal(pixels(http, made["images"][0]["url"]), expected)
-    path = f"/{EDIT}/v1/{EDIT}-request"
-    made = posted(http, path, FAL | {"image_urls": [url], "sync_mode": True}, prefer="wait=60")
-    assert np.array_equal(pixels(http, made["images"][0]["url"]), expected)
-    made = posted(http, "/v1/images/edits", OURS | {"images": [{"image_url": url}]})
-    assert np.array_equal(pixels(http, made["data"][0]["url"]), expected)
+    assert np.array_equal(pixels(http, by(http, Asked(PROMPT, SEED, STEPS, url))), expected)
 
 
 @pytest.mark.parametrize(("quality", "steps"), [("hd", 50), ("standard", 30)])
@@ -144,7 +62,7 @@ def test_zais_quality_is_a_number_of_steps(http: httpx.Client, quality: str, ste
 
 def test_a_size_between_legal_ones_is_cut_from_the_next_larger_one(http: httpx.Client) -> None:
     whole = pixels_of(replace(IMAGE, width=544, height=608))
-    body = FAL | {"image_size": {"width": 520, "height": 600}}
+    body = FALS | {"image_size": {"width": 520, "height": 600}}
     by_fal = posted(http, "/fal-ai/glm-image", body)["images"][0]
     by_job = posted(http, "/glm-image/v1/glm-image-request", body, prefer="wait=60")["images"][0]
     for image in (by_fal, by_job):
@@ -254,6 +172,6 @@ def test_a_documented_default_above_the_limit_gives_way_to_the_models(tmp_path: 
         served(tmp_path, "glm-image", defaults={"steps": 8}, limits={"max_steps": 20}) as server,
         server.client() as http,
     ):
-        asked = {name: value for name, value in FAL.items() if name != "num_inference_steps"}
+        asked = {name: value for name, value in FALS.items() if name != "num_inference_steps"}
         made = posted(http, "/fal-ai/glm-image", asked | {"sync_mode": True})
         assert np.array_equal(pixels(http, made["images"][0]["url"]), pixels_of(replace(IMAGE, steps=8)))

@@ -159,8 +159,8 @@ def stages(url: str, *, replicas: int = 1) -> set[str]:
 
 
 @contextmanager
-def served(config: Path, *options: str, **environment: str) -> Iterator[Running]:
-    """Run `make serve` until the block ends; then, if it still runs, press Ctrl-C."""
+def served(config: Path, *options: str, project: Path = ROOT, **environment: str) -> Iterator[Running]:
+    """Run `make serve` in a project until the block ends; then, if it still runs, press Ctrl-C."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     printed: list[str] = []
@@ -170,7 +170,7 @@ def served(config: Path, *options: str, **environment: str) -> Iterator[Running]
         tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray_folder,
         psutil.Popen(
             ["make", "serve", f"CONFIG={config}", f"PORT={port}", *options],
-            cwd=ROOT,
+            cwd=project,
             env=os.environ | {"RAY_TMPDIR": ray_folder, "HF_HUB_OFFLINE": "1"} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -145,7 +145,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     args["models"] = [tiny_model("m"), tiny_model("broken", checkpoint=str(folder / "nowhere"))]
     args["auth"] = {"api_keys": [{"id": "somebody", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]}
     args["outbound"] = {"allow": [receiver.place]}
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     headers = {"Authorization": f"Bearer {KEY}"}
     with (
         receiver.receiving(),
@@ -153,7 +152,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         served(
             config_file(folder, args.pop("models"), **args),
             RAY_metrics_report_interval_ms="1000",
-            **environment,
+            OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
+            OTEL_BSP_SCHEDULE_DELAY="200",
         ) as running,
         httpx.Client(base_url=running.url, headers=headers, timeout=180) as http,
     ):
