@@ -67,6 +67,12 @@ def polled(http: httpx.Client, url: str, is_done: Callable[[Any], bool]) -> Any:
     return answers[0]
 
 
+def failed(http: httpx.Client, body: Any) -> RefusedError:
+    """Returns the error for a job that has failed, in the words of its API."""
+    request = httpx.Request("GET", http.base_url)
+    return RefusedError(httpx.Response(500, json=body, request=request))
+
+
 def by_openai(http: httpx.Client, asked: Asked) -> str:
     if asked.source:
         body = asked.fields | {"images": [{"image_url": asked.source}]}
@@ -87,14 +93,17 @@ def by_a_stream(http: httpx.Client, asked: Asked) -> str:
             if line.startswith("data: {"):
                 last = json.loads(line.removeprefix("data: "))
     if last is None or last["type"] != "image_generation.completed":
-        raise RefusedError(httpx.Response(500, json=last, request=answer.request))
+        raise failed(http, last)
     return f"data:image/png;base64,{last['b64_json']}"
 
 
 def by_a_job(http: httpx.Client, asked: Asked) -> str:
     images = {"images": [{"image_url": asked.source}]} if asked.source else {"size": "512x512"}
     job = posted(http, "/v1/images/jobs", asked.fields | images)
-    done = polled(http, f"/v1/images/jobs/{job['id']}", lambda job: job["status"] == "succeeded")
+    running = ("queued", "running")
+    done = polled(http, f"/v1/images/jobs/{job['id']}", lambda job: job["status"] not in running)
+    if done["status"] != "succeeded":
+        raise failed(http, done)
     return str(done["result"]["data"][0]["url"])
 
 
@@ -125,7 +134,9 @@ def by_zais_task(http: httpx.Client, asked: Asked) -> str:
     body = asked.fields | {"model": "glm-image", "size": "512x512", "response_format": "b64_json"}
     task = posted(http, "/api/paas/v4/async/images/generations", body)
     url = f"/api/paas/v4/async-result/{task['id']}"
-    done = polled(http, url, lambda task: task["task_status"] == "SUCCESS")
+    done = polled(http, url, lambda task: task["task_status"] != "PROCESSING")
+    if done["task_status"] != "SUCCESS":
+        raise failed(http, done)
     return f"data:image/png;base64,{done['image_result'][0]['b64_json']}"
 
 
@@ -133,8 +144,13 @@ def by_pixazo(http: httpx.Client, asked: Asked) -> str:
     if asked.source:
         edit = "glm-image-image-to-image"
         body = asked.fields | FAL | {"image_urls": [asked.source], "sync_mode": True}
-        return str(posted(http, f"/{edit}/v1/{edit}-request", body, prefer="wait=60")["images"][0]["url"])
+        made = posted(http, f"/{edit}/v1/{edit}-request", body, prefer="wait=60")
+        if not made.get("images"):
+            raise failed(http, made)
+        return str(made["images"][0]["url"])
     made = posted(http, "/glm-image/v1/glm-image-request", asked.fields | FAL, prefer="wait=60")
+    if made["status"] != "COMPLETED":
+        raise failed(http, made)
     return str(made["output"]["media_url"][0])
 
 

@@ -18,7 +18,7 @@ import ray.actor
 from ray.exceptions import RayError
 
 from deployments.observability.log import FAULT
-from serve_app.generation.admission import Bounds, Full, WorkRates
+from serve_app.generation.admission import Bounds, Exceeded, WorkRates
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Iterator
@@ -92,16 +92,16 @@ class Fleet:
         orders, mine.to_abort = sorted(mine.to_abort), set()
         return orders
 
-    async def hold(self, ingress: str, request: str, wanted: Held, bounds: Bounds) -> Full | None:
+    async def hold(self, ingress: str, request: str, wanted: Held, bounds: Bounds) -> Exceeded | None:
         """Adds units to a replica's, unless they exceed a bound; returns the bound then."""
         mine = self._ingress(ingress)
         others = [held for one in self._alive().values() for id_, held in one.held.items() if id_ != request]
         pending = sum(held.units for held in others)
         of_key = sum(held.units for held in others if held.key_id == wanted.key_id)
-        full = bounds.check(wanted.units, pending, of_key)
-        if full is None:
+        exceeded = bounds.check(wanted.units, pending, of_key)
+        if exceeded is None:
             mine.held[request] = wanted
-        return full
+        return exceeded
 
     async def let_go(self, ingress: str, request: str) -> None:
         """Removes the units of a request that has ended."""
@@ -146,16 +146,16 @@ class FleetClient:
         self._rates = WorkRates()
 
     @asynccontextmanager
-    async def hold(self, units: int, key_id: str, bounds: Bounds) -> AsyncIterator[Full | None]:
+    async def hold(self, units: int, key_id: str, bounds: Bounds) -> AsyncIterator[Exceeded | None]:
         """Holds units for the duration of the block, unless it yields the bound that leaves no room."""
         request = uuid.uuid4().hex
         # A report that is on its way must not remove what the actor adds.
         self._held[request] = Held(units, key_id)
         try:
-            full: Full | None = None
+            exceeded: Exceeded | None = None
             with _logged():
-                full = await self._actor.ask("hold", self._ingress, request, self._held[request], bounds)
-            yield full
+                exceeded = await self._actor.ask("hold", self._ingress, request, self._held[request], bounds)
+            yield exceeded
         finally:
             del self._held[request]
             self._actor.tell("let_go", self._ingress, request)

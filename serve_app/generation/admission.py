@@ -24,7 +24,7 @@ WEIGHT = 0.2
 """Weight of the newest sample in the moving average of unit durations."""
 
 
-class Full(NamedTuple):
+class Exceeded(NamedTuple):
     """A bound that leaves no room.
 
     Attributes:
@@ -49,7 +49,7 @@ class Bounds(NamedTuple):
     total: int
     of_key: int | None
 
-    def check(self, units: int, pending: int, of_key: int) -> Full | None:
+    def check(self, units: int, pending: int, of_key: int) -> Exceeded | None:
         """Returns the bound that more units would exceed; None if there is room.
 
         Args:
@@ -58,9 +58,9 @@ class Bounds(NamedTuple):
             of_key: unfinished units of the key.
         """
         if pending + units > self.total:
-            return Full("The server has", pending, self.total)
+            return Exceeded("The server has", pending, self.total)
         if self.of_key is not None and of_key + units > self.of_key:
-            return Full("Your key has", of_key, self.of_key)
+            return Exceeded("Your key has", of_key, self.of_key)
         return None
 
 
@@ -94,7 +94,7 @@ class WorkRates:
 class Others(Protocol):
     """The bounds over all ingress replicas; see `serve_app.cluster.fleet.FleetClient`."""
 
-    def hold(self, units: int, key_id: str, bounds: Bounds) -> AbstractAsyncContextManager[Full | None]:
+    def hold(self, units: int, key_id: str, bounds: Bounds) -> AbstractAsyncContextManager[Exceeded | None]:
         """Holds units for the duration of the block, unless it yields the bound that leaves no room."""
         ...
 
@@ -149,13 +149,14 @@ class Admission:
             self.pending -= units
             self._of_key[key_id] -= units
 
-    def _reject(self, full: Full | None, units: int) -> None:
-        if full is None:
+    def _reject(self, exceeded: Exceeded | None, units: int) -> None:
+        if exceeded is None:
             return
         # Little's law: a unit is finished every unit_s / pending seconds.
-        wait_s = math.ceil(units * self._unit_s / max(full.pending, 1))
+        wait_s = math.ceil(units * self._unit_s / max(exceeded.pending, 1))
+        who, pending, bound = exceeded
         raise Busy(
-            f"{full.who} {full.pending} images to make and may have {full.bound}; try again in {wait_s} s.",
+            f"{who} {pending} images to make and may have {bound}; try again in {wait_s} s.",
             retry_after_s=wait_s,
         )
 

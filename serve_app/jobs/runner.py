@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from deployments.observability import tracing
 from deployments.observability.log import FAULT
 from serve_app.background import Periodic
-from serve_app.errors import Failed, Gone, RequestError, Unavailable
+from serve_app.errors import Failed, Full, Gone, RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage, in_order
@@ -120,6 +120,7 @@ class JobRunner:
         self._worker = uuid.uuid4().hex
         self._identities = {model.name: model.identity for model in generator.models()}
         self._restorer = Restorer(store, generator, files)
+        self._files_are_full = False
         self._active: dict[str, ActiveJob] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -127,6 +128,7 @@ class JobRunner:
     async def run_in_background(self) -> AsyncIterator[None]:
         """Runs jobs within the block. Jobs that still run at its end go back into the queue."""
         away = (Unavailable,)  # the database logs that
+        away_or_full = (Unavailable, Full)
         self._tasks = self._background.start(
             [
                 Periodic(
@@ -134,7 +136,7 @@ class JobRunner:
                     run=self._begin_jobs,
                     interval_s=POLL_INTERVAL_S,
                     wake=self._wake,
-                    expected=away,
+                    expected=away_or_full,
                 ),
                 Periodic(name="renew leases", run=self._renew, interval_s=RENEW_INTERVAL_S, expected=away),
                 Periodic(name="reap jobs", run=self._reap, interval_s=POLL_INTERVAL_S, expected=away),
@@ -176,7 +178,17 @@ class JobRunner:
         return job
 
     async def _begin_jobs(self) -> None:
-        """Begins jobs while there is room."""
+        """Begins jobs while there is room for them, and for their files.
+
+        Raises:
+            Full: the file store has no room. The jobs wait.
+        """
+        try:
+            await self._files.check_room()
+        except Full:
+            self._files_are_full = True
+            raise
+        self._files_are_full = False
         for model in self._generator.models():
             identity = {model.name: model.identity}
             while (without := self._keys_without_room(model)) is not None:
@@ -213,10 +225,12 @@ class JobRunner:
         return {one.job.key_id for one in active} if len(active) < room else None
 
     def waits_for(self, job: Job) -> str | None:
-        """Returns what a queued job waits for if no model here can make it; None otherwise."""
+        """Returns what a queued job waits for, if it is not for other jobs; None otherwise."""
         identity = self._identities.get(job.model)
-        if job.state != "queued" or (identity and job.identity in (identity, None)):
+        if job.state != "queued":
             return None
+        if identity and job.identity in (identity, None):
+            return "It waits for room in the server's file storage." if self._files_are_full else None
         return (
             f"It waits for a server with the model that it was submitted to: {job.model}, "
             f"{job.identity or 'of any identity'}. This server has "
@@ -339,7 +353,9 @@ class JobRunner:
             made = in_order(made)
             if problem := made[0].facts.not_expanded:
                 active.log(f"the prompt was not expanded: {problem}")
-            active.saves = [asyncio.create_task(self._save(job, image.pixels)) for image in made]
+            active.saves = [
+                asyncio.create_task(self._save_when_there_is_room(active, image.pixels)) for image in made
+            ]
             await asyncio.wait(active.saves)  # which stops none of them when this is stopped
             return [record(image, *save.result()) for image, save in zip(made, active.saves, strict=True)]
 
@@ -347,6 +363,20 @@ class JobRunner:
         if (data := await self._files.read_all(name)) is None:
             raise Gone("A source image was deleted; submit the job again.", code="source_gone")
         return data
+
+    async def _save_when_there_is_room(self, active: ActiveJob, pixels: Pixels) -> tuple[str, int]:
+        """Keeps an image like `_save`. While the file store is full, it waits, since the work is done."""
+        has_waited = False
+        while True:
+            try:
+                return await self._save(active.job, pixels)
+            except Full as error:
+                if active.stopped or active.is_ending:
+                    raise
+                if not has_waited:
+                    active.log(f"waits for room: {error.message}")
+                has_waited = True
+            await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _save(self, job: Job, pixels: Pixels) -> tuple[str, int]:
         """Keeps an image in the job's format; returns the name and the bytes of its file."""

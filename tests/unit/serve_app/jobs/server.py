@@ -94,6 +94,22 @@ class SmallFiles(FileStore):
         await super().save_as(name, data)
 
 
+class FullFiles(FileStore):
+    """A file store that is full while it is told to be."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        super().__init__(config)
+        self.is_full = False
+
+    async def check_room(self) -> None:
+        if self.is_full:
+            raise Full("There is no room.")
+
+    async def save_as(self, name: str, data: bytes) -> None:
+        await self.check_room()
+        await super().save_as(name, data)
+
+
 class SlowFiles(FileStore):
     """A file store that saves nothing until it may."""
 

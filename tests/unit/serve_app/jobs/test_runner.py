@@ -1,6 +1,7 @@
 """The job runner on SQLite and on PostgreSQL, with stages that stand in for Ray's."""
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from serve_app.jobs import runner as runner_module
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import StoredError, StoredProgress
 from serve_app.observability import metrics
-from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, Make
+from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, FullFiles, Make
 from tests.unit.serve_app.jobs.stored import OWNER, submitted
 
 
@@ -158,6 +159,50 @@ def test_a_job_without_its_source_file_fails(make: Make) -> None:
             job = await server.ended(job_id)
         assert job.error
         assert job.error.code == "source_gone"
+
+    asyncio.run(main())
+
+
+def test_jobs_wait_while_the_file_store_is_full(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "POLL_INTERVAL_S", 0.01)
+
+    async def main() -> None:
+        server = make(make_files=FullFiles)
+        files: Any = server.files
+        first = (await server.submit()).id
+        async with server.runner.run_in_background(), asyncio.timeout(20):
+            await server.reaches("prior")
+            files.is_full = True
+            second = await submitted(server.store, identity=None)
+            server.stages.may_continue()
+            await server.until(lambda: "begin jobs" in server.background.failing)
+            waits_for = server.runner.waits_for(await server.job(second.id))
+            assert waits_for == "It waits for room in the server's file storage."
+            assert (await server.job(first)).state == "running"
+            files.is_full = False
+            job = await server.ended(first)
+            assert (await server.ended(second.id)).state == "succeeded"
+        assert (job.state, job.attempts, len(job.images)) == ("succeeded", 1, 1)
+        assert [line.message for line in job.log].count("waits for room: There is no room.") == 1
+
+    asyncio.run(main())
+
+
+def test_a_job_that_waits_for_room_can_be_cancelled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "POLL_INTERVAL_S", 0.01)
+
+    async def main() -> None:
+        server = make(make_files=FullFiles)
+        files: Any = server.files
+        job = await server.submit()
+        async with server.runner.run_in_background(), asyncio.timeout(20):
+            await server.reaches("prior")
+            files.is_full = True
+            server.stages.may_continue()
+            await server.until(lambda: "begin jobs" in server.background.failing)
+            await server.runner.cancel(OWNER, job.id)
+            assert (await server.ended(job.id)).state == "cancelled"
+            await server.has_no_files()
 
     asyncio.run(main())
 
