@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +29,8 @@ logger = logging.getLogger("ray.serve")
 
 NAMESPACE = "glm-image-fleet-1"
 """Ray namespace of the actor; see `ActorClient`."""
+WAIT_S = 2.0
+"""Seconds after which an image that waits for a place asks again. A dead replica's places end unnoticed."""
 LEASE_S = 6.0
 """Seconds for which a replica's report is valid. One that has died gives its units back that soon."""
 ORPHANED_S = 60.0
@@ -50,12 +52,14 @@ class _Ingress:
         until: time until which the report is valid.
         held: its unfinished units, by the id of their request.
         running: number of its running requests, by model.
+        places: names of the stages in which images of its jobs have a place, by the id of the image.
         to_abort: models whose requests it must stop, and has not been told of.
     """
 
     until: float
     held: dict[str, Held] = field(default_factory=dict)
     running: dict[str, int] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
     to_abort: set[str] = field(default_factory=set)
 
 
@@ -70,6 +74,7 @@ class Fleet:
         self._lease_s = lease_s
         self._ingresses: dict[str, _Ingress] = {}
         self._rates = WorkRates()
+        self._left = asyncio.Event()
         self._reported_at = time.monotonic()
 
     def _alive(self) -> dict[str, _Ingress]:
@@ -85,10 +90,21 @@ class Fleet:
         ingress.until = until
         return ingress
 
-    async def report(self, ingress: str, held: dict[str, Held], running: dict[str, int]) -> list[str]:
-        """Replaces what is known of a replica; returns the models whose requests it must stop."""
+    async def report(
+        self, ingress: str, held: dict[str, Held], running: dict[str, int], images: set[str]
+    ) -> list[str]:
+        """Replaces what is known of a replica; returns the models whose requests it must stop.
+
+        Args:
+            ingress: id of the replica.
+            held: its unfinished units, by the id of their request.
+            running: number of its running requests, by model.
+            images: ids of the images of jobs that have a place, or wait for one.
+        """
         mine = self._ingress(ingress)
         mine.held, mine.running = held, running
+        mine.places = {image: stage for image, stage in mine.places.items() if image in images}
+        self._left.set()
         orders, mine.to_abort = sorted(mine.to_abort), set()
         return orders
 
@@ -110,6 +126,25 @@ class Fleet:
     async def charge(self, cost: int, key_id: str, rate: int) -> tuple[int, float] | None:
         """Counts work; see `WorkRates.charge`."""
         return await self._rates.charge(cost, key_id, rate)
+
+    async def enter(self, ingress: str, image: str, stage: str, places: int) -> bool:
+        """Gives an image of a job a place in a stage; returns whether there was one within `WAIT_S`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WAIT_S):
+                while self._taken(stage) >= places:
+                    self._left.clear()
+                    await self._left.wait()
+            self._ingress(ingress).places[image] = stage
+            return True
+        return False
+
+    def _taken(self, stage: str) -> int:
+        return sum(one == stage for ingress in self._alive().values() for one in ingress.places.values())
+
+    async def leave(self, ingress: str, image: str) -> None:
+        """Takes the place of an image back."""
+        self._ingress(ingress).places.pop(image, None)
+        self._left.set()
 
     async def running(self, ingress: str, models: list[str]) -> int:
         """Returns the number of requests of these models that run in other replicas than this one."""
@@ -143,6 +178,7 @@ class FleetClient:
         self._actor = actor
         self._ingress = uuid.uuid4().hex
         self._held: dict[str, Held] = {}
+        self._images: set[str] = set()
         self._rates = WorkRates()
 
     @asynccontextmanager
@@ -167,6 +203,22 @@ class FleetClient:
             return used_up
         return await self._rates.charge(cost, key_id, rate)
 
+    @asynccontextmanager
+    async def place(self, stage: str, places: int) -> AsyncIterator[None]:
+        """Waits for one of a stage's places for images of jobs; holds it for the duration of the block."""
+        image = uuid.uuid4().hex
+        self._images.add(image)
+        try:
+            has_place = False
+            while not has_place:
+                has_place = True  # without the actor, the replica's own gate suffices
+                with _logged():
+                    has_place = await self._actor.ask("enter", self._ingress, image, stage, places)
+            yield
+        finally:
+            self._images.remove(image)
+            self._actor.tell("leave", self._ingress, image)
+
     async def report(self, running: dict[str, int]) -> list[str]:
         """Reports the running requests by model; returns the models whose requests must stop.
 
@@ -174,7 +226,7 @@ class FleetClient:
             RayError: the actor has died. The next call goes to a new and empty one.
             TimeoutError: the actor does not answer.
         """
-        orders: list[str] = await self._actor.ask("report", self._ingress, self._held, running)
+        orders: list[str] = await self._actor.ask("report", self._ingress, self._held, running, self._images)
         return orders
 
     async def running(self, models: Collection[str]) -> int:

@@ -34,7 +34,7 @@ class Lifecycle:
         changed: set when a request is ready for its model, and when it ends.
         registry: the demand registry.
         status: reads the states of the replicas.
-        fleet: knows the other ingress replicas; None if this is the only one.
+        others: the other ingress replicas; None without any.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Lifecycle:
         changed: asyncio.Event,
         registry: ActorClient,
         status: StatusReader,
-        fleet: FleetClient | None = None,
+        others: FleetClient | None = None,
     ) -> None:
         self._generator = generator
         self._changed = changed
         self._registry = registry
         self._status = status
-        self._fleet = fleet
+        self._others = others
         self._ingress = uuid.uuid4().hex
 
     @property
@@ -66,8 +66,8 @@ class Lifecycle:
     async def _report(self) -> None:
         running = self._generator.running
         await self._registry.ask("need", self._ingress, running.needed())
-        if self._fleet:
-            running.abort(await self._fleet.report(running.counts()))
+        if self._others:
+            running.abort(await self._others.report(running.counts()))
 
     @property
     def names(self) -> list[str]:
@@ -127,18 +127,18 @@ class Lifecycle:
         running = self._generator.running
         if force:
             running.abort(models)
-            if self._fleet:
-                await self._fleet.abort(models)
+            if self._others:
+                await self._others.abort(models)
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await running.until_idle(models)
-                while self._fleet and await self._fleet.running(models):  # noqa: ASYNC110 - an actor has no event
+                while self._others and await self._others.running(models):  # noqa: ASYNC110 - an actor has no event
                     await asyncio.sleep(POLL_INTERVAL_S)
         return await self._count(models)
 
     async def _count(self, models: Collection[str]) -> int:
         """Returns the number of running requests of these models, in all ingress replicas."""
-        elsewhere = await self._fleet.running(models) if self._fleet else 0
+        elsewhere = await self._others.running(models) if self._others else 0
         return self._generator.running.count(models) + elsewhere
 
     async def _remain(self, models: Collection[str]) -> bool:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
@@ -16,9 +16,9 @@ from serve_app.errors import Busy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from contextlib import AbstractAsyncContextManager
 
     from serve_app.config import Limits
+    from serve_app.generation.others import OtherReplicas
 
 WEIGHT = 0.2
 """Weight of the newest sample in the moving average of unit durations."""
@@ -91,30 +91,18 @@ class WorkRates:
         return stats.remaining, stats.reset_time - time.time()
 
 
-class Others(Protocol):
-    """The bounds over all ingress replicas; see `serve_app.cluster.fleet.FleetClient`."""
-
-    def hold(self, units: int, key_id: str, bounds: Bounds) -> AbstractAsyncContextManager[Exceeded | None]:
-        """Holds units for the duration of the block, unless it yields the bound that leaves no room."""
-        ...
-
-    async def charge(self, cost: int, key_id: str, rate: int) -> tuple[int, float] | None:
-        """Counts work like `WorkRates.charge`."""
-        ...
-
-
 class Admission:
     """Counts unfinished units and requested work; rejects what exceeds a bound.
 
     Args:
         limits: the bounds.
-        others: the bounds over all ingress replicas; None if this is the only one.
+        others: the other ingress replicas; None without any.
 
     Attributes:
         pending: number of unfinished units of this replica.
     """
 
-    def __init__(self, limits: Limits, others: Others | None = None) -> None:
+    def __init__(self, limits: Limits, others: OtherReplicas | None = None) -> None:
         self._bounds = Bounds(limits.max_pending, limits.max_pending_per_key)
         self._rate = limits.megapixel_steps_per_minute
         self._others = others

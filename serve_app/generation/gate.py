@@ -15,16 +15,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from serve_app.generation.others import OtherReplicas
+
 
 class Gate:
     """The gate of one stage.
 
     Args:
+        stage: name of the stage.
         places: images that all replicas of the stage work on at the same time.
         places_for_jobs: how many of them images of jobs may have.
+        others: the other ingress replicas, whose jobs have the same places; None without any.
     """
 
-    def __init__(self, places: int, places_for_jobs: int) -> None:
+    def __init__(
+        self, stage: str, places: int, places_for_jobs: int, others: OtherReplicas | None = None
+    ) -> None:
+        self._stage = stage
+        self._others = others
         self._places = places
         self._places_for_jobs = places_for_jobs
         self._people = 0
@@ -50,7 +58,11 @@ class Gate:
         else:
             await self._wait(turn)
         try:
-            yield
+            if turn is None or self._others is None:
+                yield
+            else:
+                async with self._others.place(self._stage, self._places_for_jobs):
+                    yield
         finally:
             if turn is None:
                 self._people -= 1

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from deployments.types import Pixels
     from serve_app.config import Limits
-    from serve_app.generation.admission import Others
+    from serve_app.generation.others import OtherReplicas
     from serve_app.generation.prompt_expansion import PromptExpansion
     from serve_app.generation.request import GenerationRequest, ResolvedRequest, Source
     from serve_app.generation.running import RunningRequest
@@ -51,7 +51,7 @@ class Generator:
         share: keeps a request's source images where its stages find them; returns a reference to them.
         safety: the safety checker; None without one.
         expansion: the prompt expander; None without one.
-        others: the bounds over all ingress replicas; None if this is the only one.
+        others: the other ingress replicas; None without any.
 
     Attributes:
         draining: whether new requests are rejected.
@@ -67,7 +67,7 @@ class Generator:
         share: Callable[[tuple[Pixels, ...]], Any] = lambda pixels: pixels,
         safety: SafetyCheck | None = None,
         expansion: PromptExpansion | None = None,
-        others: Others | None = None,
+        others: OtherReplicas | None = None,
     ) -> None:
         self._models = models
         self._limits = limits

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from deployments.config import ModelConfig
+    from serve_app.generation.others import OtherReplicas
     from serve_app.generation.prompt_expansion import Expansion
 
 TOO_LONG = "context_length_exceeded"
@@ -51,11 +52,20 @@ Risk = Callable[[Pixels, ResolvedRequest], Awaitable[float | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A served model: its configuration, and its two stages with their gates."""
+    """A served model: its configuration, and its two stages with their gates.
+
+    Attributes:
+        config: its configuration.
+        prior: calls the prior stage.
+        decode: calls the decoder stage.
+        others: the other ingress replicas; None without any.
+        gates: the gates of the stages.
+    """
 
     config: ModelConfig
     prior: StageCall
     decode: StageCall
+    others: OtherReplicas | None = None
     gates: Mapping[Stage, Gate] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,8 +74,11 @@ class Model:
         decoders = self.config.decoder.max_replicas
         # One row of a batch is reserved for requests, since it costs little. A replica would cost too much.
         gates = {
-            "prior": Gate(batch * priors, batch * priors - (batch > 1)),
-            "decoder": Gate(decoders, decoders),
+            stage: Gate(f"{self.config.name}-{stage}", places, places_for_jobs, self.others)
+            for stage, places, places_for_jobs in (
+                ("prior", batch * priors, batch * priors - (batch > 1)),
+                ("decoder", decoders, decoders),
+            )
         }
         object.__setattr__(self, "gates", gates)
 

@@ -1,12 +1,14 @@
 """Limits over several ingress replicas, with the actor as a plain object."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 
+from serve_app.cluster import fleet as fleet_module
 from serve_app.cluster.fleet import Fleet, FleetClient
 from serve_app.config import Limits
 from serve_app.errors import Busy
@@ -47,6 +49,12 @@ class Replica:
         actor: Any = self.actor
         self.client = FleetClient(actor)
         self.admission = Admission(limits, self.client)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.01)
 
 
 async def accepted(replica: Replica, units: int, key_id: str = "") -> bool:
@@ -165,5 +173,74 @@ def test_a_replica_learns_which_requests_to_stop_and_only_once() -> None:
         assert await one.client.report({"m": 2, "n": 1}) == ["m"]
         assert await one.client.report({"n": 1}) == []
         assert await two.client.running(["m"]) == 0
+
+    asyncio.run(main())
+
+
+def test_images_of_jobs_share_the_places_of_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "WAIT_S", 0.05)
+    inside: list[str] = []
+
+    async def image(replica: Replica, name: str, leaves: asyncio.Event) -> None:
+        async with replica.client.place("m-decoder", 1):
+            inside.append(name)
+            await leaves.wait()
+            inside.remove(name)
+
+    async def main() -> None:
+        fleet = Fleet()
+        one, two = Replica(fleet, Limits()), Replica(fleet, Limits())
+        leaves = [asyncio.Event() for _ in range(3)]
+        first = asyncio.create_task(image(one, "first", leaves[0]))
+        await until(lambda: inside == ["first"])
+        second = asyncio.create_task(image(two, "second", leaves[1]))
+        stopped = asyncio.create_task(image(two, "stopped", leaves[2]))
+        await asyncio.sleep(0.2)  # it asks again and again
+        assert inside == ["first"]
+        async with two.client.place("m-prior", 1):
+            pass
+        stopped.cancel()
+        await asyncio.wait([stopped])
+        leaves[0].set()
+        await until(lambda: inside == ["second"])
+        await two.client.report({})
+        assert not await fleet.enter("another", "x", "m-decoder", 1)
+        leaves[1].set()
+        await asyncio.gather(first, second)
+        await two.actor.delivered()
+        assert await fleet.enter("another", "x", "m-decoder", 1)
+
+    asyncio.run(main())
+
+
+def test_the_places_of_a_dead_replica_and_of_a_stopped_image_become_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet_module, "WAIT_S", 0.01)
+
+    async def main() -> None:
+        fleet = Fleet(lease_s=0.2)
+        replica = Replica(fleet, Limits())
+        assert await fleet.enter("dead", "x", "m-decoder", 1)
+        assert not await fleet.enter("other", "y", "m-decoder", 1)
+        async with asyncio.timeout(5):
+            while not await fleet.enter("other", "y", "m-decoder", 1):
+                pass
+        async with replica.client.place("m-decoder", 2):
+            # As if it had got the place just when it was stopped, and had left before.
+            assert await fleet.enter("other", "z", "m-decoder", 3)
+            await fleet.report("other", {}, {}, {"y"})
+            assert await fleet.enter("third", "u", "m-decoder", 3)
+
+    asyncio.run(main())
+
+
+def test_without_the_actor_the_own_gate_suffices() -> None:
+    async def main() -> None:
+        replica = Replica(Fleet(), Limits())
+        replica.actor.error = ActorDiedError()
+        async with asyncio.timeout(1), replica.client.place("m-decoder", 1):
+            pass
+        await replica.actor.delivered()
 
     asyncio.run(main())

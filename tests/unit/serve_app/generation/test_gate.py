@@ -51,7 +51,7 @@ class Visitors:
 
 def test_as_many_images_of_jobs_enter_as_are_worked_on_in_the_order_of_their_turns() -> None:
     async def main() -> None:
-        images = Visitors(Gate(2, 2))
+        images = Visitors(Gate("decoder", 2, 2))
         for name, turn in (("a", 1.0), ("b", 1.0), ("late", 3.0), ("early", 2.0)):
             await images.come(name, turn)
         assert images.inside == ["a", "b"]
@@ -65,7 +65,7 @@ def test_as_many_images_of_jobs_enter_as_are_worked_on_in_the_order_of_their_tur
 
 def test_a_request_enters_at_once_and_images_of_jobs_wait_for_it() -> None:
     async def main() -> None:
-        gate = Gate(1, 1)
+        gate = Gate("decoder", 1, 1)
         images = Visitors(gate)
         await images.come("job", 0)
         await images.come("next", 1)
@@ -83,7 +83,7 @@ def test_a_request_enters_at_once_and_images_of_jobs_wait_for_it() -> None:
 
 def test_a_place_may_be_kept_free_of_jobs() -> None:
     async def main() -> None:
-        images = Visitors(Gate(3, 2))
+        images = Visitors(Gate("decoder", 3, 2))
         for turn in range(3):
             await images.come(f"job {turn}", turn)
         assert images.inside == ["job 0", "job 1"]
@@ -95,7 +95,7 @@ def test_a_place_may_be_kept_free_of_jobs() -> None:
 
 def test_an_image_that_is_stopped_gives_its_place_back() -> None:
     async def main() -> None:
-        images = Visitors(Gate(1, 1))
+        images = Visitors(Gate("decoder", 1, 1))
         for turn, name in enumerate(("inside", "waiting", "last")):
             await images.come(name, turn)
         await images.stop("waiting")
@@ -107,7 +107,7 @@ def test_an_image_that_is_stopped_gives_its_place_back() -> None:
 
 def test_an_image_that_is_stopped_on_its_way_in_gives_its_place_back() -> None:
     async def main() -> None:
-        gate = Gate(1, 1)
+        gate = Gate("decoder", 1, 1)
         images = Visitors(gate)
 
         async def first() -> None:
