@@ -19,7 +19,7 @@ from tests.pictures import picture
 
 PROMPT, SEED, STEPS = 'a boat called "Aurora"', 2**40 + 11, 10
 OURS = {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": SEED}
-FALS = OURS | FAL
+FAL_BODY = OURS | FAL
 EDIT = "glm-image-image-to-image"
 IMAGE = ImageRequest(prompt=PROMPT, width=512, height=512, seed=SEED, steps=STEPS, guidance_scale=1.5)
 """Request that the stages must get."""
@@ -62,7 +62,7 @@ def test_zais_quality_is_a_number_of_steps(http: httpx.Client, quality: str, ste
 
 def test_a_size_between_legal_ones_is_cut_from_the_next_larger_one(http: httpx.Client) -> None:
     whole = pixels_of(replace(IMAGE, width=544, height=608))
-    body = FALS | {"image_size": {"width": 520, "height": 600}}
+    body = FAL_BODY | {"image_size": {"width": 520, "height": 600}}
     by_fal = posted(http, "/fal-ai/glm-image", body)["images"][0]
     by_job = posted(http, "/glm-image/v1/glm-image-request", body, prefer="wait=60")["images"][0]
     for image in (by_fal, by_job):
@@ -172,6 +172,6 @@ def test_a_documented_default_above_the_limit_gives_way_to_the_models(tmp_path: 
         served(tmp_path, "glm-image", defaults={"steps": 8}, limits={"max_steps": 20}) as server,
         server.client() as http,
     ):
-        asked = {name: value for name, value in FALS.items() if name != "num_inference_steps"}
+        asked = {name: value for name, value in FAL_BODY.items() if name != "num_inference_steps"}
         made = posted(http, "/fal-ai/glm-image", asked | {"sync_mode": True})
         assert np.array_equal(pixels(http, made["images"][0]["url"]), pixels_of(replace(IMAGE, steps=8)))
