@@ -4,9 +4,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import httpx
 import pytest
+from moto.server import ThreadedMotoServer
 
 from serve_app.jobs.database import Database
 from tests import postgresql as postgresql_server
@@ -37,6 +40,22 @@ def postgresql() -> Iterator[Callable[[], str]]:
             yield server.database
     except postgresql_server.MissingError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[dict[str, Any]]:
+    """Options for a bucket on moto's server."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
+            environment.setenv(f"AWS_{name}", "testing")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        server = ThreadedMotoServer(port=0)
+        server.start()
+        host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="files")
+        yield {"endpoint_url": endpoint}
+        server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -59,6 +59,11 @@ class FileStore:
         if self._is_folder:
             self._fs.makedirs(self._root, exist_ok=True)
 
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of all files."""
+        return self._config.max_bytes
+
     def new_name(self, suffix: str) -> str:
         """Returns a new name of 128 random bits."""
         return f"{secrets.token_hex(16)}.{suffix}"
@@ -148,10 +153,10 @@ class FileStore:
         size = await self.size(name)
         return None if size is None else await self.read(name, 0, size)
 
-    async def written_at(self) -> dict[str, float]:
-        """Returns the names of all files, with the times of their writing by `time.time`."""
+    async def sizes(self) -> dict[str, int]:
+        """Returns the bytes of all files, by their names."""
         found = await self._in_thread(self._find)
-        return {name: _modified(info) for name, info in found.items() if NAME.fullmatch(name)}
+        return {name: info["size"] for name, info in found.items() if NAME.fullmatch(name)}
 
     def _find(self) -> dict[str, dict[str, Any]]:
         """Returns what the file system says of everything in the folder, by its name there."""

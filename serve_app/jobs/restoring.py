@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 MARGIN_S = 300.0
-"""Seconds by which a job must have ended after the oldest file was written, and before its own expiry."""
+"""Seconds to its expiry from which a job is not worth the work."""
 RETRY_S = 10.0
 
 
@@ -70,21 +70,23 @@ class Restorer:
         logger.info("the results of %d jobs are restored", sum(restored))
 
     async def _lost(self) -> list[Job]:
-        """Returns the jobs whose results are missing although the store has older files.
+        """Returns the jobs whose results are missing although they fit into the store.
 
         The store deletes the oldest files when it has too many. Those are not lost.
         """
         jobs = [job async for job in self._store.succeeded()]
-        written_at = await self._files.written_at()  # later than the jobs, whose files were written before
-        oldest = min(written_at.values(), default=0.0)
-        now = time.time()
-        return [
-            job
-            for job in jobs
-            if (job.ended_at or 0) - MARGIN_S > oldest
-            and (job.expires_at or 0) - MARGIN_S > now
-            and not all(image.name in written_at for image in job.images)
-        ]
+        sizes = await self._files.sizes()  # after the jobs, whose files were written before them
+        room = self._files.max_bytes - sum(sizes.values())
+        earliest = time.time() + MARGIN_S
+        lost: list[Job] = []
+        for job in reversed(jobs):
+            missing = [image.bytes for image in job.images if image.name not in sizes]
+            room -= sum(missing)
+            if room < 0:
+                break
+            if missing and job.expires_at and job.expires_at > earliest:
+                lost.append(job)
+        return lost
 
     def _can_be_made_again(self, job: Job) -> bool:
         """Returns whether the same bytes can be made here. A language model may expand a prompt anew."""

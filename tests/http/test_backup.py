@@ -5,26 +5,31 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from serve_app.jobs.restoring import MARGIN_S
 from tests.http.conftest import ROOT, served
 from tests.job_client import PATH, ended, submit
 from tests.pictures import picture
 from tests.polling import until
+from tests.postgresql import program
 
 PAGE = (ROOT / "docs/operate/backup.md").read_text()
-BACK_UP, RESTORE = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+BACK_UP, RESTORE, BACK_UP_REMOTE, RESTORE_REMOTE = re.findall(
+    r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+)
 
 
-def run(commands: str, home: Path, backup: Path) -> None:
-    commands = commands.replace("HOME_OF_SERVER", str(home)).replace("BACKUP", str(backup))
+def run(commands: str, folder: Path, **places: str) -> None:
+    """Runs commands of the page in a folder, with their placeholders filled in."""
+    for placeholder, place in (places | {"BACKUP": str(folder / "backup")}).items():
+        commands = commands.replace(placeholder, place)
     subprocess.run(
-        ["bash", "-ec", commands.replace(".venv/bin/python", sys.executable)], check=True, cwd=home.parent
+        ["bash", "-ec", commands.replace(".venv/bin/python", sys.executable)], check=True, cwd=folder
     )
 
 
@@ -39,17 +44,17 @@ def image_of(http: httpx.Client, job: Any) -> bytes:
 
 
 def test_jobs_and_files_are_as_at_the_backup(tmp_path: Path) -> None:
-    first, second, backup = tmp_path / "first", tmp_path / "second", tmp_path / "backup"
+    first, second = tmp_path / "first", tmp_path / "second"
     with served(first, "glm-image") as server, server.client() as http:
         done = [submitted(http, seed, 1) for seed in range(3)]
         images = [image_of(http, job) for job in done]
         waiting = [submitted(http, seed, 100) for seed in range(3, 6)]
-        run(BACK_UP, first, backup)
+        run(BACK_UP, tmp_path, HOME_OF_SERVER=str(first))
         after = submitted(http, 6, 1)
         images += [image_of(http, job) for job in waiting]
     with served(second, "glm-image") as server, server.client() as http:
         lost = submitted(http, 7, 1)
-    run(RESTORE, second, backup)
+    run(RESTORE, tmp_path, HOME_OF_SERVER=str(second))
     with served(second, "glm-image") as server, server.client() as http:
         states = [http.get(f"{PATH}/{job['id']}").json()["status"] for job in done]
         assert states == ["succeeded"] * 3
@@ -58,10 +63,31 @@ def test_jobs_and_files_are_as_at_the_backup(tmp_path: Path) -> None:
             assert http.get(f"{PATH}/{job['id']}").status_code == 404
 
 
-def age(file: Path, seconds: float) -> None:
-    """Makes a file look as if it had been written that long ago."""
-    written = file.stat().st_mtime - seconds
-    os.utime(file, (written, written))
+def test_postgresql_and_s3_are_as_at_the_backup(
+    tmp_path: Path,
+    postgresql: Callable[[], str],
+    s3: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3["endpoint_url"])
+    monkeypatch.setenv("PATH", str(Path(program("pg_dump")).parent), prepend=os.pathsep)
+
+    def place(name: str) -> dict[str, str]:
+        return {"DATABASE": postgresql(), "STORAGE": f"s3://files/backup-{name}"}
+
+    def kept(places: dict[str, str]) -> dict[str, Any]:
+        return {"database": {"url": places["DATABASE"]}, "storage": {"url": places["STORAGE"]}}
+
+    first, second = place("first"), place("second")
+    with served(tmp_path, "glm-image", **kept(first)) as server, server.client() as http:
+        done = [submitted(http, seed, 1) for seed in range(3)]
+        images = [image_of(http, job) for job in done]
+        waiting = submitted(http, 3, 100)
+        run(BACK_UP_REMOTE, tmp_path, **first)
+        images.append(image_of(http, waiting))
+    run(RESTORE_REMOTE, tmp_path, **second)
+    with served(tmp_path, "glm-image", **kept(second)) as server, server.client() as http:
+        assert [image_of(http, job) for job in [*done, waiting]] == images
 
 
 def test_results_that_the_file_store_lacks_are_made_again(
@@ -74,7 +100,6 @@ def test_results_that_the_file_store_lacks_are_made_again(
         images = [image_of(http, job) for job in (kept, *lost, edited)]
         urls = [ended(http, job)["result"]["data"][0]["url"] for job in (kept, *lost, edited)]
     files = [tmp_path / "files" / url.rpartition("/")[2] for url in urls]
-    age(files[0], 2 * MARGIN_S)  # the store deletes the oldest files first, so younger ones are lost
     for file in files[1:]:
         file.unlink()
     with served(tmp_path, "glm-image") as server, server.client() as http:
@@ -85,14 +110,18 @@ def test_results_that_the_file_store_lacks_are_made_again(
     assert "lacks results of 4 jobs; 3 of them are made again, the others cannot be" in caplog.text
 
 
-def test_results_that_the_store_deleted_for_their_age_are_not_made_again(
+def test_results_that_the_store_has_no_room_for_are_not_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with served(tmp_path, "glm-image") as server, server.client() as http:
-        old, new = (submitted(http, seed, 1) for seed in range(2))
-        names = [ended(http, job)["result"]["data"][0]["url"].rpartition("/")[2] for job in (old, new)]
-    (tmp_path / "files" / names[0]).unlink()
-    with served(tmp_path, "glm-image") as server, server.client() as http:
-        assert image_of(http, submitted(http, 2, 1))
-        assert http.get(f"/files/{names[0]}").status_code == 404
-    assert "lacks results" not in caplog.text
+        jobs = [submitted(http, seed, 1) for seed in range(4)]
+        names = [ended(http, job)["result"]["data"][0]["url"].rpartition("/")[2] for job in jobs]
+    files = [tmp_path / "files" / name for name in names]
+    room = sum(file.stat().st_size for file in files[1:])
+    for file in files[:3]:
+        file.unlink()
+    storage = {"url": str(tmp_path / "files"), "max_bytes": room}
+    with served(tmp_path, "glm-image", storage=storage) as server:
+        until(lambda: "the results of 2 jobs are restored" in caplog.text, 30)
+        assert [file.exists() for file in files] == [False, True, True, True]
+        assert server.url

@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import boto3
 import httpx
 import pytest
-from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 
 from serve_app.config import StorageConfig
@@ -38,22 +37,6 @@ class Place:
     make: Make
     names: Callable[[], set[str]]
     tick_s: float
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[dict[str, Any]]:
-    """Options for a bucket on moto's server."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
-            environment.setenv(f"AWS_{name}", "testing")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        server = ThreadedMotoServer(port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
-        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="files")
-        yield {"endpoint_url": endpoint}
-        server.stop()
 
 
 @pytest.fixture(params=["folder", "s3"])
