@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from serve_app.errors import InvalidParameter, image_too_large
-from serve_app.generation import codec
+from serve_app.generation.decoding import DecodingProcess
 from serve_app.observability import telemetry
 from serve_app.outbound import OutboundError
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DATA_URL = re.compile(r"data:[^,]{0,100}?(; *base64)?,", re.IGNORECASE)
 """https://fetch.spec.whatwg.org/#data-urls. The media type is ignored: the file itself shows its format."""
+DECODING = DecodingProcess()
+"""The one process in which this process has images decoded."""
 FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 OUR_FILE = re.compile(r"https?://[^/?#]+(?:/[^?#]*)?/files/([^/?#]+)", re.IGNORECASE)
 
@@ -44,8 +46,8 @@ class SourceReader:
         self._max_bytes = limits.max_image_bytes
         self._max_pixels = limits.max_source_pixels
         self._max_side = limits.max_source_side
-        # One image at a time, since a hostile one takes hundreds of megabytes, and in a thread of its own.
-        self._decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        # One image at a time, since a hostile one takes hundreds of megabytes.
+        self._waiting = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     async def read(self, url: str) -> bytes:
         """Returns the file of a URL, whatever it contains.
@@ -99,17 +101,9 @@ class SourceReader:
         """
         files = [await self.read(source) if isinstance(source, str) else source for source in sources]
         loop = asyncio.get_running_loop()
-        pixels: list[Pixels] = []
-        for number, file in enumerate(files):
-            notes: list[str] = []
-            decode = partial(
-                codec.decode_source,
-                family=family,
-                max_pixels=self._max_pixels,
-                max_side=self._max_side,
-                note=notes.append,
-            )
-            pixels.append(await loop.run_in_executor(self._decoding, decode, file))
-            for problem in notes:
-                telemetry.note_for_client(f"Source image {number + 1} {problem}.")
-        return tuple(pixels)
+        decode = partial(DECODING.decode, family=family, max_pixels=self._max_pixels, max_side=self._max_side)
+        decoded = [await loop.run_in_executor(self._waiting, decode, file) for file in files]
+        for number, one in enumerate(decoded):
+            for note in one.notes:
+                telemetry.note_for_client(f"Source image {number + 1} {note}.")
+        return tuple(one.pixels for one in decoded)

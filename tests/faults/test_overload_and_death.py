@@ -1,5 +1,6 @@
 """Overload, clients that disconnect and killed replicas, on a real server."""
 
+import base64
 import os
 import signal
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from deployments.families.glm_image import tiny
 from tests.faults.conftest import Client
+from tests.pictures import picture
 from tests.polling import until
 from tests.serve.conftest import Upstream, config_file, served, tiny_model
 
@@ -147,3 +149,24 @@ def test_a_second_killed_replica_fails_the_request(client: Client) -> None:
     assert result.headers["x-should-retry"] == "false"
     assert result.json()["error"]["code"] == "replica_died"
     assert client.ask(seed=1).status_code == 200
+
+
+def test_a_crash_of_a_codec_harms_no_other_request(client: Client) -> None:
+    source = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    edit = {"images": [{"image_url": source}], "prompt": "a boat", "num_inference_steps": 1, "seed": 1}
+
+    def edited() -> httpx.Response:
+        return httpx.post(f"{client.running.url}/v1/images/edits", json=edit, timeout=120)
+
+    first = edited()
+    assert first.status_code == 200, first.text
+    (ingress,) = client.running.replicas(":Ingress")
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(client.ask, seed=8, num_inference_steps=20)
+        until(lambda: bool(client.working()))
+        (codec,) = client.running.replicas("serve_app.generation.decoding")
+        codec.send_signal(signal.SIGSEGV)
+        until(lambda: codec.status() == psutil.STATUS_ZOMBIE)
+        assert edited().status_code == 200
+        assert other.result().status_code == 200
+    assert client.running.replicas(":Ingress") == [ingress]
