@@ -152,10 +152,13 @@ class Fleet:
         return sum(one.running.get(model, 0) for one in others for model in models)
 
     async def abort(self, ingress: str, models: list[str]) -> None:
-        """Orders all other replicas than this one to stop the requests of these models."""
+        """Orders all other replicas than this one to stop the requests of these models.
+
+        A replica without such requests gets no order: it would stop those that begin after the unload.
+        """
         for name, one in self._alive().items():
             if name != ingress:
-                one.to_abort |= set(models)
+                one.to_abort |= {model for model in models if one.running.get(model)}
 
     async def watch(self) -> None:
         """Ends the actor when the application is gone."""

@@ -168,11 +168,13 @@ def test_a_replica_learns_which_requests_to_stop_and_only_once() -> None:
         assert await two.client.report({"m": 1}) == []
         assert await two.client.running(["m"]) == 2
         assert await one.client.running(["m", "n"]) == 1
-        await two.client.abort(["m"])
+        await two.client.abort(["m", "o"])
         assert await two.client.report({"m": 1}) == []
         assert await one.client.report({"m": 2, "n": 1}) == ["m"]
         assert await one.client.report({"n": 1}) == []
         assert await two.client.running(["m"]) == 0
+        await two.client.abort(["m"])
+        assert await one.client.report({"m": 1}) == [], "it began after the order"
 
     asyncio.run(main())
 
