@@ -51,6 +51,7 @@ benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.telemetry
 	$(BIN)/python -m tests.benchmarks.lifecycle
 	$(BIN)/python -m tests.benchmarks.jobs
+	$(BIN)/python -m tests.benchmarks.people
 	$(BIN)/python -m tests.benchmarks.kernels
 
 versions: .venv/dev.stamp ## Run the families' tests on other versions of transformers and print a table
