@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from serve_app.http import application
 from serve_app.http.auth import presented_keys
 from tests.http.conftest import Endpoint, served
 from tests.polling import until
@@ -148,7 +149,8 @@ def test_a_command_creates_a_key() -> None:
     assert "letters, digits" in refused.stderr
 
 
-def test_keys_are_exchanged_without_a_restart(tmp_path: Path) -> None:
+def test_keys_are_exchanged_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "RELOAD_S", 0.2)
     file = tmp_path / "keys.yaml"
 
     def allow(*keys: str) -> None:

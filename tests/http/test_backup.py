@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.jobs import store
 from tests.http.conftest import ROOT, served
 from tests.job_client import PATH, ended, submit
 from tests.pictures import picture
@@ -43,6 +44,13 @@ def image_of(http: httpx.Client, job: Any) -> bytes:
     return http.get(f"/files/{name}").raise_for_status().content
 
 
+@pytest.fixture
+def _short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The restored server waits for the end of the leases of the first one."""
+    monkeypatch.setattr(store, "LEASE_S", 3)
+
+
+@pytest.mark.usefixtures("_short_leases")
 def test_jobs_and_files_are_as_at_the_backup(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     with served(first, "glm-image") as server, server.client() as http:
@@ -63,6 +71,7 @@ def test_jobs_and_files_are_as_at_the_backup(tmp_path: Path) -> None:
             assert http.get(f"{PATH}/{job['id']}").status_code == 404
 
 
+@pytest.mark.usefixtures("_short_leases")
 def test_postgresql_and_s3_are_as_at_the_backup(
     tmp_path: Path,
     postgresql: Callable[[], str],
