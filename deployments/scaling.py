@@ -29,6 +29,8 @@ LEASE_S = 10.0
 """Seconds for which an entry in the registry is valid. A process that has died does not renew its entries."""
 RENEWAL_S = 2.0
 """Seconds after which an entry is renewed."""
+ANSWER_S = 5.0
+"""Seconds to wait for an answer of an actor."""
 POLL_INTERVAL_S = 1.0
 """Seconds between two checks for an expired need, and between two searches for a registry."""
 ORPHANED_S = 60.0

@@ -13,7 +13,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from deployments.observability.log import FAULT
-from deployments.scaling import RENEWAL_S, Report, find_registry
+from deployments.scaling import ANSWER_S, RENEWAL_S, Report, find_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-ANSWER_S = 5.0
-"""Seconds to wait for an answer of the registry."""
 MIN_REPORT_INTERVAL_S = 0.2
 """Minimum seconds between two reports. A component's tensors load by the thousand."""
 

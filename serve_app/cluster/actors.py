@@ -9,11 +9,10 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from deployments.scaling import ANSWER_S
+
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-
-ANSWER_S = 5.0
-"""Seconds to wait for an answer of an actor."""
 
 
 class ActorClient:

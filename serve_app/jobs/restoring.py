@@ -15,7 +15,8 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from deployments.observability.log import FAULT
-from serve_app.errors import RequestError
+from serve_app.background import Periodic
+from serve_app.errors import RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.generation.events import GeneratedImage, in_order
 
@@ -46,16 +47,18 @@ class Restorer:
         self._generator = generator
         self._files = files
         self._identities = {model.name: model.identity for model in generator.models()}
+        self._is_done = False
 
-    async def run(self) -> None:
-        """Restores the results that are missing now; returns when that is done."""
-        while True:
-            try:
-                lost = await self._lost()
-                break
-            except Exception:
-                logger.exception("the file store was not compared with the database", extra=FAULT)
-                await asyncio.sleep(RETRY_S)
+    @property
+    def restoring(self) -> Periodic:
+        """The periodic task that restores the results. It has nothing to do once it has succeeded."""
+        return Periodic(name="restore results", run=self._run, interval_s=RETRY_S, expected=(Unavailable,))
+
+    async def _run(self) -> None:
+        if self._is_done:
+            return
+        lost = await self._lost()
+        self._is_done = True
         if not lost:
             return
         again = [job for job in lost if self._can_be_made_again(job)]
@@ -74,18 +77,23 @@ class Restorer:
 
         The store deletes the oldest files when it has too many. Those are not lost.
         """
-        jobs = [job async for job in self._store.succeeded()]
-        sizes = await self._files.sizes()  # after the jobs, whose files were written before them
+        sizes = await self._files.sizes()
         room = self._files.max_bytes - sum(sizes.values())
         earliest = time.time() + MARGIN_S
         lost: list[Job] = []
-        for job in reversed(jobs):
-            missing = [image.bytes for image in job.images if image.name not in sizes]
-            room -= sum(missing)
-            if room < 0:
-                break
-            if missing and job.expires_at and job.expires_at > earliest:
-                lost.append(job)
+        async with aclosing(self._store.succeeded()) as newest_first:
+            async for job in newest_first:
+                missing = [
+                    image.bytes
+                    for image in job.images
+                    # A file may be newer than the list.
+                    if image.name not in sizes and await self._files.size(image.name) is None
+                ]
+                room -= sum(missing)
+                if room < 0:
+                    break
+                if missing and job.expires_at and job.expires_at > earliest:
+                    lost.append(job)
         return lost
 
     def _can_be_made_again(self, job: Job) -> bool:
@@ -109,5 +117,9 @@ class Restorer:
         except RequestError as error:
             facts = FAULT | {"job": job.id}
             logger.warning("the results of job %s are not restored: %s", job.id, error.message, extra=facts)
+            return False
+        except Exception:
+            facts = FAULT | {"job": job.id}
+            logger.exception("the results of job %s are not restored", job.id, extra=facts)
             return False
         return True

@@ -7,9 +7,8 @@ import logging
 import time
 import uuid
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from deployments.observability import tracing
 from deployments.observability.log import FAULT
@@ -18,8 +17,9 @@ from serve_app.errors import Failed, Full, Gone, RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage, in_order
+from serve_app.jobs.active import ActiveJob
 from serve_app.jobs.ends import HANDED_ON, report_end
-from serve_app.jobs.records import LogLine, StoredError, StoredPreview, StoredProgress
+from serve_app.jobs.records import StoredError, StoredPreview, StoredProgress
 from serve_app.jobs.restoring import Restorer
 from serve_app.jobs.store import JobProgress
 from serve_app.observability import metrics
@@ -44,53 +44,6 @@ RENEW_INTERVAL_S = 0.5
 EXPIRE_INTERVAL_S = 60.0
 STOP_TIMEOUT_S = 30.0
 """Seconds for the storing of images when the server stops. Leases that end meanwhile are not renewed."""
-MAX_LOG_LINES = 200
-
-
-@dataclass(eq=False, kw_only=True)
-class ActiveJob:
-    """A job that runs here.
-
-    Attributes:
-        job: the job as it was when it began.
-        unfinished: number of its images that are not made yet.
-        news: its progress, previews and log.
-        task: the task that makes it.
-        has_news: whether the store lacks some of the news.
-        stopped: why it is stopped: it belongs to another server or is cancelled, or this server stops.
-        is_ending: whether its outcome is being stored, so that it can no longer be stopped.
-        saves: its images on their way into the file store, which nothing stops.
-        previewing: its previews on their way into the file store.
-        lines: lines of its log before the one of its end.
-    """
-
-    job: Job
-    unfinished: int
-    news: JobProgress
-    task: asyncio.Task[None] | None = None
-    has_news: bool = True
-    stopped: Literal["", "not ours", "later"] = ""
-    is_ending: bool = False
-    saves: list[asyncio.Task[tuple[str, int]]] = field(default_factory=list)
-    previewing: set[asyncio.Task[None]] = field(default_factory=set)
-    lines: int | None = None
-
-    def stop(self, why: Literal["not ours", "later"]) -> None:
-        """Stops it, unless it is ending."""
-        if not self.is_ending and not self.stopped and self.task:
-            self.stopped = why
-            self.task.cancel()
-
-    def log(self, message: str) -> None:
-        """Adds a line to its log."""
-        if len(self.news.log) < MAX_LOG_LINES:
-            self.news.log.append(LogLine(at=time.time(), message=message))
-            self.has_news = True
-
-    def log_end(self, state: State) -> None:
-        """Adds the last line to its log, in place of one that `log_end` has added before."""
-        self.lines = len(self.news.log) if self.lines is None else self.lines
-        self.news.log[self.lines :] = [LogLine(at=time.time(), message=state)]
 
 
 class JobRunner:
@@ -141,9 +94,9 @@ class JobRunner:
                 Periodic(name="renew leases", run=self._renew, interval_s=RENEW_INTERVAL_S, expected=away),
                 Periodic(name="reap jobs", run=self._reap, interval_s=POLL_INTERVAL_S, expected=away),
                 Periodic(name="expire jobs", run=self._expire, interval_s=EXPIRE_INTERVAL_S, expected=away),
+                self._restorer.restoring,
             ]
         )
-        self._tasks.append(asyncio.create_task(self._restorer.run()))
         try:
             yield
         finally:
@@ -365,11 +318,12 @@ class JobRunner:
         return data
 
     async def _save_when_there_is_room(self, active: ActiveJob, pixels: Pixels) -> tuple[str, int]:
-        """Keeps an image like `_save`. While the file store is full, it waits, since the work is done."""
+        """Keeps an image. While the file store is full, it waits, since the work is done."""
+        file = await self._encoded(active.job, pixels)
         has_waited = False
         while True:
             try:
-                return await self._save(active.job, pixels)
+                return await self._save(active.job, file)
             except Full as error:
                 if active.stopped or active.is_ending:
                     raise
@@ -378,13 +332,16 @@ class JobRunner:
                 has_waited = True
             await asyncio.sleep(POLL_INTERVAL_S)
 
-    async def _save(self, job: Job, pixels: Pixels) -> tuple[str, int]:
-        """Keeps an image in the job's format; returns the name and the bytes of its file."""
+    async def _save(self, job: Job, file: bytes) -> tuple[str, int]:
+        """Keeps a file in the job's format; returns its name and its bytes."""
+        with metrics.part(job.model, "storing"):
+            return await self._files.save(file, job.encoding.encoding.format), len(file)
+
+    async def _encoded(self, job: Job, pixels: Pixels) -> bytes:
+        """Returns an image as a file in the job's format."""
         encoding = job.encoding.encoding
         with metrics.part(job.model, "encoding"):
-            data = await asyncio.to_thread(codec.encode, pixels, encoding)
-        with metrics.part(job.model, "storing"):
-            return await self._files.save(data, encoding.format), len(data)
+            return await asyncio.to_thread(codec.encode, pixels, encoding)
 
     def _note(self, active: ActiveJob, event: Event) -> None:
         """Notes an event of the running request."""
@@ -401,7 +358,7 @@ class JobRunner:
 
     async def _preview(self, active: ActiveJob, event: PartialImage) -> None:
         try:
-            name, _ = await self._save(active.job, event.pixels)
+            name, _ = await self._save(active.job, await self._encoded(active.job, event.pixels))
         except RequestError:
             return  # the image itself may find room, or fails with the reason
         active.news.previews.append(StoredPreview(image=event.image, index=event.index, name=name))

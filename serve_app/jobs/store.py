@@ -38,7 +38,7 @@ from serve_app.jobs.records import StoredError, UnreadableRecord
 from serve_app.jobs.tables import Job
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 
     from sqlalchemy import Select
     from sqlalchemy.orm import Session
@@ -247,13 +247,12 @@ class JobStore:
 
         return await self._database.read(call)
 
-    async def succeeded(self) -> AsyncIterator[Job]:
-        """Yields the jobs of all owners that have succeeded, without unreadable ones."""
-        after = -1
+    async def succeeded(self) -> AsyncGenerator[Job, None]:
+        """Yields the jobs of all owners that have succeeded, the newest first, without unreadable ones."""
+        newest_first = select(Job.seq).where(Job.state == "succeeded").order_by(Job.seq.desc())
         while True:
-            following = select(Job.seq).where(Job.state == "succeeded", Job.seq > after).order_by(Job.seq)
 
-            def call(session: Session, following: Select[int] = following) -> tuple[list[int], list[Job]]:
+            def call(session: Session, following: Select[int] = newest_first) -> tuple[list[int], list[Job]]:
                 seqs = list(session.scalars(following.limit(READ_AT_A_TIME)))
                 return seqs, readable_jobs(session, seqs)
 
@@ -262,7 +261,7 @@ class JobStore:
                 yield job
             if not seqs:
                 return
-            after = seqs[-1]
+            newest_first = newest_first.where(Job.seq < seqs[-1])
 
     async def cancel(self, owner: Owner, job_id: str) -> tuple[Job, bool]:
         """Cancels a job: a queued one at once, a running one when its runner learns of it.

@@ -6,6 +6,8 @@ Clients use all APIs, edit, cancel, hang up, purge and send nonsense. Every `--f
 fault: a process is killed, the models are unloaded, the disk is full or the database is away. Afterwards each
 job must have ended once, each answer must have had the right pixels, the files must be those that answers and
 jobs name, and no process may have grown.
+
+The module is long because the accounts rely on what each kind of work has noted.
 """
 
 from __future__ import annotations
@@ -87,11 +89,11 @@ class Submitted:
 
     Attributes:
         asked: its image.
-        end: the state that it must reach; None if a cancellation met it at its end.
+        end: the state that it must reach.
     """
 
     asked: Asked
-    end: str | None = "succeeded"
+    end: str = "succeeded"
 
 
 @dataclass
@@ -176,7 +178,6 @@ class Night:
         self._is_over = threading.Event()
         self._jobs: dict[str, Submitted] = {}
         self._files: dict[str, Asked] = {}
-        self._purged: set[str] = set()
         self._orphans = 0
         self._excuses: list[tuple[float, float, frozenset[int]]] = []
         self._expected: dict[Asked, Pixels] = {}
@@ -311,7 +312,7 @@ class Night:
                     outcome = work(http, rng)
                 except (RefusedError, httpx.TransportError) as error:
                     code = error.status if isinstance(error, RefusedError) else 0
-                    self._orphans += 1
+                    self._give_up()
                     outcome = f"excused {code}" if self._is_excused(code, began) else f"failed {code}"
                     if outcome.startswith("failed"):
                         self._problem(f"{work.__name__[1:]}: {error!r:.300}")
@@ -320,6 +321,11 @@ class Night:
                     self._problem(f"{work.__name__[1:]}: {error!r:.300}")
                 with self._lock:
                     self.report.outcomes[work.__name__[1:].replace("_", " "), outcome] += 1
+
+    def _give_up(self) -> None:
+        """Counts a request whose file, if there is one, is nobody's."""
+        with self._lock:
+            self._orphans += 1
 
     def _problem(self, text: str) -> None:
         with self._lock:
@@ -400,7 +406,6 @@ class Night:
             raise RefusedError(answer)
         with self._lock:
             self._jobs.pop(job_id, None)
-            self._purged.add(job_id)
         return "purged"
 
     def _hang_up(self, http: httpx.Client, rng: random.Random) -> str:
@@ -411,9 +416,9 @@ class Night:
                 "/v1/images/generations", json=body, timeout=httpx.Timeout(30, read=rng.uniform(0.05, 2))
             )
         except httpx.ReadTimeout:
-            self._orphans += 1
+            self._give_up()
             return "hung up"
-        self._orphans += 1  # nobody notes its file
+        self._give_up()  # nobody notes its file
         return "too late"
 
     def _talk_nonsense(self, http: httpx.Client, rng: random.Random) -> str:

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from serve_app.jobs import active as active_module
 from serve_app.jobs import runner as runner_module
 from serve_app.observability import metrics
 from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, SlowFiles
@@ -61,7 +62,7 @@ def test_cancelling_a_job_whose_images_are_being_stored_leaves_no_file(make: Mak
 def test_the_log_of_a_job_that_another_server_cancels_as_it_ends_has_one_end(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "MAX_LOG_LINES", 3)
+    monkeypatch.setattr(active_module, "MAX_LOG_LINES", 3)
     monkeypatch.setattr(runner_module, "RENEW_INTERVAL_S", 1000)
 
     async def main() -> None:
