@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -35,6 +37,7 @@ logger = logging.getLogger("ray.serve")
 THREADS = 4
 BUSY_S = 30
 """Seconds that a process waits while another one writes to SQLite's file."""
+LOCKED_RETRY_S = 0.05
 ADVISORY_LOCK = 5_494_110_027
 """Number of the PostgreSQL lock of `Database.one_at_a_time`: any number that nothing else uses."""
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -215,7 +218,15 @@ def _taken(path: Path, server: str) -> IO[str]:
 
 def _prepare_sqlite(connection: DBAPIConnection, _: object) -> None:
     connection.isolation_level = None  # otherwise Python begins transactions by itself, and late
-    connection.execute("PRAGMA journal_mode = WAL")
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError:  # SQLite does not wait where another process changes the mode too
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOCKED_RETRY_S)
     connection.execute("PRAGMA synchronous = FULL")  # what was accepted survives a power cut
 
 
