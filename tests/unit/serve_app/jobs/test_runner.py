@@ -173,11 +173,15 @@ def test_jobs_wait_while_the_file_store_is_full(make: Make, monkeypatch: pytest.
         async with server.runner.run_in_background(), asyncio.timeout(20):
             await server.reaches("prior")
             files.is_full = True
+            # Rounds that began before have ended.
+            await server.until(lambda: "begin jobs" in server.background.failing)
             second = await submitted(server.store, identity=None)
             server.stages.may_continue()
-            await server.until(lambda: "begin jobs" in server.background.failing)
             waits_for = server.runner.waits_for(await server.job(second.id))
             assert waits_for == "It waits for room in the server's file storage."
+            async for job in server.store.watch(OWNER, first):
+                if any("waits for room" in line.message for line in job.log):
+                    break
             assert (await server.job(first)).state == "running"
             files.is_full = False
             job = await server.ended(first)
