@@ -128,7 +128,8 @@ def test_code_snippets_generate_the_same_image(visit: Visit, tmp_path: Path) -> 
     (tmp_path / "source-1.png").write_bytes(picture(10))
     visit.page.click("#key-button")
     visit.page.fill("#key", "of-no-use-on-an-open-server")
-    visit.page.keyboard.press("Enter")
+    with visit.page.expect_event("load"):  # the page reloads with the key
+        visit.page.keyboard.press("Enter")
     visit.page.locator("#generate:enabled").wait_for()
     bring(visit, "drop", picture(10))
     card = visit.generate(f"@edit {prompt}", num_inference_steps=4, seed=6, n=2, size="")
