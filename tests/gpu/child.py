@@ -64,10 +64,11 @@ def main() -> int:
 def _end_with_the_window() -> None:
     """Ends this process when the window's process has died, which closes the pipe.
 
-    Interrupts the processes that the step has started, so that they can stop their own children.
+    Terminates the processes that the step has started too. An interrupt would not do: a shell that starts the
+    window in the background lets all its processes ignore it.
     """
     os.read(0, 1)
-    os.killpg(0, signal.SIGINT)  # the window has given this process a group of its own
+    os.killpg(0, signal.SIGTERM)  # the window has given this process a group of its own
     os._exit(1)
 
 

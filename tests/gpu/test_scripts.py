@@ -107,7 +107,8 @@ def test_a_window_that_is_killed_keeps_its_rows_and_leaves_no_process(
     by: signal.Signals, tmp_path: Path
 ) -> None:
     code = (
-        "from pathlib import Path; from tests.gpu import fake_steps, window\n"
+        "import signal; from pathlib import Path; from tests.gpu import fake_steps, window\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # may be ignored in the background
         "window.run([fake_steps.step('hangs'), fake_steps.step('works')],"
         f" window.Options(out=Path({str(tmp_path)!r})))"
     )
