@@ -6,10 +6,9 @@ import asyncio
 import fcntl
 import logging
 import sqlite3
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -27,9 +26,9 @@ from deployments.observability.log import FAULT
 from serve_app.errors import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
 logger = logging.getLogger("ray.serve")
@@ -91,14 +90,15 @@ class Database:
             options = {"connect_args": {"timeout": BUSY_S}}
         else:
             where = where.set(drivername="postgresql+psycopg")
-        self._engine = create_engine(where, pool_size=THREADS, **options)
+        # The text of an error would hold the values of the statement, prompts among them.
+        self._engine = create_engine(where, pool_size=2 * THREADS, hide_parameters=True, **options)
         if self._is_sqlite:
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._reading = self._engine.execution_options(only_reads=True)
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="database")
-        # SQLite's writers poll for their turn; a lock spares that within this process.
-        self._writing = threading.Lock() if self._is_sqlite else nullcontext()
+        # SQLite's writers poll for their turn. Within this process one thread spares that.
+        self._writers = ThreadPoolExecutor(1 if self._is_sqlite else THREADS, "database-write")
+        self._readers = ThreadPoolExecutor(THREADS, "database-read")
         try:
             self._migrate()
         except (CommandError, DBAPIError) as error:
@@ -109,7 +109,7 @@ class Database:
 
     def _migrate(self) -> None:
         """Creates the tables, or migrates them to this version of the server."""
-        with self._transaction() as connection:
+        with self._engine.begin() as connection:
             self._lock(connection)
             for folder, version_table in STEPS.items():
                 config = alembic.config.Config()
@@ -130,19 +130,10 @@ class Database:
         if not self._is_sqlite:
             connection.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with self._writing, self._engine.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _reading_only(self) -> Iterator[Connection]:
-        with self._reading.begin() as connection:
-            yield connection
-
     def close(self) -> None:
         """Closes all connections."""
-        self._threads.shutdown()
+        self._writers.shutdown()
+        self._readers.shutdown()
         self._engine.dispose()
         if self._lock_file:
             self._lock_file.close()
@@ -153,7 +144,7 @@ class Database:
         Raises:
             Unavailable: the database cannot be reached.
         """
-        return await self._run(call, self._transaction)
+        return await self._run(call, self._engine, self._writers)
 
     async def read(self, call: Callable[[Session], Result]) -> Result:
         """Runs `call`, which changes nothing, in a thread. It waits for no writer.
@@ -163,22 +154,25 @@ class Database:
         Raises:
             Unavailable: the database cannot be reached.
         """
-        return await self._run(call, self._reading_only)
+        return await self._run(call, self._reading, self._readers)
 
-    async def _run(self, call: Callable[[Session], Result], connected: Callable[[], Any]) -> Result:
+    async def _run(
+        self, call: Callable[[Session], Result], engine: Engine, threads: ThreadPoolExecutor
+    ) -> Result:
         def run() -> Result:
             # What was loaded stays readable when the transaction has ended.
-            with connected() as connection, Session(connection, expire_on_commit=False) as session:
+            with engine.begin() as connection, Session(connection, expire_on_commit=False) as session:
                 result = call(session)
                 session.flush()
                 return result
 
-        running = asyncio.get_running_loop().run_in_executor(self._threads, run)
+        running = asyncio.get_running_loop().run_in_executor(threads, run)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
             # The thread goes on. The caller may go on only when the transaction has taken effect.
-            await asyncio.wait([running])
+            with suppress(Exception):
+                await running
             raise
         except DBAPIError as error:
             # Its text holds the statement and its values, prompts among them.

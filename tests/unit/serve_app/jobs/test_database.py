@@ -1,15 +1,17 @@
 """The database, SQLite or PostgreSQL: concurrent starts, cancelled calls, and URLs that cannot be used."""
 
 import asyncio
+import gc
 import multiprocessing
 import threading
 from pathlib import Path
 
 import pytest
 from sqlalchemy import literal, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from serve_app.jobs.database import Database
+from serve_app.jobs.database import THREADS, Database
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Job
 from tests.unit.serve_app.jobs.stored import OWNER, Open, submitted
@@ -53,6 +55,50 @@ def test_a_cancelled_write_ends_only_when_it_has_taken_effect(database_url: str,
         assert ended.is_set()
 
     asyncio.run(main())
+
+
+def test_a_read_waits_for_no_writers(database_url: str, open_database: Open) -> None:
+    async def main() -> None:
+        database, may_end = open_database(database_url), threading.Event()
+        writing = [
+            asyncio.create_task(database.write(lambda _: may_end.wait(20))) for _ in range(2 * THREADS)
+        ]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            assert await database.read(lambda session: session.scalar(select(literal(1)))) == 1
+        may_end.set()
+        assert all(await asyncio.gather(*writing))
+
+    asyncio.run(main())
+
+
+def test_an_error_holds_no_values_even_if_nobody_waits_for_it(
+    database_url: str, open_database: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts: list[str] = []
+
+    def fail(session: Session) -> None:
+        assert may_fail.wait(20)
+        try:
+            session.execute(text("INSERT INTO nothing VALUES (:prompt)"), {"prompt": "a secret boat"})
+        except DBAPIError as error:
+            texts.append(str(error))
+            raise
+
+    async def main() -> None:
+        writing = asyncio.create_task(open_database(database_url).write(fail))
+        await asyncio.sleep(0)
+        writing.cancel()
+        may_fail.set()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+
+    may_fail = threading.Event()
+    asyncio.run(main())
+    gc.collect()
+    assert "INSERT INTO nothing" in texts[0]
+    assert "a secret boat" not in texts[0]
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_path_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
