@@ -169,7 +169,8 @@ class FileStore:
 
     def _delete(self, names: list[str]) -> None:
         for name in filter(NAME.fullmatch, names):
-            self._remove(self._path(name))
+            if problem := self._remove(self._path(name)):
+                logger.warning("a file could not be deleted: %s", problem, extra=FAULT)
 
     async def signed_url(self, name: str) -> str | None:
         """Returns the object store's own URL of a file; None unless `presigned` is configured."""
@@ -183,7 +184,11 @@ class FileStore:
         return await self.signed_url(name) or f"{base}/files/{name}"
 
     async def reap(self) -> None:
-        """Deletes files that are too old, and the oldest of too many. Several replicas may do so."""
+        """Deletes files that are too old, and the oldest of too many. Several replicas may do so.
+
+        Raises:
+            OSError: some files could not be deleted.
+        """
         await self._in_thread(self._sweep)
 
     @property
@@ -193,6 +198,7 @@ class FileStore:
 
     def _sweep(self) -> None:
         now, kept, is_full = time.time(), 0, False
+        problems: list[str] = []
         found = [(_modified(info), name, info) for name, info in self._find().items()]
         newest_first = sorted(found, reverse=True, key=itemgetter(0))
         for modified, name, info in newest_first:
@@ -200,22 +206,26 @@ class FileStore:
             if NAME.fullmatch(name):
                 # No file stays that is older than a deleted one.
                 is_full = is_full or kept + info["size"] > self._config.max_bytes
-                if is_full or age > self._config.ttl_s:
-                    self._remove(path)
-                else:
-                    kept += info["size"]
-            elif UNFINISHED.fullmatch(name) and age > UNFINISHED_S:
-                self._remove(path)
+                stays = not is_full and age <= self._config.ttl_s
+                if not stays and (problem := self._remove(path)):
+                    problems.append(problem)
+                    stays = True
+                kept += info["size"] * stays
+            elif UNFINISHED.fullmatch(name) and age > UNFINISHED_S and (problem := self._remove(path)):
+                problems.append(problem)
         self.kept_bytes = kept
+        if problems:
+            raise OSError(f"{len(problems)} files could not be deleted: {problems[0]}")
 
-    def _remove(self, path: str) -> None:
+    def _remove(self, path: str) -> str | None:
+        """Deletes a file; returns why it could not be deleted, or None. A missing file counts as deleted."""
         try:
             self._fs.rm_file(path)
         except FileNotFoundError:
-            pass
+            return None
         except Exception as error:  # noqa: BLE001 - S3's are of many kinds
-            problem = getattr(error, "strerror", type(error).__name__)
-            logger.warning("a file could not be deleted: %s", problem, extra=FAULT)
+            return getattr(error, "strerror", None) or type(error).__name__
+        return None
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

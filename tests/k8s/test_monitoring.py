@@ -136,6 +136,10 @@ CASES: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
             counting("ray_serve_deployment_replica_healthy", 'deployment="m-prior"', every_minute="1x60"),
         ],
     ),
+    "BackgroundTaskFails": (
+        [counting("ray_image_server_background_failures_total", 'task="reap files"', every_minute="0+1x60")],
+        [counting("ray_image_server_background_failures_total", 'task="reap files"', every_minute="3x60")],
+    ),
     "LoadingFails": (
         [counting("ray_image_server_loads_total", 'deployment="d"', 'outcome="failed"', every_minute=FIRST)],
         [

@@ -14,6 +14,7 @@ from typing import Any
 import boto3
 import httpx
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
 from serve_app.config import StorageConfig
@@ -117,6 +118,24 @@ def test_the_oldest_files_are_deleted_when_there_are_too_many(place: Place) -> N
         time.sleep(place.tick_s)
     asyncio.run(files.reap())
     assert place.names() == set(kept[2:])
+
+
+def test_files_that_cannot_be_deleted_count_and_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    files = store(str(tmp_path), max_bytes=len(DATA))
+    for _ in range(3):
+        asyncio.run(files.save(DATA, "png"))
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFileSystem, "rm_file", fail)
+        with pytest.raises(OSError, match="2 files could not be deleted: Operation not permitted"):
+            asyncio.run(files.reap())
+        assert files.kept_bytes == 3 * len(DATA)
+    asyncio.run(files.reap())
+    assert files.kept_bytes == len(DATA)
 
 
 def test_no_file_stays_that_is_older_than_a_deleted_one(place: Place) -> None:
