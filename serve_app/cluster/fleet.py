@@ -30,9 +30,12 @@ logger = logging.getLogger("ray.serve")
 NAMESPACE = "glm-image-fleet-1"
 """Ray namespace of the actor; see `ActorClient`."""
 WAIT_S = 2.0
-"""Seconds after which an image that waits for a place asks again. A dead replica's places end unnoticed."""
+"""An image that waits for a place asks again after this time.
+
+Nothing wakes it when the places of a dead replica expire.
+"""
 LEASE_S = 6.0
-"""Seconds for which a replica's report is valid. One that has died gives its units back that soon."""
+"""Seconds for which a replica's report is valid. Then the units of a replica that has died are free again."""
 ORPHANED_S = 60.0
 """Seconds without a report after which the actor ends itself."""
 

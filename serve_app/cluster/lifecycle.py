@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
@@ -50,24 +51,44 @@ class Lifecycle:
         self._registry = registry
         self._status = status
         self._others = others
+        self._report_due = asyncio.Event()
         self._ingress = uuid.uuid4().hex
 
     @property
-    def reporting(self) -> Periodic:
-        """The periodic task that reports the needs: at every change, and before the last report expires."""
-        return Periodic(
-            name="report demand",
-            run=self._report,
-            interval_s=RENEWAL_S,
-            wake=self._changed,
-            expected=(RayError, TimeoutError),
-        )
+    def reporting(self) -> list[Periodic]:
+        """The periodic tasks that report the needs, at every change and before the last report expires.
 
-    async def _report(self) -> None:
-        running = self._generator.running
-        await self._registry.ask("need", self._ingress, running.needed())
+        They are separate, so that a demand registry that does not answer does not suspend the limits that
+        the ingress replicas have together.
+        """
+        tasks = [
+            Periodic(
+                name="report demand",
+                run=self._report_demand,
+                interval_s=RENEWAL_S,
+                wake=self._changed,
+                expected=(RayError, TimeoutError),
+            )
+        ]
         if self._others:
-            running.abort(await self._others.report(running.counts()))
+            tasks.append(
+                Periodic(
+                    name="report to other replicas",
+                    run=partial(self._report_to, self._others),
+                    interval_s=RENEWAL_S,
+                    wake=self._report_due,
+                    expected=(RayError, TimeoutError),
+                )
+            )
+        return tasks
+
+    async def _report_demand(self) -> None:
+        self._report_due.set()
+        await self._registry.ask("need", self._ingress, self._generator.running.needed())
+
+    async def _report_to(self, others: FleetClient) -> None:
+        running = self._generator.running
+        running.abort(await others.report(running.counts()))
 
     @property
     def names(self) -> list[str]:
@@ -105,11 +126,11 @@ class Lifecycle:
         """
         try:
             if count := await self._stop_requests(models, UNLOAD_TIMEOUT_S if force else wait_s, force=force):
+                remedy = "Unload with ?wait=true when they have ended, or stop them with ?force=true."
+                if force:
+                    remedy = "Others were stopped, and these have begun since. Try again."
                 raise Conflict(
-                    f"{count} generations are running. Unload with ?wait=true when they have ended, or stop "
-                    "them with ?force=true.",
-                    code="generating",
-                    retryable=True,
+                    f"{count} generations are running. {remedy}", code="generating", retryable=True
                 )
             await self._registry.ask("unload", list(models))
             async with asyncio.timeout(UNLOAD_TIMEOUT_S):

@@ -97,7 +97,7 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         tasks = [
-            services.lifecycle.reporting,
+            *services.lifecycle.reporting,
             Periodic(name="reap files", run=services.files.reap, interval_s=services.files.reap_interval_s),
             Periodic(
                 name="update gauges",

@@ -280,7 +280,7 @@ def test_the_demand_is_reported_again_after_an_error(
     async def main() -> None:
         parts: Any = (Generator(), asyncio.Event(), Registry(), None)
         tasks = Background()
-        async with tasks.run([Lifecycle(*parts).reporting]):
+        async with tasks.run(Lifecycle(*parts).reporting):
             await until(lambda: len(reports) > 1)
             assert tasks.failing == []
 

@@ -1,11 +1,13 @@
 """Loading and unloading as the ingress sees it, over stand-ins for the registry and for Serve."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 
+from serve_app.background import Background
 from serve_app.cluster import lifecycle as lifecycle_module
 from serve_app.cluster.lifecycle import Lifecycle
 from serve_app.errors import Conflict, Unavailable
@@ -102,6 +104,51 @@ def test_a_forced_unload_aborts_the_requests() -> None:
         with pytest.raises(Unavailable) as caught:
             await request
         assert (caught.value.code, caught.value.retryable) == ("unloaded", False)
+
+    asyncio.run(main())
+
+
+def test_a_forced_unload_says_that_new_requests_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle_module, "UNLOAD_TIMEOUT_S", 0.1)
+
+    async def main() -> None:
+        cluster, ended = Cluster(), list[str]()
+        requests = [asyncio.create_task(cluster.request(ended))]
+        await asyncio.sleep(0)
+        unload = asyncio.create_task(cluster.lifecycle().unload(["m"], wait_s=0, force=True))
+        await asyncio.sleep(0)
+        requests.append(asyncio.create_task(cluster.request(ended)))
+        with pytest.raises(Conflict, match="Others were stopped, and these have begun since"):
+            await unload
+        requests[1].cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_registry_that_does_not_answer_does_not_stop_the_reports_to_the_other_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lifecycle_module, "RENEWAL_S", 0.01)
+
+    async def main() -> None:
+        cluster, reports = Cluster(), asyncio.Queue[dict[str, int]]()
+
+        async def no_answer(*_: object) -> None:
+            await asyncio.Future()
+
+        async def report(running: dict[str, int]) -> list[str]:
+            reports.put_nowait(running)
+            return []
+
+        generator: Any = cluster
+        status: Any = cluster
+        registry: Any = SimpleNamespace(ask=no_answer)
+        others: Any = SimpleNamespace(report=report)
+        lifecycle = Lifecycle(generator, cluster.changed, registry, status, others)
+        async with Background().run(lifecycle.reporting), asyncio.timeout(10):
+            for _ in range(3):
+                await reports.get()
 
     asyncio.run(main())
 

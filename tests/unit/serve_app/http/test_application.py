@@ -170,7 +170,7 @@ def test_the_periodic_tasks_run_as_long_as_the_application(
 
     async def main() -> None:
         task = Periodic(name="report demand", run=report, interval_s=0.01)
-        services = make_services(lifecycle=SimpleNamespace(reporting=task), storage={"ttl_s": 1})
+        services = make_services(lifecycle=SimpleNamespace(reporting=[task]), storage={"ttl_s": 1})
         app = create_app(services)
         await services.files.save(b"data", "png")
         async with app.router.lifespan_context(app), asyncio.timeout(20):

@@ -38,10 +38,8 @@ class Idle:
     """A lifecycle without a cluster."""
 
     @property
-    def reporting(self) -> Periodic:
-        async def nothing() -> None: ...
-
-        return Periodic(name="report demand", run=nothing, interval_s=60)
+    def reporting(self) -> list[Periodic]:
+        return []
 
 
 class Stages:
