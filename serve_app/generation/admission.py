@@ -28,7 +28,7 @@ class Exceeded(NamedTuple):
     """A bound that leaves no room.
 
     Attributes:
-        who: whose bound it is, as the beginning of a sentence.
+        who: subject and verb of the message, such as "Your key has".
         pending: unfinished units that count towards it.
         bound: how many there may be.
     """

@@ -1,7 +1,8 @@
 """The gates of a model's stages: images of jobs enter only where they keep no request waiting for long.
 
 Images of requests enter immediately, and Ray Serve queues them. Images of jobs wait at the gate. Only as many
-enter as the stage works on at the same time. So a request waits for one of them, and not for a queue of them.
+enter as all replicas that the stage may have work on at the same time. So a request waits for one of them,
+and not for a queue of them. While further replicas are still loading, it may wait for several.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import heapq
 from contextlib import asynccontextmanager
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -18,12 +19,24 @@ if TYPE_CHECKING:
     from serve_app.generation.others import OtherReplicas
 
 
+class Turn(NamedTuple):
+    """Place of a job's image in the order of those that wait, the smallest first.
+
+    Attributes:
+        priority: number of the job's priority.
+        work: place among the images of this priority.
+    """
+
+    priority: float
+    work: float
+
+
 class Gate:
     """The gate of one stage.
 
     Args:
         stage: name of the stage.
-        places: images that all replicas of the stage work on at the same time.
+        places: images that all replicas that the stage may have work on at the same time.
         places_for_jobs: how many of them images of jobs may have.
         others: the other ingress replicas, whose jobs have the same places; None without any.
     """
@@ -37,7 +50,7 @@ class Gate:
         self._places_for_jobs = places_for_jobs
         self._people = 0
         self._jobs = 0
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Turn, int, asyncio.Future[None]]] = []
         self._numbers = count()
 
     @property
@@ -46,12 +59,11 @@ class Gate:
         return self._places > self._people
 
     @asynccontextmanager
-    async def enter(self, turn: float | None) -> AsyncIterator[None]:
+    async def enter(self, turn: Turn | None) -> AsyncIterator[None]:
         """Lets an image into the stage for the duration of the block.
 
         Args:
-            turn: place of a job's image in the order of those that wait, the smallest first; None for an
-                image of a request, which does not wait.
+            turn: turn of a job's image; None for an image of a request, which does not wait.
         """
         if turn is None:
             self._people += 1
@@ -70,7 +82,7 @@ class Gate:
                 self._jobs -= 1
             self._let_in()
 
-    async def _wait(self, turn: float) -> None:
+    async def _wait(self, turn: Turn) -> None:
         """Returns when a job's image has a place."""
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (turn, next(self._numbers), place))

@@ -27,10 +27,12 @@ from serve_app.observability import metrics, telemetry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from deployments.config import ModelConfig
     from deployments.types import Pixels
     from serve_app.config import Limits
+    from serve_app.generation.gate import Turn
     from serve_app.generation.others import OtherReplicas
     from serve_app.generation.prompt_expansion import PromptExpansion
     from serve_app.generation.request import GenerationRequest, ResolvedRequest, Source
@@ -208,35 +210,30 @@ class Generator:
             yield running
 
     @asynccontextmanager
-    async def resume(self, request: ResolvedRequest, turn: float) -> AsyncIterator[RunningRequest]:
+    async def resume(self, request: ResolvedRequest, turn: Turn) -> AsyncIterator[RunningRequest]:
         """Runs a job's request, which was accepted when the job was submitted.
 
         Args:
             request: the request.
-            turn: the job's place in the order of work.
+            turn: the turn of the job's first image.
 
         Yields:
             The running request, ready for `run`.
 
         Raises:
             Unavailable: the request was aborted.
-            TimedOut: its deadline has passed, or no stage began in time.
+            TimedOut: its deadline has passed.
         """
         async with self._run_within(request, self._limits.job_deadline_s) as running:
             running.turn = turn
             self._running.make_ready(running, request)
             yield running
 
-    @asynccontextmanager
-    async def _run_within(
+    def _run_within(
         self, request: GenerationRequest, deadline_s: float
-    ) -> AsyncIterator[RunningRequest]:
-        model = self.model(request.model).name
-        helpers = self._helpers(request)
-        async with self._running.add(
-            model, helpers, request.n, deadline_s, request.start_within_s
-        ) as running:
-            yield running
+    ) -> AbstractAsyncContextManager[RunningRequest]:
+        model, helpers = self.model(request.model).name, self._helpers(request)
+        return self._running.add(model, helpers, request.n, deadline_s, request.start_within_s)
 
     def _helpers(self, request: GenerationRequest) -> frozenset[str]:
         """Returns the names of the helpers that a request needs."""
@@ -255,6 +252,8 @@ class Generator:
         Raises:
             Failed: a stage cannot be loaded, has too little memory, or keeps dying; or an image cannot be
                 checked.
+            Busy: Ray Serve's queue of a stage is full.
+            Unavailable: Ray Serve cannot reach a stage.
             Invalid: an image was flagged.
             InvalidParameter: the request is too long for the model, or a source image was flagged.
         """
@@ -303,7 +302,7 @@ class Generator:
         image: int,
         sources: Any,
         outcomes: list[str],
-        turn: float | None,
+        turn: Turn | None,
     ) -> AsyncGenerator[Event, None]:
         """Makes one image; adds its outcome to the list."""
         unit = Unit(self._models[request.model], request, image, sources, self._risk, turn)

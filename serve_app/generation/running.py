@@ -13,6 +13,7 @@ from serve_app.errors import RequestError, TimedOut, Unavailable
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
 
+    from serve_app.generation.gate import Turn
     from serve_app.generation.request import ResolvedRequest
 
 Item = TypeVar("Item")
@@ -30,7 +31,7 @@ class RunningRequest:
         deadline: its deadline, on the clock of the event loop.
         deadline_s: seconds from its acceptance to its deadline.
         start_within_s: seconds in which a stage must begin; None for no limit.
-        turn: place of a job in the order of work; None for a request that somebody waits for.
+        turn: turn of a job's first image; None for a request that somebody waits for.
     """
 
     model: str
@@ -40,7 +41,7 @@ class RunningRequest:
     deadline: float
     deadline_s: float
     start_within_s: float | None = None
-    turn: float | None = None
+    turn: Turn | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     aborted: bool = False
     _request: ResolvedRequest | None = None
@@ -62,9 +63,11 @@ class RunningRequest:
         """Makes it ready for its model."""
         self._request = request
 
-    def turn_of(self, image: int) -> float | None:
+    def turn_of(self, image: int) -> Turn | None:
         """Returns the turn of one image: images of other keys' jobs come between a job's images."""
-        return None if self.turn is None else self.turn + image * self.request.work / self.request.n
+        if self.turn is None:
+            return None
+        return self.turn._replace(work=self.turn.work + image * self.request.work / self.request.n)
 
     def note_start(self) -> None:
         """Notes that a stage has begun with it: `start_within_s` no longer applies."""

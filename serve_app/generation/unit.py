@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from deployments.config import ModelConfig
+    from serve_app.generation.gate import Turn
     from serve_app.generation.others import OtherReplicas
     from serve_app.generation.prompt_expansion import Expansion
 
@@ -108,7 +109,7 @@ class Unit:
         image: int,
         sources: Any,
         risk: Risk,
-        turn: float | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self.model = request.model
         self.request_id = request.request_id

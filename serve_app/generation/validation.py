@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def validate(request: GenerationRequest, model: ModelConfig, limits: Limits, *, expands: bool) -> None:
-    """Checks everything but the amount of work, which `check_work` bounds: pixels, steps and images.
+    """Checks everything except pixels × steps × images, which `check_work` bounds.
 
     Args:
         request: the request.

@@ -27,7 +27,7 @@ class ActiveJob:
         news: its progress, previews and log.
         task: the task that makes it.
         has_news: whether the store lacks some of the news.
-        stopped: why it is stopped: it belongs to another server or is cancelled, or this server stops.
+        stopped: why it is stopped: another server has it or it is cancelled, or this server stops.
         is_ending: whether its outcome is being stored, so that it can no longer be stopped.
         saves: its images on their way into the file store, which nothing stops.
         previewing: its previews on their way into the file store.
@@ -39,13 +39,13 @@ class ActiveJob:
     news: JobProgress
     task: asyncio.Task[None] | None = None
     has_news: bool = True
-    stopped: Literal["", "not ours", "later"] = ""
+    stopped: Literal["", "taken or cancelled", "server stops"] = ""
     is_ending: bool = False
     saves: list[asyncio.Task[tuple[str, int]]] = field(default_factory=list)
     previewing: set[asyncio.Task[None]] = field(default_factory=set)
     lines: int | None = None
 
-    def stop(self, why: Literal["not ours", "later"]) -> None:
+    def stop(self, why: Literal["taken or cancelled", "server stops"]) -> None:
         """Stops it, unless it is ending."""
         if not self.is_ending and not self.stopped and self.task:
             self.stopped = why

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from serve_app.jobs.tables import Job, State
 
 HANDED_ON = "handed on"
-"""Outcome of a job that another server runs from now on."""
+"""Outcome of a job that this server began and did not end. It is queued again, or another server has it."""
 
 
 def report_end(job: Job, state: State | None, seconds: float = 0, why: StoredError | None = None) -> None:
@@ -19,7 +19,7 @@ def report_end(job: Job, state: State | None, seconds: float = 0, why: StoredErr
 
     Args:
         job: the job.
-        state: its state; None if another server runs it from now on.
+        state: its state; None if this server began it and did not end it.
         seconds: seconds that it took here.
         why: why it failed.
     """

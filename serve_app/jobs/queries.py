@@ -14,7 +14,7 @@ from serve_app.jobs.records import UnreadableRecord
 from serve_app.jobs.tables import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ColumnElement, Delete, Select, Update
     from sqlalchemy.orm import Session
@@ -34,13 +34,9 @@ def jobs() -> Select[Job]:
     return select(Job).options(with_expression(Job.position, position))
 
 
-def orphaned(active: Collection[str]) -> ColumnElement[bool]:
-    """Returns the condition that no worker runs a job any more.
-
-    Args:
-        active: ids of the jobs that the caller runs.
-    """
-    return and_(Job.state == "running", Job.lease_until < now(), Job.id.not_in(active))
+def orphaned() -> ColumnElement[bool]:
+    """Returns the condition that a job's worker has not renewed its lease in time."""
+    return and_(Job.state == "running", Job.lease_until < now())
 
 
 def made_by(models: Mapping[str, str]) -> ColumnElement[bool]:

@@ -19,6 +19,7 @@ from serve_app.background import Periodic
 from serve_app.errors import RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.generation.events import GeneratedImage, in_order
+from serve_app.generation.gate import Turn
 
 if TYPE_CHECKING:
     from serve_app.files.store import FileStore
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 MARGIN_S = 300.0
-"""Seconds to its expiry from which a job is not worth the work."""
+"""A job that expires sooner than this, in seconds, is not restored."""
 RETRY_S = 10.0
+AFTER_ALL_OTHERS = Turn(math.inf, 0)
 
 
 class Restorer:
@@ -98,8 +100,8 @@ class Restorer:
 
     def _can_be_made_again(self, job: Job) -> bool:
         """Returns whether the same bytes can be made here. A language model may expand a prompt anew."""
-        known = self._identities.get(job.model) == job.identity
-        return known and not job.sources and not job.request.expand_prompt
+        same = job.identity is not None and self._identities.get(job.model) == job.identity
+        return same and not job.sources and not job.request.expand_prompt
 
     async def _restore(self, job: Job) -> bool:
         """Makes a job's images again and keeps them under their names; returns whether they are there."""
@@ -107,7 +109,7 @@ class Restorer:
             if None not in [await self._files.size(image.name) for image in job.images]:
                 return True
             async with (
-                self._generator.resume(job.resolved(()), math.inf) as running,
+                self._generator.resume(job.resolved(()), AFTER_ALL_OTHERS) as running,
                 aclosing(self._generator.run(running)) as events,
             ):
                 made = in_order([event async for event in events if isinstance(event, GeneratedImage)])

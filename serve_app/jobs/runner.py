@@ -17,11 +17,13 @@ from serve_app.errors import Failed, Full, Gone, RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage, in_order
+from serve_app.generation.gate import Turn
 from serve_app.jobs.active import ActiveJob
 from serve_app.jobs.ends import HANDED_ON, report_end
 from serve_app.jobs.records import StoredError, StoredPreview, StoredProgress
 from serve_app.jobs.restoring import Restorer
 from serve_app.jobs.store import JobProgress
+from serve_app.jobs.tables import PRIORITIES
 from serve_app.observability import metrics
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class JobRunner:
         await self._background.stop(self._tasks)
         active = list(self._active.values())
         for one in active:
-            one.stop("later")
+            one.stop("server stops")
         if tasks := [one.task for one in active if one.task]:
             await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
         with suppress(RequestError):  # the leases will expire
@@ -121,7 +123,7 @@ class JobRunner:
             report_end(job, job.state)
             await self._delete_files(job)
         elif active := self._active.get(job_id):
-            active.stop("not ours")
+            active.stop("taken or cancelled")
         return job
 
     async def purge(self, owner: Owner, job_id: str) -> Job:
@@ -166,8 +168,9 @@ class JobRunner:
         """Returns the keys whose next jobs for a model must wait; None if all must.
 
         A model has room for as many images as keep it busy: a batch for each prior, and one for each decoder.
-        Beyond, it takes jobs of keys that have none here, which large jobs of others would hold up. While
-        requests fill it, it takes none, so that the jobs' limits of time to begin hold.
+        When the room is used up, only keys without a job here may begin one. So large jobs of one key do not
+        block another key. While requests fill the model, no job begins: it would only wait, and its time
+        limit for the start would no longer apply.
         """
         if not self._generator.takes_jobs(model.name):
             return None
@@ -206,7 +209,7 @@ class JobRunner:
             raise
         for one in active:
             if one.job.id not in ours:
-                one.stop("not ours")
+                one.stop("taken or cancelled")
 
     async def _reap(self) -> None:
         for job in await self._store.reap(list(self._active)):
@@ -254,8 +257,8 @@ class JobRunner:
     async def _end(
         self, active: ActiveJob, state: State, made: list[ImageRecord], why: StoredError | None
     ) -> State | None:
-        """Ends a job in the store; returns its state, or None if this server was not to end it."""
-        if active.stopped == "later":
+        """Ends a job in the store; returns its state, or None if this server does not end it."""
+        if active.stopped == "server stops":
             return None
         active.log_end(state)
         if await self._finish(active, state, made, why):
@@ -273,7 +276,7 @@ class JobRunner:
         made: list[ImageRecord] | None = None,
         why: StoredError | None = None,
     ) -> bool:
-        """Calls `JobStore.finish` until it succeeds: otherwise the job would run for ever."""
+        """Calls `JobStore.finish` until it succeeds. Otherwise the job would be made again."""
         while True:
             try:
                 return await self._store.finish(
@@ -291,9 +294,10 @@ class JobRunner:
         job = active.job
         files = [await self._read(name) for name in job.sources]
         pixels = await self._generator.decode_sources(files, job.model)
+        turn = Turn(PRIORITIES.index(job.priority), job.turn)
         made: list[GeneratedImage] = []
         async with (
-            self._generator.resume(job.resolved(pixels), job.turn) as running,
+            self._generator.resume(job.resolved(pixels), turn) as running,
             aclosing(self._generator.run(running)) as events,
         ):
             async for event in events:
@@ -303,14 +307,15 @@ class JobRunner:
                     self._wake.set()
                 else:
                     self._note(active, event)
-            made = in_order(made)
-            if problem := made[0].facts.not_expanded:
-                active.log(f"the prompt was not expanded: {problem}")
-            active.saves = [
-                asyncio.create_task(self._save_when_there_is_room(active, image.pixels)) for image in made
-            ]
-            await asyncio.wait(active.saves)  # which stops none of them when this is stopped
-            return [record(image, *save.result()) for image, save in zip(made, active.saves, strict=True)]
+        # The request has ended. A wait for room neither counts towards its deadline nor holds its model.
+        made = in_order(made)
+        if problem := made[0].facts.not_expanded:
+            active.log(f"the prompt was not expanded: {problem}")
+        active.saves = [
+            asyncio.create_task(self._save_when_there_is_room(active, image.pixels)) for image in made
+        ]
+        await asyncio.wait(active.saves)  # cancelling this task cancels none of them
+        return [record(image, *save.result()) for image, save in zip(made, active.saves, strict=True)]
 
     async def _read(self, name: str) -> bytes:
         if (data := await self._files.read_all(name)) is None:

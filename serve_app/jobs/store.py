@@ -66,7 +66,8 @@ class Counts(NamedTuple):
         queued: jobs that wait.
         running: jobs that run.
         oldest_s: age of the oldest job that waits, in seconds; 0 if none waits.
-        foreign: numbers of those that wait for a model that the caller lacks, by its identity.
+        foreign: numbers of those that wait for a model that the caller lacks, by the model's identity, or by
+            its name for jobs of older servers.
     """
 
     queued: int
@@ -91,7 +92,7 @@ class JobStore:
     Args:
         database: the database.
         max_jobs: most jobs that have not ended.
-        ttl_s: seconds for which an ended job is kept, and after which a job fails that has not begun.
+        ttl_s: seconds for which an ended job is kept. A job that has not begun after this time fails.
     """
 
     def __init__(self, database: Database, *, max_jobs: int, ttl_s: float) -> None:
@@ -104,9 +105,9 @@ class JobStore:
     async def submit(self, job: Job, start_within_s: float | None = None) -> tuple[Job, bool]:
         """Enqueues a job.
 
-        Its turn follows the work that its key has enqueued before, and not that of others: of two keys that
-        both have jobs waiting, each gets the same work done, and those of one key keep their order. This is
-        start-time fair queueing (Goyal, Vin and Cheng, 1996), for each model and priority.
+        A job's turn comes after the unfinished work of its own key. The work of other keys does not delay it.
+        So two keys with waiting jobs get the same amount of work done. The jobs of one key keep their order.
+        This is start-time fair queueing (Goyal, Vin and Cheng, 1996), for each model and priority.
 
         Args:
             job: the new job.
@@ -276,6 +277,8 @@ class JobStore:
 
         def call(session: Session) -> tuple[Job, bool]:
             mine = belongs_to(job_id, owner)
+            # The row is locked: otherwise the job could be queued again between the two updates.
+            session.scalar(select(Job.seq).where(mine).with_for_update())
             ending = end_jobs(self._ttl_s, "cancelled").where(mine, Job.state == "queued")
             has_ended = session.scalar(ending.returning(Job.id)) is not None
             running = update_jobs(mine, Job.state == "running")
@@ -322,16 +325,17 @@ class JobStore:
         Args:
             worker: id of the worker.
             models: identities of the models, by name.
-            active: ids of the jobs that the worker runs. It keeps them although their leases have expired.
+            active: ids of the jobs that the worker runs. It begins none of them again, even if it has lost
+                one and does not know it yet.
             without_keys: ids of the keys whose jobs are left out.
         """
 
         def call(session: Session) -> Job | None:
-            free = or_(Job.state == "queued", orphaned(active))
             following = (
                 select(Job.seq)
                 .where(
-                    free,
+                    or_(Job.state == "queued", orphaned()),
+                    Job.id.not_in(active),
                     made_by(models),
                     Job.key_id.not_in(without_keys),
                     ~Job.cancelling,
@@ -466,10 +470,10 @@ class JobStore:
                     end_jobs(self._ttl_s, "failed", error=StoredError.of(late)),
                     and_(Job.state == "queued", Job.start_by < now(), Job.started_at.is_(None)),
                 ),
-                (end_jobs(self._ttl_s, "cancelled"), and_(orphaned(active), Job.cancelling)),
+                (end_jobs(self._ttl_s, "cancelled"), and_(orphaned(), Job.id.not_in(active), Job.cancelling)),
                 (
                     end_jobs(self._ttl_s, "failed", error=StoredError.of(hopeless)),
-                    and_(orphaned(active), Job.attempts >= MAX_ATTEMPTS),
+                    and_(orphaned(), Job.id.not_in(active), Job.attempts >= MAX_ATTEMPTS),
                 ),
             ):
                 ended += session.scalars(ending.where(which).returning(Job.seq))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deployments.observability import tracing
-from serve_app.errors import Busy, Conflict, Full, InvalidParameter
+from serve_app.errors import Busy, Conflict, InvalidParameter, RequestError
 from serve_app.generation import codec
 from serve_app.generation.request import Encoding
 from serve_app.jobs.records import StoredEncoding, StoredRequest
@@ -127,8 +127,10 @@ class Submitter:
             idempotency_key=what.idempotency_key,
             webhook_url=what.webhook_url,
         )
-        if what.idempotency_key is not None and (known := await self._store.known(job)):
-            return known, False
+        if what.idempotency_key is not None:
+            if known := await self._store.known(job):
+                return known, False
+            await self._store.check_room()
         if what.webhook_url is not None:
             await self._check_webhook(what.webhook_url)
         await self._files.check_room()
@@ -138,8 +140,12 @@ class Submitter:
             for source in pixels:
                 file = await asyncio.to_thread(codec.encode, source, Encoding())
                 sources.append(await self._files.save(file, "png"))
+        except RequestError:
+            await self._files.delete(sources)
+            raise
+        try:
             job, is_new = await self._store.submit(job, request.start_within_s)
-        except (Busy, Conflict, Full):  # after any other error the job may be stored all the same
+        except (Busy, Conflict):  # after any other error the job may be stored all the same
             await self._files.delete(sources)
             raise
         if not is_new:

@@ -1,4 +1,7 @@
-"""Webhooks: calls to the URLs of ended jobs, at least once each, and again until they succeed."""
+"""Webhooks: calls to the URLs of ended jobs. A failed call is repeated, up to ten tries in all.
+
+The status 410 ends the tries. A receiver may get the same call twice.
+"""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class JobSummary(BaseModel):
     )
     waiting_for: str | None = Field(
         default=None,
-        description="Set while no model of this server can make it: the model that it waits for.",
+        description="Set while a queued job waits for its model, or for room for its files.",
     )
     progress: float = Field(description="0 to 1. Each stage is half of an image.")
     cancelling: bool | None = Field(default=None, description="Set while it runs and is being stopped.")

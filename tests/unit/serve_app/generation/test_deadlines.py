@@ -9,6 +9,7 @@ from deployments.types import Event as StageEvent
 from deployments.types import ImageRequest, PriorTokens, Progress
 from serve_app.errors import TimedOut
 from serve_app.generation.events import GeneratedImage
+from serve_app.generation.gate import Turn
 from serve_app.generation.generator import Generator
 from tests.unit.serve_app.generation.making import TOKENS, finished, images_of, never, outcome, request
 
@@ -130,7 +131,7 @@ def test_a_draining_generator_leaves_jobs_to_the_runner(make: Make) -> None:
         generator = make()
         resolved = generator.resolve(request())
         await generator.drain()
-        async with generator.resume(resolved, turn=0) as running:
+        async with generator.resume(resolved, turn=Turn(0, 0)) as running:
             return len(await finished(generator, running))
 
     assert asyncio.run(main()) == 1
@@ -140,7 +141,7 @@ def test_a_resumed_request_makes_the_same_image_and_has_the_deadline_of_a_job(
     make: Make, decoded: list[ImageRequest]
 ) -> None:
     async def main(generator: Generator) -> list[GeneratedImage]:
-        async with generator.resume(generator.resolve(request(seed=3, steps=2)), turn=0) as running:
+        async with generator.resume(generator.resolve(request(seed=3, steps=2)), turn=Turn(0, 0)) as running:
             return await finished(generator, running)
 
     (image,) = asyncio.run(main(make(deadline_s=0.001, job_deadline_s=60)))

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from serve_app.generation.gate import Gate
+from serve_app.generation.gate import Gate, Turn
 
 
 class Visitors:
@@ -20,12 +20,14 @@ class Visitors:
         self.leaving: dict[str, asyncio.Event] = {}
         self.inside: list[str] = []
 
-    async def come(self, name: str, turn: float | None = None) -> None:
+    async def come(self, name: str, turn: float | None = None, priority: int = 0) -> None:
         self.leaving[name] = asyncio.Event()
-        self.visits[name] = asyncio.create_task(self._visit(name, turn))
+        self.visits[name] = asyncio.create_task(
+            self._visit(name, None if turn is None else Turn(priority, turn))
+        )
         await self.settle()
 
-    async def _visit(self, name: str, turn: float | None) -> None:
+    async def _visit(self, name: str, turn: Turn | None) -> None:
         async with self._gate.enter(turn):
             self.inside.append(name)
             try:
@@ -105,13 +107,27 @@ def test_an_image_that_is_stopped_gives_its_place_back() -> None:
     asyncio.run(main())
 
 
+def test_images_of_low_priority_enter_after_all_others() -> None:
+    async def main() -> None:
+        images = Visitors(Gate("decoder", 1, 1))
+        await images.come("inside", 1.0)
+        await images.come("low", 0.0, priority=1)
+        await images.come("normal", 50_000.0)
+        await images.leave("inside")
+        assert images.inside == ["normal"]
+        await images.leave("normal")
+        assert images.inside == ["low"]
+
+    asyncio.run(main())
+
+
 def test_an_image_that_is_stopped_on_its_way_in_gives_its_place_back() -> None:
     async def main() -> None:
         gate = Gate("decoder", 1, 1)
         images = Visitors(gate)
 
         async def first() -> None:
-            async with gate.enter(0):
+            async with gate.enter(Turn(0, 0)):
                 await images.come("second", 1)
                 await images.come("third", 2)
             images.visits["second"].cancel()  # it has the place, and has not gone on yet

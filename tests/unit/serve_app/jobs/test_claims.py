@@ -1,9 +1,12 @@
 """Claims of jobs on SQLite and on PostgreSQL: their order, the leases, and one end for each job."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import LogLine, StoredProgress
@@ -14,6 +17,7 @@ from tests.unit.serve_app.jobs.stored import (
     IMAGE,
     MODELS,
     OWNER,
+    Open,
     claimed,
     no_news,
     submitted,
@@ -193,6 +197,17 @@ def test_a_runner_that_has_lost_its_own_job_begins_it_again(
     asyncio.run(main())
 
 
+def test_a_runner_does_not_begin_a_job_again_before_it_has_stopped_it(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        await claimed(store, "w")
+        await store.release("w")  # as another server does that had taken the job and stops
+        assert await store.claim("w", MODELS, [job.id]) is None
+        assert (await claimed(store, "w")).id == job.id
+
+    asyncio.run(main())
+
+
 def test_a_runner_does_not_end_its_own_job_after_an_outage_of_the_database(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +247,32 @@ def test_a_stopping_server_puts_its_jobs_back_to_their_places(store: JobStore) -
         assert (await store.get(OWNER, job.id)).position == 0
         again = await claimed(store, "w")
         assert (again.id, again.attempts) == (job.id, 1), "a stop does not count as an attempt"
+
+    asyncio.run(main())
+
+
+def test_a_job_that_goes_back_into_the_queue_meanwhile_is_cancelled(
+    database_url: str, open_database: Open, store: JobStore
+) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        await claimed(store)
+        has_released, may_commit = threading.Event(), threading.Event()
+
+        def release(session: Session) -> None:
+            session.execute(text("UPDATE jobs SET state = 'queued', worker = NULL, lease_until = NULL"))
+            has_released.set()
+            assert may_commit.wait(20)
+
+        releasing = asyncio.create_task(open_database(database_url).write(release))
+        await asyncio.to_thread(has_released.wait, 20)
+        cancelling = asyncio.create_task(store.cancel(OWNER, job.id))
+        await asyncio.wait([cancelling], timeout=0.3)
+        assert not cancelling.done()
+        may_commit.set()
+        await releasing
+        cancelled, has_ended = await cancelling
+        assert (cancelled.state, has_ended) == ("cancelled", True)
 
     asyncio.run(main())
 

@@ -183,6 +183,8 @@ def test_jobs_wait_while_the_file_store_is_full(make: Make, monkeypatch: pytest.
                 if any("waits for room" in line.message for line in job.log):
                     break
             assert (await server.job(first)).state == "running"
+            # Its deadline has no say any more, and the model can be unloaded.
+            assert (server.generator.running.units, server.generator.running.needed()) == (0, [])
             files.is_full = False
             job = await server.ended(first)
             assert (await server.ended(second.id)).state == "succeeded"

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from serve_app.errors import Busy, Conflict, Full, InvalidParameter, Unavailable
+from serve_app.errors import Busy, Conflict, Failed, Full, InvalidParameter, Unavailable
+from serve_app.generation.request import GenerationRequest
 from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, SmallFiles
 
 
@@ -25,6 +26,26 @@ def test_a_job_beyond_the_limit_leaves_no_file(make: Make) -> None:
         with pytest.raises(Busy):
             await server.submit(sources=(SOURCE_FILE,))
         assert server.kept == []
+
+    asyncio.run(main())
+
+
+def test_a_job_beyond_the_limit_does_not_count_towards_the_rate(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        server = make(max_jobs=1)
+        await server.submit()
+        charged: list[GenerationRequest] = []
+
+        async def charge(request: GenerationRequest) -> None:
+            charged.append(request)
+
+        monkeypatch.setattr(server.generator, "charge", charge)
+        for key in (None, "i"):
+            with pytest.raises(Busy):
+                await server.try_to_submit(idempotency_key=key)
+        assert not charged
 
     asyncio.run(main())
 
@@ -58,6 +79,27 @@ def test_a_job_whose_sources_do_not_fit_leaves_no_file(make: Make) -> None:
     async def main() -> None:
         server = make(make_files=SmallFiles)
         with pytest.raises(Full):
+            await server.submit(sources=(SOURCE_FILE, SOURCE_FILE))
+        assert server.kept == []
+
+    asyncio.run(main())
+
+
+def test_a_job_whose_sources_cannot_be_kept_leaves_no_file(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        server = make()
+        save, saved = server.files.save, list[str]()
+
+        async def fail_at_the_second(data: bytes, suffix: str) -> str:
+            if saved:
+                raise Failed("The file could not be kept.")
+            saved.append(await save(data, suffix))
+            return saved[0]
+
+        monkeypatch.setattr(server.files, "save", fail_at_the_second)
+        with pytest.raises(Failed):
             await server.submit(sources=(SOURCE_FILE, SOURCE_FILE))
         assert server.kept == []
 
