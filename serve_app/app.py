@@ -196,14 +196,14 @@ class Ingress:
         tracing.start(context.replica_tag)
         logging.getLogger("ray.serve").addFilter(is_news)
         changed = asyncio.Event()
-        others = _others(config, context.app_name)
+        fleet = _fleet(config, context.app_name)
         outbound, files = Outbound(config.outbound), FileStore(config.storage)
         models = {
             model.name: Model(
                 config=model,
                 prior=_stage_caller(stages[model.name]["prior"].generate),
                 decode=_stage_caller(stages[model.name]["decoder"].decode),
-                others=others,
+                fleet=fleet,
             )
             for model in config.models
         }
@@ -215,7 +215,7 @@ class Ingress:
             share=ray.put,
             safety=_safety(config, stages),
             expansion=_expansion(config, stages, outbound),
-            others=others,
+            fleet=fleet,
         )
         registry = ActorClient(DemandRegistry, context.app_name, NAMESPACE)
         deployments = {
@@ -225,7 +225,7 @@ class Ingress:
             for name, parts in _parts(config).items()
         }
         status = StatusReader(context.app_name, deployments, registry, autoscaling=config.cluster.autoscaling)
-        lifecycle = Lifecycle(self._generator, changed, registry, status, others)
+        lifecycle = Lifecycle(self._generator, changed, registry, status, fleet)
         server = f"{context.app_name}, in the Ray cluster at {ray.get_runtime_context().gcs_address}"
         database = Database(config.database.url, server)
         self._services = Services.of(config, self._generator, lifecycle, files, database, outbound)
@@ -240,7 +240,7 @@ class Ingress:
         await asyncio.gather(self._generator.drain(), self._services.runner.stop())
 
 
-def _others(config: AppConfig, app_name: str) -> FleetClient | None:
+def _fleet(config: AppConfig, app_name: str) -> FleetClient | None:
     """Returns the client that knows the other ingress replicas; None without any."""
     if not config.ingress.has_several_replicas:
         return None

@@ -1,4 +1,7 @@
-"""The kinds of errors that clients get. `serve_app.http.errors` maps them to status codes, once."""
+"""The kinds of errors that clients get. `serve_app.http.errors` maps them to status codes.
+
+A dialect whose API has other codes for some of them maps those again.
+"""
 
 from __future__ import annotations
 

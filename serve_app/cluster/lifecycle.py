@@ -35,7 +35,7 @@ class Lifecycle:
         changed: set when a request is ready for its model, and when it ends.
         registry: the demand registry.
         status: reads the states of the replicas.
-        others: the other ingress replicas; None without any.
+        fleet: the limits of all ingress replicas together; None for a replica alone.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Lifecycle:
         changed: asyncio.Event,
         registry: ActorClient,
         status: StatusReader,
-        others: FleetClient | None = None,
+        fleet: FleetClient | None = None,
     ) -> None:
         self._generator = generator
         self._changed = changed
         self._registry = registry
         self._status = status
-        self._others = others
+        self._fleet = fleet
         self._report_due = asyncio.Event()
         self._ingress = uuid.uuid4().hex
 
@@ -70,11 +70,11 @@ class Lifecycle:
                 expected=(RayError, TimeoutError),
             )
         ]
-        if self._others:
+        if self._fleet:
             tasks.append(
                 Periodic(
                     name="report to other replicas",
-                    run=partial(self._report_to, self._others),
+                    run=partial(self._report_to, self._fleet),
                     interval_s=RENEWAL_S,
                     wake=self._report_due,
                     expected=(RayError, TimeoutError),
@@ -86,9 +86,9 @@ class Lifecycle:
         self._report_due.set()
         await self._registry.ask("need", self._ingress, self._generator.running.needed())
 
-    async def _report_to(self, others: FleetClient) -> None:
+    async def _report_to(self, fleet: FleetClient) -> None:
         running = self._generator.running
-        running.abort(await others.report(running.counts()))
+        running.abort(await fleet.report(running.counts()))
 
     @property
     def names(self) -> list[str]:
@@ -148,18 +148,18 @@ class Lifecycle:
         running = self._generator.running
         if force:
             running.abort(models)
-            if self._others:
-                await self._others.abort(models)
+            if self._fleet:
+                await self._fleet.abort(models)
         with suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await running.until_idle(models)
-                while self._others and await self._others.running(models):  # noqa: ASYNC110 - an actor has no event
+                while self._fleet and await self._fleet.running(models):  # noqa: ASYNC110 - an actor has no event
                     await asyncio.sleep(POLL_INTERVAL_S)
         return await self._count(models)
 
     async def _count(self, models: Collection[str]) -> int:
         """Returns the number of running requests of these models, in all ingress replicas."""
-        elsewhere = await self._others.running(models) if self._others else 0
+        elsewhere = await self._fleet.running(models) if self._fleet else 0
         return self._generator.running.count(models) + elsewhere
 
     async def _remain(self, models: Collection[str]) -> bool:

@@ -183,20 +183,20 @@ class FileStore:
         """Returns the URL of a file: the object store's own, or one below `base`."""
         return await self.signed_url(name) or f"{base}/files/{name}"
 
-    async def reap(self) -> None:
+    async def sweep(self) -> None:
         """Deletes files that are too old, and the oldest of too many. Several replicas may do so.
 
         Raises:
             OSError: some files could not be deleted.
         """
-        await self._in_thread(self._sweep)
+        await self._in_thread(self._delete_old)
 
     @property
-    def reap_interval_s(self) -> float:
-        """Seconds between two calls of `reap`."""
+    def sweep_interval_s(self) -> float:
+        """Seconds between two calls of `sweep`."""
         return min(SWEEP_INTERVAL_S, self._config.ttl_s / 4)
 
-    def _sweep(self) -> None:
+    def _delete_old(self) -> None:
         now, kept, is_full = time.time(), 0, False
         problems: list[str] = []
         found = [(_modified(info), name, info) for name, info in self._find().items()]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from serve_app.config import Limits
-    from serve_app.generation.others import OtherReplicas
+    from serve_app.generation.fleet import FleetLimits
 
 WEIGHT = 0.2
 """Weight of the newest sample in the moving average of unit durations."""
@@ -96,17 +96,17 @@ class Admission:
 
     Args:
         limits: the bounds.
-        others: the other ingress replicas; None without any.
+        fleet: the limits of all ingress replicas together; None for a replica alone.
 
     Attributes:
         pending: number of unfinished units of this replica.
     """
 
-    def __init__(self, limits: Limits, others: OtherReplicas | None = None) -> None:
+    def __init__(self, limits: Limits, fleet: FleetLimits | None = None) -> None:
         self._bounds = Bounds(limits.max_pending, limits.max_pending_per_key)
         self._rate = limits.megapixel_steps_per_minute
-        self._others = others
-        self._rates = others or WorkRates()
+        self._fleet = fleet
+        self._rates = fleet or WorkRates()
         self._unit_s = 10.0  # until one is finished
         self._of_key: Counter[str] = Counter()
         self.pending = 0
@@ -127,8 +127,8 @@ class Admission:
         self._of_key[key_id] += units
         try:
             async with AsyncExitStack() as stack:
-                if self._others:
-                    held = self._others.hold(units, key_id, self._bounds)
+                if self._fleet:
+                    held = self._fleet.hold(units, key_id, self._bounds)
                     self._reject(await stack.enter_async_context(held), units)
                 began = time.monotonic()
                 yield

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from serve_app.generation.others import OtherReplicas
+    from serve_app.generation.fleet import FleetLimits
 
 
 class Turn(NamedTuple):
@@ -38,14 +38,14 @@ class Gate:
         stage: name of the stage.
         places: images that all replicas that the stage may have work on at the same time.
         places_for_jobs: how many of them images of jobs may have.
-        others: the other ingress replicas, whose jobs have the same places; None without any.
+        fleet: shares the places for jobs with all ingress replicas; None for a replica alone.
     """
 
     def __init__(
-        self, stage: str, places: int, places_for_jobs: int, others: OtherReplicas | None = None
+        self, stage: str, places: int, places_for_jobs: int, fleet: FleetLimits | None = None
     ) -> None:
         self._stage = stage
-        self._others = others
+        self._fleet = fleet
         self._places = places
         self._places_for_jobs = places_for_jobs
         self._people = 0
@@ -70,10 +70,10 @@ class Gate:
         else:
             await self._wait(turn)
         try:
-            if turn is None or self._others is None:
+            if turn is None or self._fleet is None:
                 yield
             else:
-                async with self._others.place(self._stage, self._places_for_jobs):
+                async with self._fleet.place(self._stage, self._places_for_jobs):
                     yield
         finally:
             if turn is None:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from deployments.config import ModelConfig
     from deployments.types import Pixels
     from serve_app.config import Limits
+    from serve_app.generation.fleet import FleetLimits
     from serve_app.generation.gate import Turn
-    from serve_app.generation.others import OtherReplicas
     from serve_app.generation.prompt_expansion import PromptExpansion
     from serve_app.generation.request import GenerationRequest, ResolvedRequest, Source
     from serve_app.generation.running import RunningRequest
@@ -53,7 +53,7 @@ class Generator:
         share: keeps a request's source images where its stages find them; returns a reference to them.
         safety: the safety checker; None without one.
         expansion: the prompt expander; None without one.
-        others: the other ingress replicas; None without any.
+        fleet: the limits of all ingress replicas together; None for a replica alone.
 
     Attributes:
         draining: whether new requests are rejected.
@@ -69,7 +69,7 @@ class Generator:
         share: Callable[[tuple[Pixels, ...]], Any] = lambda pixels: pixels,
         safety: SafetyCheck | None = None,
         expansion: PromptExpansion | None = None,
-        others: OtherReplicas | None = None,
+        fleet: FleetLimits | None = None,
     ) -> None:
         self._models = models
         self._limits = limits
@@ -77,7 +77,7 @@ class Generator:
         self._share = share
         self._safety = safety
         self._expansion = expansion
-        self._admission = Admission(limits, others)
+        self._admission = Admission(limits, fleet)
         self._running = RunningRequests(on_change)
         self._units: list[Unit] = []
         self.draining = False

@@ -154,7 +154,7 @@ def resolve(
     size = (defaults.width, defaults.height)
     if pixels:
         size = (pixels[0].shape[1], pixels[0].shape[0])
-    missing = {
+    fallbacks = {
         "size": size,
         "steps": defaults.steps,
         "guidance_scale": model.guidance_scale(editing=bool(pixels)),
@@ -163,5 +163,5 @@ def resolve(
         "strength": defaults.strength,
         "seed": secrets.randbelow(MAX_DRAWN_SEED),
     }
-    filled_in = {name: value for name, value in missing.items() if given[name] is None}
+    filled_in = {name: value for name, value in fallbacks.items() if given[name] is None}
     return ResolvedRequest(**given | filled_in | {"model": model.name, "sources": (), "pixels": pixels})

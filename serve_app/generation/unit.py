@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from deployments.config import ModelConfig
+    from serve_app.generation.fleet import FleetLimits
     from serve_app.generation.gate import Turn
-    from serve_app.generation.others import OtherReplicas
     from serve_app.generation.prompt_expansion import Expansion
 
 TOO_LONG = "context_length_exceeded"
@@ -59,14 +59,14 @@ class Model:
         config: its configuration.
         prior: calls the prior stage.
         decode: calls the decoder stage.
-        others: the other ingress replicas; None without any.
+        fleet: the limits of all ingress replicas together; None for a replica alone.
         gates: the gates of the stages.
     """
 
     config: ModelConfig
     prior: StageCall
     decode: StageCall
-    others: OtherReplicas | None = None
+    fleet: FleetLimits | None = None
     gates: Mapping[Stage, Gate] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Model:
         decoders = self.config.decoder.max_replicas
         # One row of a batch is reserved for requests, since it costs little. A replica would cost too much.
         gates = {
-            stage: Gate(f"{self.config.name}-{stage}", places, places_for_jobs, self.others)
+            stage: Gate(f"{self.config.name}-{stage}", places, places_for_jobs, self.fleet)
             for stage, places, places_for_jobs in (
                 ("prior", batch * priors, batch * priors - (batch > 1)),
                 ("decoder", decoders, decoders),

@@ -98,7 +98,11 @@ def _lifespan(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         tasks = [
             *services.lifecycle.reporting,
-            Periodic(name="reap files", run=services.files.reap, interval_s=services.files.reap_interval_s),
+            Periodic(
+                name="delete old files",
+                run=services.files.sweep,
+                interval_s=services.files.sweep_interval_s,
+            ),
             Periodic(
                 name="update gauges",
                 run=services.gauges.update,

@@ -43,7 +43,7 @@ logger = logging.getLogger("ray.serve")
 POLL_INTERVAL_S = 1.0
 """Seconds between two searches for jobs that were submitted to another server, or whose server has died."""
 RENEW_INTERVAL_S = 0.5
-EXPIRE_INTERVAL_S = 60.0
+DELETE_INTERVAL_S = 60.0
 STOP_TIMEOUT_S = 30.0
 """Seconds for the storing of images when the server stops. Leases that end meanwhile are not renewed."""
 
@@ -94,8 +94,15 @@ class JobRunner:
                     expected=away_or_full,
                 ),
                 Periodic(name="renew leases", run=self._renew, interval_s=RENEW_INTERVAL_S, expected=away),
-                Periodic(name="reap jobs", run=self._reap, interval_s=POLL_INTERVAL_S, expected=away),
-                Periodic(name="expire jobs", run=self._expire, interval_s=EXPIRE_INTERVAL_S, expected=away),
+                Periodic(
+                    name="end overdue jobs", run=self._end_overdue, interval_s=POLL_INTERVAL_S, expected=away
+                ),
+                Periodic(
+                    name="delete expired jobs",
+                    run=self._delete_expired,
+                    interval_s=DELETE_INTERVAL_S,
+                    expected=away,
+                ),
                 self._restorer.restoring,
             ]
         )
@@ -211,13 +218,13 @@ class JobRunner:
             if one.job.id not in ours:
                 one.stop("taken or cancelled")
 
-    async def _reap(self) -> None:
-        for job in await self._store.reap(list(self._active)):
+    async def _end_overdue(self) -> None:
+        for job in await self._store.end_overdue(list(self._active)):
             report_end(job, job.state, why=job.error)
             await self._delete_files(job)
 
-    async def _expire(self) -> None:
-        while expired := await self._store.expire():
+    async def _delete_expired(self) -> None:
+        while expired := await self._store.delete_expired():
             await self._files.delete(name for job in expired for name in job.files)
 
     async def _delete_files(self, job: Job, *, sources: bool = True) -> None:

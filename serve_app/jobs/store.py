@@ -448,7 +448,7 @@ class JobStore:
 
         await self._database.write(call)
 
-    async def reap(self, active: Collection[str] = ()) -> list[Job]:
+    async def end_overdue(self, active: Collection[str] = ()) -> list[Job]:
         """Ends jobs that no runner will end: too late to start, cancelled without a runner, begun too often.
 
         Args:
@@ -483,7 +483,7 @@ class JobStore:
         self._notify(*(job.id for job in ended))
         return ended
 
-    async def expire(self) -> list[Job]:
+    async def delete_expired(self) -> list[Job]:
         """Deletes some of the jobs that have expired; returns them, without unreadable ones.
 
         The file store deletes the files of unreadable jobs when they are too old.

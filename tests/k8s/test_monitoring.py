@@ -137,8 +137,16 @@ CASES: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
         ],
     ),
     "BackgroundTaskFails": (
-        [counting("ray_image_server_background_failures_total", 'task="reap files"', every_minute="0+1x60")],
-        [counting("ray_image_server_background_failures_total", 'task="reap files"', every_minute="3x60")],
+        [
+            counting(
+                "ray_image_server_background_failures_total", 'task="delete old files"', every_minute="0+1x60"
+            )
+        ],
+        [
+            counting(
+                "ray_image_server_background_failures_total", 'task="delete old files"', every_minute="3x60"
+            )
+        ],
     ),
     "LoadingFails": (
         [counting("ray_image_server_loads_total", 'deployment="d"', 'outcome="failed"', every_minute=FIRST)],

@@ -291,7 +291,7 @@ def test_the_demand_is_reported_again_after_an_error(
     assert (method, models) == ("need", ["m"])
 
 
-def test_files_are_reaped_again_after_an_error(
+def test_files_are_swept_again_after_an_error(
     tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = FileStore(StorageConfig(url=str(tmp_path), ttl_s=1, max_bytes=0, min_free_bytes=0))
@@ -306,12 +306,12 @@ def test_files_are_reaped_again_after_an_error(
 
     async def main() -> None:
         name = await store.save(b"data", "png")
-        reaping = Periodic(name="reap files", run=store.reap, interval_s=store.reap_interval_s)
+        reaping = Periodic(name="delete old files", run=store.sweep, interval_s=store.sweep_interval_s)
         async with Background().run([reaping]):
             await until(lambda: not (tmp_path / name).exists())
 
     asyncio.run(main())
-    assert failures == ["reap files"]
+    assert failures == ["delete old files"]
 
 
 def test_the_gauges_are_set_again_after_an_error(

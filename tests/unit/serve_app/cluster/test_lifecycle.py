@@ -144,8 +144,8 @@ def test_a_registry_that_does_not_answer_does_not_stop_the_reports_to_the_other_
         generator: Any = cluster
         status: Any = cluster
         registry: Any = SimpleNamespace(ask=no_answer)
-        others: Any = SimpleNamespace(report=report)
-        lifecycle = Lifecycle(generator, cluster.changed, registry, status, others)
+        fleet: Any = SimpleNamespace(report=report)
+        lifecycle = Lifecycle(generator, cluster.changed, registry, status, fleet)
         async with Background().run(lifecycle.reporting), asyncio.timeout(10):
             for _ in range(3):
                 await reports.get()

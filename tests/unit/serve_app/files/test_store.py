@@ -100,12 +100,12 @@ def test_files_are_deleted_when_they_are_too_old(place: Place, monkeypatch: pyte
     now = time.time()
     with monkeypatch.context() as later:
         later.setattr("serve_app.files.store.time.time", lambda: now + 90)
-        asyncio.run(files.reap())
+        asyncio.run(files.sweep())
     assert place.names() == {name}
     assert files.kept_bytes == len(DATA)
     with monkeypatch.context() as later:
         later.setattr("serve_app.files.store.time.time", lambda: now + 102)
-        asyncio.run(files.reap())
+        asyncio.run(files.sweep())
     assert place.names() == set()
     assert files.kept_bytes == 0
 
@@ -116,7 +116,7 @@ def test_the_oldest_files_are_deleted_when_there_are_too_many(place: Place) -> N
     for _ in range(5):
         kept.append(asyncio.run(files.save(DATA, "webp")))
         time.sleep(place.tick_s)
-    asyncio.run(files.reap())
+    asyncio.run(files.sweep())
     assert place.names() == set(kept[2:])
 
 
@@ -132,9 +132,9 @@ def test_files_that_cannot_be_deleted_count_and_are_an_error(
     with monkeypatch.context() as patched:
         patched.setattr(LocalFileSystem, "rm_file", fail)
         with pytest.raises(OSError, match="2 files could not be deleted: Operation not permitted"):
-            asyncio.run(files.reap())
+            asyncio.run(files.sweep())
         assert files.kept_bytes == 3 * len(DATA)
-    asyncio.run(files.reap())
+    asyncio.run(files.sweep())
     assert files.kept_bytes == len(DATA)
 
 
@@ -144,7 +144,7 @@ def test_no_file_stays_that_is_older_than_a_deleted_one(place: Place) -> None:
     for size in (30, 50, 60):
         sizes[asyncio.run(files.save(b"x" * size, "png"))] = size
         time.sleep(place.tick_s)
-    asyncio.run(files.reap())
+    asyncio.run(files.sweep())
     assert [sizes[name] for name in place.names()] == [60]
 
 
@@ -157,16 +157,16 @@ def test_other_files_in_the_folder_are_kept(tmp_path: Path) -> None:
         path.write_bytes(DATA)
         os.utime(path, (0, 0))
     os.utime(fresh)
-    asyncio.run(files.reap())
+    asyncio.run(files.sweep())
     assert all(path.exists() for path in (*others, fresh))
     assert not unfinished.exists()
 
 
 @pytest.mark.parametrize(("ttl_s", "interval_s"), [(1, 0.25), (100, 25), (86_400, 60)])
-def test_files_are_reaped_several_times_within_their_life(
+def test_files_are_swept_several_times_within_their_life(
     tmp_path: Path, ttl_s: int, interval_s: float
 ) -> None:
-    assert store(str(tmp_path), ttl_s=ttl_s).reap_interval_s == interval_s
+    assert store(str(tmp_path), ttl_s=ttl_s).sweep_interval_s == interval_s
 
 
 def test_a_file_that_cannot_be_written_is_an_error_without_a_retry(tmp_path: Path) -> None:

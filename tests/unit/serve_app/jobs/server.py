@@ -159,13 +159,13 @@ class FaultyStore(JobStore):
             raise Unavailable("the connection is lost")
         return has_ended
 
-    async def reap(self, *args: Any) -> list[Job]:
-        self._count("reap")
-        return await super().reap(*args)
+    async def end_overdue(self, *args: Any) -> list[Job]:
+        self._count("end_overdue")
+        return await super().end_overdue(*args)
 
-    async def expire(self) -> list[Job]:
-        self._count("expire")
-        return await super().expire()
+    async def delete_expired(self) -> list[Job]:
+        self._count("delete_expired")
+        return await super().delete_expired()
 
     async def next_webhook(self, **kwargs: Any) -> Job | None:
         self._count("next_webhook")

@@ -174,7 +174,7 @@ def test_a_runner_that_renews_late_does_not_begin_its_own_job_again(
         job = await submitted(store)
         await claimed(store)
         assert await store.claim("w", MODELS, [job.id]) is None
-        assert await store.reap([job.id]) == []
+        assert await store.end_overdue([job.id]) == []
         monkeypatch.setattr(store_module, "LEASE_S", 15)
         assert await store.renew("w", [job.id]) == {job.id}
         assert await store.claim("another", MODELS) is None
@@ -216,7 +216,7 @@ def test_a_runner_does_not_end_its_own_job_after_an_outage_of_the_database(
         job = await submitted(store)
         for attempt in range(store_module.MAX_ATTEMPTS):
             await claimed(store, f"w{attempt}")
-        assert await store.reap([job.id]) == []
+        assert await store.end_overdue([job.id]) == []
         assert await store.finish(f"w{attempt}", no_news(job), "succeeded", images=[IMAGE])
 
     asyncio.run(main())
@@ -227,10 +227,10 @@ def test_a_job_whose_runners_keep_dying_fails(store: JobStore, monkeypatch: pyte
         monkeypatch.setattr(store_module, "LEASE_S", -1)
         job = await submitted(store)
         for attempt in range(store_module.MAX_ATTEMPTS):
-            assert await store.reap() == []
+            assert await store.end_overdue() == []
             await claimed(store, f"w{attempt}")
         assert await store.claim("w", MODELS) is None
-        (ended,) = await store.reap()
+        (ended,) = await store.end_overdue()
         assert (ended.id, ended.state) == (job.id, "failed")
         assert ended.error
         assert ended.error.code == "interrupted"
@@ -286,7 +286,7 @@ def test_a_job_that_is_cancelled_when_its_runner_dies_is_not_begun_again(
         await claimed(store)
         await store.cancel(OWNER, job.id)
         assert await store.claim("w", MODELS) is None
-        (ended,) = await store.reap()
+        (ended,) = await store.end_overdue()
         assert (ended.id, ended.state) == (job.id, "cancelled")
 
     asyncio.run(main())

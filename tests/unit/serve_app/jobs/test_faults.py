@@ -15,7 +15,7 @@ from tests.unit.serve_app.jobs.stored import OWNER, submitted
 @pytest.fixture
 def frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the rounds of the loops frequent."""
-    for name in ("POLL_INTERVAL_S", "RENEW_INTERVAL_S", "EXPIRE_INTERVAL_S"):
+    for name in ("POLL_INTERVAL_S", "RENEW_INTERVAL_S", "DELETE_INTERVAL_S"):
         monkeypatch.setattr(runner_module, name, 0.05)
 
 
@@ -53,9 +53,9 @@ def test_leases_are_renewed_after_an_unexpected_error_and_no_progress_is_lost(
 
 
 @pytest.mark.usefixtures("frequent")
-def test_jobs_are_reaped_after_an_unexpected_error(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_overdue_jobs_end_after_an_unexpected_error(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        server = make(faulty="reap")
+        server = make(faulty="end_overdue")
         late = await submitted(server.store, start_within_s=1e-6)
         async with server.runner.run_in_background():
             job = await server.ended(late.id)
@@ -63,22 +63,22 @@ def test_jobs_are_reaped_after_an_unexpected_error(make: Make, caplog: pytest.Lo
         assert job.error.code == "start_timeout"
         (line,) = [vars(line) for line in caplog.records if vars(line).get("event") == "job"]
         assert (line["job"], line["outcome"], line["error"]) == (late.id, "failed", "start_timeout")
-        assert "reap jobs failed and is tried again" in caplog.text
+        assert "end overdue jobs failed and is tried again" in caplog.text
         assert server.background.failing == []
 
     asyncio.run(main())
 
 
 @pytest.mark.usefixtures("frequent")
-def test_jobs_expire_after_an_unexpected_error(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_expired_jobs_are_deleted_after_a_fault(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        server = make(faulty="expire", ttl_s=-1)
+        server = make(faulty="delete_expired", ttl_s=-1)
         job = await submitted(server.store)
         await server.store.cancel(OWNER, job.id)
         async with server.runner.run_in_background():
-            await server.until(lambda: server.store.calls["expire"] > 2)
+            await server.until(lambda: server.store.calls["delete_expired"] > 2)
         assert await server.store.page(OWNER, limit=9) == []
-        assert "expire jobs failed and is tried again" in caplog.text
+        assert "delete expired jobs failed and is tried again" in caplog.text
         assert server.background.failing == []
 
     asyncio.run(main())

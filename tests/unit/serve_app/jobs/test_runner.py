@@ -271,7 +271,7 @@ def test_a_job_for_a_model_with_another_identity_waits_and_says_for_what(make: M
 
 def test_an_expired_job_is_deleted_with_its_images(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        monkeypatch.setattr(runner_module, "EXPIRE_INTERVAL_S", 0.1)
+        monkeypatch.setattr(runner_module, "DELETE_INTERVAL_S", 0.1)
         server = make(ttl_s=0.5)
         server.stages.may_continue()
         async with server.runner.run_in_background():

@@ -156,7 +156,7 @@ def test_a_job_that_has_not_begun_in_time_fails(store: JobStore) -> None:
     async def main() -> None:
         late = await submitted(store, start_within_s=1e-6)
         patient = await submitted(store, start_within_s=60)
-        (ended,) = await store.reap()
+        (ended,) = await store.end_overdue()
         assert (ended.id, ended.state) == (late.id, "failed")
         assert ended.error
         assert ended.error.code == "start_timeout"
@@ -165,7 +165,7 @@ def test_a_job_that_has_not_begun_in_time_fails(store: JobStore) -> None:
     asyncio.run(main())
 
 
-def test_a_late_job_is_not_begun_before_it_is_reaped(store: JobStore) -> None:
+def test_a_late_job_is_not_begun_before_it_is_ended(store: JobStore) -> None:
     async def main() -> None:
         await submitted(store, start_within_s=1e-6)
         assert await store.claim("w", MODELS) is None
@@ -183,10 +183,10 @@ def test_old_jobs_expire(database_url: str, open_database: Open) -> None:
         await claimed(store)
         assert await hasty.finish("w", no_news(old), "succeeded", images=[IMAGE])
         waiting = await submitted(store)
-        (expired,) = await store.expire()
+        (expired,) = await store.delete_expired()
         assert (expired.id, expired.files) == (old.id, ["a.png", "b.png"])
         assert [job.id for job in await store.page(OWNER, limit=9)] == [waiting.id, kept.id]
-        assert await store.expire() == []
+        assert await store.delete_expired() == []
 
     asyncio.run(main())
 

@@ -90,11 +90,11 @@ def test_a_list_leaves_unreadable_jobs_out(stored: Stored) -> None:
     asyncio.run(main())
 
 
-def test_late_jobs_are_reaped_beside_an_unreadable_one(stored: Stored) -> None:
+def test_late_jobs_end_beside_an_unreadable_one(stored: Stored) -> None:
     async def main() -> None:
         jobs = [await submitted(stored.jobs, start_within_s=1e-6) for _ in range(3)]
         await stored.break_request(jobs[1].id)
-        assert {job.id for job in await stored.jobs.reap()} == {jobs[0].id, jobs[2].id}
+        assert {job.id for job in await stored.jobs.end_overdue()} == {jobs[0].id, jobs[2].id}
         assert await stored.states() == {job.id: "failed" for job in jobs}
 
     asyncio.run(main())
@@ -107,7 +107,7 @@ def test_an_unreadable_job_expires_with_the_others(database_url: str, open_datab
         for job in jobs:
             await stored.jobs.cancel(OWNER, job.id)
         await stored.break_request(jobs[0].id)
-        assert {job.id for job in await stored.jobs.expire()} == {jobs[1].id, jobs[2].id}
+        assert {job.id for job in await stored.jobs.delete_expired()} == {jobs[1].id, jobs[2].id}
         assert await stored.states() == {}
 
     asyncio.run(main())

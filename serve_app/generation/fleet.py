@@ -1,4 +1,4 @@
-"""The other ingress replicas, as generation sees them. A server with one replica has none."""
+"""Limits that hold over all ingress replicas, as generation sees them. A replica alone has its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from serve_app.generation.admission import Bounds, Exceeded
 
 
-class OtherReplicas(Protocol):
+class FleetLimits(Protocol):
     """Counts work over all ingress replicas; see `serve_app.cluster.fleet.FleetClient`."""
 
     def hold(self, units: int, key_id: str, bounds: Bounds) -> AbstractAsyncContextManager[Exceeded | None]:
