@@ -146,7 +146,7 @@ class ScalingPolicy:
         self._searched_at = float("-inf")
         self._answer: Future[ScalingOrder] | None = None
         self._order: ScalingOrder | None = None
-        self._unloaded_at = 0.0  # time of the last unload that was obeyed
+        self._unloaded_at: float | None = None  # time of the last unload that was obeyed
         self._unloading = False  # whether replicas of that unload are left
         self._asleep = False  # whether the minimum is waived, from an unload to the next need
         self._spare_since: float | None = None  # since when there are more replicas than needed
@@ -158,7 +158,7 @@ class ScalingPolicy:
         It blocks on nothing but `find_registry`.
         """
         self._poll_registry(context.app_name or "")
-        needed, unloaded_at = self._order or (False, self._unloaded_at)
+        needed, unloaded_at = self._order or (False, 0.0)
         target = context.config.target_ongoing_requests if context.config else 1
         replicas = self.decide(
             load=context.total_num_requests / target,
@@ -213,7 +213,7 @@ class ScalingPolicy:
         if self._answer and self._answer.done():
             try:
                 order = self._answer.result()
-                if self._order is None:  # an unload from before this policy's time is over
+                if self._unloaded_at is None:  # an unload from before this policy's time is over
                     self._unloaded_at = order[1]
                 self._order = order
             except RayError:

@@ -60,11 +60,12 @@ def loading_device(config: DecoderConfig, size: int) -> str:
 
     Args:
         config: configuration of the stage.
-        size: size of the weights in bytes.
+        size: size of the files of the weights in bytes. In float32, weights may be twice as large.
     """
     chosen = config.acceleration
     stays = chosen.quantization == "none" and chosen.offload in ("auto", "none")
-    fits = size <= free_bytes(torch.device(config.device))
+    largest = size * (2 if config.dtype == "float32" else 1)
+    fits = largest <= free_bytes(torch.device(config.device))
     return config.device if stays and fits else "cpu"
 
 
@@ -95,8 +96,10 @@ def apply(pipeline: Pipeline, config: DecoderConfig, *, max_side: int) -> None:
             try:
                 option(pipeline)
             except Exception as error:
+                # Compilation is on by default on a GPU.
+                remedy = "set it to false" if name == "compile" else "remove it"
                 raise UnsupportedOption(
-                    f"decoder.acceleration.{name} is not available here; remove it: {error}"
+                    f"decoder.acceleration.{name} is not available here; {remedy}: {error}"
                 ) from error
     place(pipeline, device, chosen.offload, working)
     logger.info("images of up to %dx%d", max_side, max_side)
@@ -108,9 +111,9 @@ Size = tuple[int, int]
 def warm_up_sizes(model: ModelConfig) -> tuple[Size, Size]:
     """Returns the sizes of the first image to warm up with, and of the others: width and height in pixels.
 
-    The others have the default size. The first size is slightly different and not a square, and source images
-    are smaller than their image. Otherwise the compiler would assume that lengths which are equal in its
-    first example are always equal. A stage that does not compile makes the smallest image.
+    The others have the default size. The first size is slightly different and not a square, and source
+    images have another size than their image. Otherwise the compiler would assume that lengths which are
+    equal in its first example are always equal. A stage that does not compile makes the smallest image.
 
     Args:
         model: configuration of the model.
@@ -120,7 +123,7 @@ def warm_up_sizes(model: ModelConfig) -> tuple[Size, Size]:
         return smallest, smallest
     width, height = model.defaults.width, model.defaults.height
     step = model.traits.side_multiple
-    near = (height - step, height + step, height - 2 * step)
+    near = (height - step, height + step, height - 2 * step, height + 2 * step)
     first = next(one for one in near if one != width and model.traits.is_legal_size(width, one))
     return (width, first), (width, height)
 
@@ -154,7 +157,8 @@ def warm_up(
             decode(unit, Call())
         except Exception as error:
             raise UnsupportedOption(
-                f"no image could be made with decoder.acceleration = {used}; remove an option: {error}"
+                f"no image could be made with decoder.acceleration = {used}; remove an option, or set "
+                f"compile to false: {error}"
             ) from error
         report(done / len(units))
 
@@ -220,9 +224,8 @@ def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[
         f"{free / 1e9:.1f} GB are free on {device}"
     )
     if needs[offload] > free:
-        raise OutOfMemoryError(
-            f"{plan}: set decoder.acceleration.vae_tiling, quantization: fp8 or offload: group"
-        )
+        remedies = "vae_tiling" if on_cpu else "vae_tiling, quantization: fp8 or offload: group"
+        raise OutOfMemoryError(f"{plan}: set decoder.acceleration.{remedies}")
     logger.info("%s", plan)
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=device)

@@ -1,12 +1,13 @@
 """Prometheus metrics. Each process counts for itself; Ray collects and exports the numbers.
 
 Ray puts `ray_` before each name, and `_total` after a counter's. It adds labels for the deployment and the
-process. It estimates a histogram's `_sum` from its buckets, so seconds are also counted by counters. It drops
-a gauge that was not set for twenty seconds, so gauges are set repeatedly. (Ray 2.60.)
+process. It estimates a histogram's `_sum` from its buckets, so a counter counts the seconds of work too. It
+drops a gauge that was not set for twenty seconds, so gauges are set repeatedly. (Ray 2.60.)
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -120,12 +121,12 @@ def measure_memory(device: str) -> None:
         device: device of the stage, `cuda` or `cpu`.
     """
     if device == "cuda":
-        import torch  # which the stage's process has imported
-
-        if not torch.cuda.is_initialized():
+        # It is not imported here: while the engine's thread imports it, the replica's reports would wait.
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        if cuda is None or not cuda.is_initialized():
             return
-        MEMORY.set(torch.cuda.memory_allocated(), kind="allocated")
-        MEMORY.set(torch.cuda.memory_reserved(), kind="reserved")
-        MEMORY.set(torch.cuda.mem_get_info()[0], kind="free")
+        MEMORY.set(cuda.memory_allocated(), kind="allocated")
+        MEMORY.set(cuda.memory_reserved(), kind="reserved")
+        MEMORY.set(cuda.mem_get_info()[0], kind="free")
     else:
         MEMORY.set(psutil.Process().memory_info().rss, kind="resident")

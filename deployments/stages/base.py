@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from ray import serve
 
-from deployments.errors import RequestTooLong
+from deployments.errors import LoadingFailed, RequestTooLong
 from deployments.observability import log, metrics, tracing
 from deployments.stages.calls import stream
 from deployments.stages.loading import Engine, Loader
@@ -80,6 +81,12 @@ class Stage(Generic[Engine]):
                         has_begun, began = True, time.time() - item.seconds
                     yield item
             outcome = "made"
+        except LoadingFailed as error:
+            outcome = type(error).__name__
+            if await asyncio.to_thread(self._reporter.has_ready_sibling):
+                # It failed while the other one was still loading, and would fail all requests that it gets.
+                _end_process(f"another replica can serve its requests: {error}")
+            raise
         except Exception as error:
             outcome = type(error).__name__
             raise
@@ -89,14 +96,10 @@ class Stage(Generic[Engine]):
             self._end_process_after_fault()
 
     def _end_process_after_fault(self) -> None:
-        """Ends the process if its engine has a fault, so that Serve replaces it, and callers try another one.
-
-        Otherwise it would stay in service, and fail all requests.
-        """
+        """Ends the process if its engine has a fault. Otherwise it would fail all further requests."""
         engine = self._loader.loaded
         if engine and engine.fault:
-            logger.error("the process ends, since its engine has a fault: %s", engine.fault, extra=log.FAULT)
-            os._exit(1)
+            _end_process(f"its engine has a fault: {engine.fault}")
 
     def _record_outcome(self, request: StageRequest, came: float, began: float, outcome: str) -> None:
         """Logs and traces a finished request.
@@ -144,3 +147,9 @@ class Stage(Generic[Engine]):
             logger.info("unloaded", extra={"event": "unload"})
         self._reporter.leave()
         tracing.stop()
+
+
+def _end_process(why: str) -> None:
+    """Ends the process, so that Serve replaces the replica, and callers try another one."""
+    logger.error("the process ends: %s", why, extra=log.FAULT)
+    os._exit(1)

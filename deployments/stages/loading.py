@@ -6,13 +6,17 @@ The replica's constructor must not raise, or Serve restarts it endlessly.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from deployments.errors import LoadingFailed, release
 from deployments.observability import metrics
+from deployments.observability.log import FAULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,9 +106,8 @@ class Loader(Generic[Engine]):
     @property
     def loaded(self) -> Engine | None:
         """The engine if it is loaded, else None."""
-        if self._loading.done() and not self._loading.exception():
-            return self._loading.result()
-        return None
+        loading = self._loading  # a retry may replace it meanwhile
+        return loading.result() if loading.done() and not loading.exception() else None
 
     def _try(self) -> Engine:
         self._report_progress(0)
@@ -118,6 +121,7 @@ class Loader(Generic[Engine]):
         except Exception as error:  # noqa: BLE001 - all callers that wait must get it
             reason = LoadingFailed(str(error) or type(error).__name__).reason
             release(error, "loading failed", event="load", outcome="failed", reason=reason)
+            _free_memory()
             self._failed_at = time.time()
             self._report(lambda: {"state": "failed", "reason": reason})
             metrics.LOADS.add(outcome="failed")
@@ -132,3 +136,21 @@ class Loader(Generic[Engine]):
 
     def _report_progress(self, share: float) -> None:
         self._report(lambda: {"state": "loading", "progress": round(share, 3)})
+
+
+def _free_memory() -> None:
+    """Frees what a failed load has left, so that the next one plans with all memory.
+
+    If the GPU's context is lost, each further try in this process would fail. Then the process ends, and
+    Serve starts another one.
+    """
+    gc.collect()  # pipelines have reference cycles
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is None or not cuda.is_initialized():
+        return
+    try:
+        cuda.synchronize()  # a lost context raises the same error every time
+    except RuntimeError as error:
+        logger.error("the process ends, since its GPU is lost: %s", error, extra=FAULT)  # noqa: TRY400
+        os._exit(1)
+    cuda.empty_cache()

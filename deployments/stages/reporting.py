@@ -87,5 +87,5 @@ class Reporter:
             self._registry = self._registry or find_registry(self._app_name)
             if self._registry:
                 ray.get(self._registry.report.remote(*self._id, self._state()), timeout=ANSWER_S)
-        except RayError:  # the registry has died; the ingress creates a new one
+        except RayError:  # the registry does not answer; if it has died, the ingress creates a new one
             self._registry = None

@@ -2,9 +2,14 @@
 
 import asyncio
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError, RayError
 
+from deployments import scaling
 from deployments.scaling import DemandRegistry, Report, ScalingOrder, ScalingPolicy
 
 IDLE_S = 30
@@ -195,3 +200,29 @@ def test_a_report_is_kept_until_its_replica_leaves_or_dies() -> None:
 
     assert asyncio.run(reports(5)) == {"prior": [{"state": "ready"}, {"state": "failed"}]}
     assert asyncio.run(reports(0)) == {}
+
+
+def test_an_unload_after_the_registry_was_lost_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[ScalingOrder | RayError] = [(False, 5.0), RayActorError(), (False, 6.0)]
+
+    def order(*_: object) -> SimpleNamespace:
+        answer: Future[ScalingOrder] = Future()
+        if not answers:
+            return SimpleNamespace(future=lambda: answer)
+        result = answers.pop(0)
+        if isinstance(result, RayError):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
+        return SimpleNamespace(future=lambda: answer)
+
+    registry = SimpleNamespace(order=SimpleNamespace(remote=order))
+    monkeypatch.setattr(scaling, "find_registry", lambda _: registry)
+    monkeypatch.setattr(scaling, "POLL_INTERVAL_S", -1)
+    policy = ScalingPolicy("m", min_replicas=0, idle_timeout_s=IDLE_S)
+    context: Any = SimpleNamespace(
+        app_name="app", config=None, total_num_requests=0, target_num_replicas=1, current_num_replicas=1
+    )
+    targets = [policy(context)[0] for _ in range(8)]
+    assert targets[0] == 1  # the unload at 5 was before this policy's time
+    assert 0 in targets

@@ -327,3 +327,24 @@ def test_a_pipeline_that_does_not_fit_is_rejected_with_advice(
         OutOfMemoryError, match=rf"takes .* GB with offload .*; {free}\.0 GB are free.*vae_tiling"
     ):
         acceleration.place(pipeline, torch.device("cuda"), offload, {"transformer": 10**9, "vae": 3 * 10**9})
+
+
+@pytest.mark.parametrize("size", [(512, 512), (544, 512), (512, 544), (1024, 1024), (992, 1024)])
+def test_every_default_size_has_another_one_to_warm_up_with(size: tuple[int, int]) -> None:
+    width, height = size
+    stage = {"deployment": {"ray_actor_options": {"num_gpus": 1}}}
+    config = ModelConfig.model_validate(
+        {
+            "name": "m",
+            "family": "glm_image",
+            "checkpoint": "tiny",
+            "defaults": {"width": width, "height": height},
+            "prior": stage,
+            "decoder": stage,
+        }
+    )
+    first, others = acceleration.warm_up_sizes(config)
+    assert others == size
+    assert first != size
+    assert first[0] != first[1]
+    assert config.traits.is_legal_size(*first)

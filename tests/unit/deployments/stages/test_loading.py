@@ -2,10 +2,13 @@
 
 import asyncio
 import gc
+import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +136,46 @@ def test_a_failed_load_keeps_none_of_its_weights() -> None:
     asyncio.run(loader.wait(lambda: False))
     gc.collect()
     assert held[0]() is None
+
+
+def test_a_failed_load_frees_cyclic_garbage_and_the_gpus_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weights:
+        def __init__(self) -> None:
+            self.cycle = self
+
+    held: list[weakref.ref[Weights]] = []
+    freed: list[bool] = []
+
+    def load(_: Callable[[float], None]) -> Engine:
+        held.append(weakref.ref(Weights()))
+        raise OSError("no")
+
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        synchronize=lambda: None,
+        empty_cache=lambda: freed.append(held[0]() is None),
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    gc.disable()
+    try:
+        asyncio.run(Loader(load, cpu_threads=None, report=lambda _: None).wait(lambda: False))
+    finally:
+        gc.enable()
+    assert freed == [True]
+
+
+def test_a_process_whose_gpu_is_lost_while_it_loads_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ended: list[int] = []
+    cuda = SimpleNamespace(is_initialized=lambda: True, synchronize=lost, empty_cache=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    loading = Loading([RuntimeError("capture failed")])
+    loading.may_end.set()
+    asyncio.run(loading.loader.wait(lambda: False))
+    assert ended == [1]
 
 
 @pytest.mark.parametrize("has_ready_sibling", [False, True])

@@ -1,0 +1,55 @@
+"""A replica that cannot serve ends its process, so that its callers try another one. Without Ray."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deployments.config import PriorConfig
+from deployments.errors import LoadingFailed
+from deployments.observability import tracing
+from deployments.stages import base
+from deployments.types import ImageRequest
+
+
+class Broken(base.Stage[Any]):
+    """A stage that cannot be loaded."""
+
+    part = "prior"
+
+    def _load(self, report: Callable[[float], None]) -> Any:
+        raise OSError("no such folder")
+
+    async def ask(self) -> None:
+        request = ImageRequest(prompt="a boat", width=512, height=512, seed=1, submitted_at=time.time())
+        start: Any = None
+        async for _ in self._answers(request, start):
+            pass
+
+
+@pytest.mark.parametrize("becomes_ready", [False, True])
+def test_a_replica_that_cannot_be_loaded_leaves_its_requests_to_one_that_is_ready(
+    monkeypatch: pytest.MonkeyPatch, *, becomes_ready: bool
+) -> None:
+    ended: list[int] = []
+    ready = False
+    reporter = SimpleNamespace(report=lambda _: None, has_ready_sibling=lambda: ready, leave=lambda: None)
+    monkeypatch.setattr(base, "Reporter", lambda: reporter)
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: SimpleNamespace(replica_tag="r1"))
+    monkeypatch.setattr(tracing, "start", lambda _: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    async def main() -> None:
+        nonlocal ready
+        stage = Broken.__new__(Broken)
+        await stage.__init__(PriorConfig(device="cpu", dtype="float32"))  # type: ignore[misc]
+        ready = becomes_ready
+        with pytest.raises(LoadingFailed, match="no such folder"):
+            await stage.ask()
+
+    asyncio.run(main())
+    assert ended == [1] * becomes_ready
