@@ -91,7 +91,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--tls",
         action="store_true",
         help="serve by https, with the file's ssl_certfile and ssl_keyfile, or else with a certificate that "
-        f"the first start makes and keeps in {TLS_FOLDER}",
+        f"the server makes for the host, keeps in {TLS_FOLDER}, and renews before it expires",
     )
     parser.add_argument(
         "--metrics-port", type=int, help="port of the Prometheus metrics; by default a free one"

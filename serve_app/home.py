@@ -5,6 +5,9 @@ Each application has its own, so that servers of two configurations do not share
 
 from __future__ import annotations
 
+import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,9 +45,10 @@ def _inherits(application: str) -> bool:
     if not (root / "jobs.db").exists():
         return False
     heir = root / "jobs.db.application"
-    try:
-        with heir.open("x") as file:
-            file.write(application)
-    except FileExistsError:
-        return heir.read_text() == application
-    return True
+    with tempfile.NamedTemporaryFile("w", dir=root) as claim:  # the name appears together with its contents
+        claim.write(application)
+        claim.flush()
+        os.fsync(claim.fileno())
+        with suppress(FileExistsError):
+            heir.hardlink_to(claim.name)
+    return heir.read_text() == application

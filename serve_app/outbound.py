@@ -1,6 +1,6 @@
 """Outgoing connections to addresses that clients or the configuration name as URLs.
 
-Only the file store and the database have connections of their own.
+Only the file store, the database and the exporter of traces have connections of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from serve_app.config import OutboundConfig
 
 MAX_REDIRECTS = 5
+MAX_URL_CHARS = 8192
 REDIRECTS = {301, 302, 303, 307, 308}
 
 HOST = re.compile(r"[A-Za-z0-9._:-]+")
@@ -86,9 +87,8 @@ class Outbound:
         """Fetches an image of at most `max_bytes` bytes, over at most 5 redirects.
 
         Raises:
-            OutboundError: the URL or a redirect is not allowed; the answer has another status than 200,
-                another type than `image/*` or `application/octet-stream`, an encoding, or too many bytes; it
-                is not valid HTTP; or it took longer than `timeout_s`.
+            OutboundError: the URL or a redirect is not allowed; the answer has another status than 200, an
+                encoding, or too many bytes; it is not valid HTTP; or it took longer than `timeout_s`.
         """
         target = _parse(url)
         async with self._in_time():
@@ -204,6 +204,8 @@ async def _plain_errors() -> AsyncIterator[None]:
 
 
 def _parse(text: str, base: URL | None = None) -> URL:
+    if len(text) > MAX_URL_CHARS:  # yarl caches what it has parsed
+        raise OutboundError(f"has more than {MAX_URL_CHARS} characters")
     try:
         url = URL(text) if base is None else base.join(URL(text))
     except ValueError as error:

@@ -321,8 +321,11 @@ def _add_status(routes: APIRouter, services: Services) -> None:
 
 
 async def _ended(store: JobStore, job: Job, within_s: float) -> Job:
-    """Returns the job when it has ended, or as it is after `within_s` seconds."""
-    with suppress(TimeoutError):
+    """Returns the job when it has ended, or as it is after `within_s` seconds.
+
+    The job was accepted. If the database cannot be reached meanwhile, the client gets it as it was last seen.
+    """
+    with suppress(TimeoutError, RequestError):
         async with asyncio.timeout(within_s):
             async for seen in store.watch(job.owner, job.id):
                 job = seen

@@ -74,16 +74,23 @@ class FileStore:
         await self.save_as(name, data)
         return name
 
-    async def save_as(self, name: str, data: bytes) -> None:
+    async def save_as(self, name: str, data: bytes, *, replace: bool = True) -> None:
         """Keeps `data` under a name of `new_name`. The file appears as a whole, and survives a loss of power.
 
+        Args:
+            name: the name.
+            data: contents of the file.
+            replace: whether it may replace a file of this name. An object store always replaces it, since not
+                all of them know such a condition.
+
         Raises:
+            FileExistsError: there is a file of this name, which it may not replace.
             Full: there is no room.
             Failed: it cannot be written; the log says why.
         """
         try:
-            await self._in_thread(self._save, name, data)
-        except Full:
+            await self._in_thread(self._save, name, data, replace=replace)
+        except (FileExistsError, Full):
             raise
         except Exception as error:
             logger.exception("a file could not be written", extra=FAULT)
@@ -95,7 +102,7 @@ class FileStore:
         """Runs a call in the store's own threads, so that a slow store delays nothing else."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **kwargs))
 
-    def _save(self, name: str, data: bytes) -> None:
+    def _save(self, name: str, data: bytes, *, replace: bool) -> None:
         if not self._is_folder:  # an object store shows complete objects only
             self._fs.pipe_file(self._path(name), data, **self._described(name))
             return
@@ -103,7 +110,11 @@ class FileStore:
         try:
             self._check_room(len(data))
             _write_through(unfinished, data)
-            Path(unfinished).rename(self._path(name))
+            if replace:
+                Path(unfinished).rename(self._path(name))
+            else:
+                Path(self._path(name)).hardlink_to(unfinished)
+                Path(unfinished).unlink()
             _flush(self._root)
         except OSError as error:
             with suppress(OSError):

@@ -52,8 +52,9 @@ class Uploads:
         expected = await self._signature(name, expires)
         if not hmac.compare_digest(signature.encode(), expected.encode()) or expires < time.time():
             raise Refused("This upload URL is invalid or has expired; request a new one.")
+        taken = Conflict("The file was uploaded already.", code="already_uploaded", retryable=True)
         if await self._files.size(name) is not None:
-            raise Conflict("The file was uploaded already.", code="already_uploaded", retryable=True)
+            raise taken
         await self._files.check_room()
         data = bytearray()
         async for chunk in body:
@@ -62,7 +63,10 @@ class Uploads:
                 raise image_too_large(self._max_bytes)
         if not containers.is_image(data):
             raise InvalidParameter("sources", "must be PNG, JPEG or WebP", code="invalid_image")
-        await self._files.save_as(name, bytes(data))
+        try:
+            await self._files.save_as(name, bytes(data), replace=False)
+        except FileExistsError:  # by another upload at the same time
+            raise taken from None
 
     async def _signature(self, name: str, expires: int) -> str:
         return (await self._signer.sign(f"upload {name} {expires}".encode())).hex()

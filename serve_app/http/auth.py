@@ -122,7 +122,7 @@ class Keys:
         """
         if len(token) > MAX_TOKEN_BYTES:
             return None
-        invalid = (jwt.PyJWTError, KeyError, TypeError, ValueError)
+        invalid = (jwt.PyJWTError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
         signers: list[tuple[str, str]] = []
         with suppress(*invalid):
             signers = self._signers[jwt.decode(token, options={"verify_signature": False})["api_key"]]

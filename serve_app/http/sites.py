@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from serve_app.errors import Refused
 from serve_app.http.auth import OPEN_PATHS
@@ -65,7 +65,8 @@ class SiteGuard:
     def _refusal(self, scope: Scope, path: str) -> Refused | None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        site = _split(f"//{host}")
+        name = (site and site.hostname) or ""
         if name not in self._hosts and not _is_address(name) and not name.endswith(".localhost"):
             return Refused(
                 f"This server is not known as {name!r:.100}; add the name to auth.allowed_hosts, or send a "
@@ -75,9 +76,18 @@ class SiteGuard:
         if scope["method"] in READING and path != CHANGING_PATH:
             return None
         origin = headers.get(b"origin", "")
-        is_foreign = origin and urlsplit(origin).netloc.lower() != host.lower()
+        site = _split(origin)
+        is_foreign = origin and not (site and site.netloc.lower() == host.lower())
         if is_foreign or headers.get(b"sec-fetch-site", "none") not in ("none", "same-origin"):
             return Refused("Pages of other sites may not use this server without a key.", code="cross_site")
+        return None
+
+
+def _split(url: str) -> SplitResult | None:
+    """Returns the parts of a URL; None if it is malformed."""
+    try:
+        return urlsplit(url)
+    except ValueError:
         return None
 
 

@@ -39,7 +39,8 @@ REQUEST_ID = "x-fal-request-id"
 class Addresses:
     """Middleware that maps fal's other hosts, and its JavaScript client's proxy, to routes of this server.
 
-    It never calls another server. Every answer of this API gets the id of its request.
+    It never calls another server. Every answer of this API gets the id of its request, except that to a fault
+    of the server.
     """
 
     def __init__(self, app: ASGIApp) -> None:

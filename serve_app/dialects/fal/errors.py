@@ -21,7 +21,7 @@ RETRIED = (408, 409, 429, 502, 503)
 """Statuses that the clients retry whatever the headers say. They also retry 504, unless one header is set."""
 NAMES = PARAMETERS | {"webhook_url": "fal_webhook"}
 """This API's names of parameters that have other names here."""
-PLACES = {"fal_webhook": "query", "logs": "query"}
+PLACES = dict.fromkeys(("fal_webhook", "logs", "expires", "signature"), "query")
 """Places of parameters that are not in the body."""
 TYPES = {
     "missing_required_parameter": "missing",

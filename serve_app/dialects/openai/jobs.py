@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import AsyncIterator  # noqa: TC003 - FastAPI reads the annotation
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -238,9 +239,11 @@ def _progress(job: Job) -> float:
 
 def _webhook(job: Job) -> JobWebhook:
     state: Literal["waiting", "delivered", "given up"] = "waiting"
+    # The last try counts before it begins. It has until `webhook_at`.
+    is_hopeless = job.webhook_attempts >= MAX_TRIES and (job.webhook_at or 0) < time.time()
     if job.webhook_delivered_at:
         state = "delivered"
-    elif job.has_ended and (job.webhook_at is None or job.webhook_attempts >= MAX_TRIES):
+    elif job.has_ended and (job.webhook_at is None or is_hopeless):
         state = "given up"
     return JobWebhook(state=state, attempts=job.webhook_attempts)
 

@@ -1,5 +1,7 @@
 """Each application has its own place for jobs and files, and one goes on with that of version 0.1.0."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,16 @@ def test_the_first_application_goes_on_with_the_home_of_version_0_1_0(root: Path
     assert places("demo") == inherited
     assert places("tiny") == (f"sqlite:///{root}/tiny/jobs.db", f"{root}/tiny/files")
     assert places("demo") == inherited
+
+
+def test_a_claim_that_could_not_be_written_is_made_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (root / "jobs.db").write_bytes(b"")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="No space"):
+            places("demo")
+    assert {path.name for path in root.iterdir()} == {"jobs.db"}
+    assert places("demo") == (f"sqlite:///{root}/jobs.db", f"{root}/files")

@@ -64,6 +64,26 @@ def test_every_ingress_accepts_the_names_of_the_others_once(make: Callable[[], U
     assert caught.value.retryable
 
 
+def test_of_two_uploads_at_the_same_time_one_is_kept(make: Callable[[], Uploads], tmp_path: Path) -> None:
+    pictures = [picture("PNG"), picture("JPEG")]
+
+    async def main() -> None:
+        both_have_begun = asyncio.Barrier(2)
+
+        async def slowly(data: bytes) -> AsyncIterator[bytes]:
+            await both_have_begun.wait()
+            yield data
+
+        place = await make().name()
+        taken = [make().take(*place, slowly(data)) for data in pictures]
+        first, second = await asyncio.gather(*taken, return_exceptions=True)
+        assert {type(first), type(second)} == {type(None), Conflict}
+        kept = pictures[0] if first is None else pictures[1]
+        assert [path.read_bytes() for path in (tmp_path / "files").iterdir()] == [kept]
+
+    asyncio.run(main())
+
+
 def test_a_name_is_valid_for_an_hour(make: Callable[[], Uploads], clock: Clock) -> None:
     uploads = make()
     place = asyncio.run(uploads.name())

@@ -1,6 +1,7 @@
 """API keys, and the tokens that Z.ai's clients sign with them."""
 
 import asyncio
+import base64
 import hashlib
 import time
 from pathlib import Path
@@ -63,6 +64,8 @@ def test_a_key_is_known_by_itself_and_by_its_tokens(keys: Keys) -> None:
         "\xff.\xff.\xff",
         f"{ID}.",
         SECRET,
+        ".".join(base64.urlsafe_b64encode(part).decode() for part in (b'{"alg":"HS256"}', b"[" * 2000, b"")),
+        token(exp=10**400),
     ],
     ids=lambda text: f"{text:.20}",
 )

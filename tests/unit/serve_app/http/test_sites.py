@@ -40,6 +40,7 @@ def app(make_services: MakeServices) -> FastAPI:
         {"Origin": "https://evil.test"},
         {"Origin": "http://localhost:9"},
         {"Origin": "null"},
+        {"Origin": "http://["},
         {"Sec-Fetch-Site": "cross-site"},
         {"Sec-Fetch-Site": "same-site"},
     ],
@@ -65,7 +66,7 @@ def test_programs_and_the_servers_own_page_may_use_it(
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.test", "evil.test:80", "localhost.evil.test", "127.0.0.1.evil.test", ""]
+    "host", ["evil.test", "evil.test:80", "localhost.evil.test", "127.0.0.1.evil.test", "", "[", "[::1"]
 )
 def test_a_name_that_leads_here_by_chance_is_refused(app: FastAPI, call: Call, host: str) -> None:
     """DNS rebinding: the page's own name leads to this machine, so that the browser sees one site."""
@@ -89,9 +90,10 @@ def test_names_of_the_server_are_accepted(app: FastAPI, call: Call, host: str) -
 def test_a_key_is_enough(make_services: MakeServices, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY", "secret")
     app = create_app(make_services(auth={"open": True, "api_keys": [{"id": "a", "secret_env": "KEY"}]}))
-    foreign = {"Host": "evil.test", "Origin": "https://evil.test", "Authorization": "Bearer secret"}
-    answer = call(app, "POST", "/v1/images/generations", headers=foreign, json={"prompt": "a boat"})
-    assert answer.status_code == 200
+    for host, origin in (("evil.test", "https://evil.test"), ("[", "http://[")):
+        foreign = {"Host": host, "Origin": origin, "Authorization": "Bearer secret"}
+        answer = call(app, "POST", "/v1/images/generations", headers=foreign, json={"prompt": "a boat"})
+        assert answer.status_code == 200
 
 
 def test_the_document_has_the_refusal_in_the_form_of_each_api(app: FastAPI, call: Call) -> None:

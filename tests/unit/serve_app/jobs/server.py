@@ -88,10 +88,10 @@ class SmallFiles(FileStore):
         if not self._has_room:
             raise Full("There is no room.")
 
-    async def save_as(self, name: str, data: bytes) -> None:
+    async def save_as(self, name: str, data: bytes, *, replace: bool = True) -> None:
         await self.check_room()
         self._has_room = False
-        await super().save_as(name, data)
+        await super().save_as(name, data, replace=replace)
 
 
 class FullFiles(FileStore):
@@ -105,9 +105,9 @@ class FullFiles(FileStore):
         if self.is_full:
             raise Full("There is no room.")
 
-    async def save_as(self, name: str, data: bytes) -> None:
+    async def save_as(self, name: str, data: bytes, *, replace: bool = True) -> None:
         await self.check_room()
-        await super().save_as(name, data)
+        await super().save_as(name, data, replace=replace)
 
 
 class SlowFiles(FileStore):
@@ -118,10 +118,10 @@ class SlowFiles(FileStore):
         self.is_saving = asyncio.Event()
         self.may_save = asyncio.Event()
 
-    async def save_as(self, name: str, data: bytes) -> None:
+    async def save_as(self, name: str, data: bytes, *, replace: bool = True) -> None:
         self.is_saving.set()
         await self.may_save.wait()
-        await super().save_as(name, data)
+        await super().save_as(name, data, replace=replace)
 
 
 class FaultyStore(JobStore):

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.config import OutboundConfig
-from serve_app.outbound import BAD_URL, NO_PUBLIC_ADDRESS, OutboundError
+from serve_app.outbound import BAD_URL, NO_PUBLIC_ADDRESS, Outbound, OutboundError
 from tests.unit.serve_app.outbound.server import (
     DATA,
     GOOD,
@@ -154,6 +154,13 @@ BAD_URLS = [
     "http+unix://%2Fvar%2Frun%2Fdocker.sock/",
     "javascript:alert(1)",
 ]
+
+
+def test_a_url_has_a_bound(dialled: list[str]) -> None:
+    outbound = Outbound(OutboundConfig())
+    with pytest.raises(OutboundError, match="more than 8192 characters"):
+        asyncio.run(outbound.fetch("http://example.com/" + "a" * 8192, max_bytes=1))
+    assert not dialled
 
 
 @pytest.mark.parametrize(
