@@ -92,7 +92,7 @@ def by_a_stream(http: httpx.Client, asked: Asked) -> str:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 last = json.loads(line.removeprefix("data: "))
-    if last is None or last["type"] != "image_generation.completed":
+    if last is None or last.get("type") != "image_generation.completed":
         raise failed(http, last)
     return f"data:image/png;base64,{last['b64_json']}"
 

@@ -53,8 +53,11 @@ FULL_S, AWAY_S = 20, 60
 FAULTS = 6
 SETTLED_S = 15
 """Seconds after a fault in which its consequences are excused."""
-SPARE_BYTES = 2**30
-"""Free bytes above the store's `min_free_bytes`, which the full disk takes away."""
+SPARE_BYTES = min(2**33, shutil.disk_usage(tempfile.gettempdir()).free // 4)
+"""Free bytes above the store's `min_free_bytes`, which the full disk takes away.
+
+They are many, because other programs use the disk in a night too.
+"""
 SAMPLE_S = 5.0
 KEEPING = (by_zais_task, by_pixazo)
 """APIs that keep a file although the answer contains the image."""
@@ -286,7 +289,8 @@ class Night:
             for process in self._running.process.children(recursive=True):
                 with suppress(psutil.Error):
                     title = process.cmdline()[0].rpartition("/")[2] or process.name()
-                    name = f"{title} {process.pid}"
+                    # Ray adds the method that runs at the moment.
+                    name = f"{title.partition('.')[0]} {process.pid}"
                     samples = self.report.processes[name]
                     samples.mib.append(process.memory_info().rss / 2**20)
                     samples.files.append(process.num_fds())
