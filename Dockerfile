@@ -1,7 +1,7 @@
 # The server, for one machine (see compose.yaml) and for every pod on Kubernetes (see k8s/README.md).
 #
-#   docker build -t glm-image-server:0.1.0-ray2.60.0 .
-#   docker build -t glm-image-server:0.1.0-ray2.60.0-cpu --build-arg TORCH_INDEX=ADDRESS .
+#   docker build -t glm-image-server:0.2.0-ray2.60.0 .
+#   docker build -t glm-image-server:0.2.0-ray2.60.0-cpu --build-arg TORCH_INDEX=ADDRESS .
 #
 # The second one is for machines without NVIDIA GPUs, and some gigabytes smaller; ADDRESS is the one that pytorch.org
 # shows for Pip and CPU. There are no weights in either but the demo's.
@@ -47,7 +47,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     RAY_USAGE_STATS_ENABLED=0 \
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.http.proxy:configure
 LABEL org.opencontainers.image.title="GLM-Image server" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 # By its number, so that Kubernetes can see that it is not root.
 USER 1000

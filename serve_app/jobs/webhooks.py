@@ -120,7 +120,8 @@ class Webhooks:
         again = None
         if not delivered and status != GONE and job.webhook_attempts < MAX_TRIES:
             again = PAUSES_S[job.webhook_attempts - 1]
-        metrics.WEBHOOKS.add(outcome="delivered" if delivered else "given_up" if again is None else "failed")
+        counted = "failed" if again else "refused" if status == GONE else "given_up"
+        metrics.WEBHOOKS.add(outcome="delivered" if delivered else counted)
         if not delivered:
             # The log does not hold the URL, which may contain a secret.
             then = "which was the last try" if again is None else f"and is tried again in {again} s"

@@ -60,7 +60,8 @@ OLDEST_JOB_SECONDS = Gauge(
 JOBS_ENDED = Counter("jobs_ended", "Ended jobs.", "api", "model", "state")
 WEBHOOKS = Counter(
     "webhooks",
-    "Tries to deliver a webhook, by `outcome`: `delivered`, `failed` or, for the last try, `given_up`.",
+    "Tries to deliver a webhook, by `outcome`: `delivered`, `failed`, `refused` (a 410, which ends the "
+    "tries) or, for the last try, `given_up`.",
     "outcome",
 )
 FILES_BYTES = Gauge(

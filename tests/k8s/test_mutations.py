@@ -102,8 +102,8 @@ MUTATIONS: dict[str, tuple[Check, Mutation, str]] = {
     ),
     "the image tag equals the lock": (
         serving.check_versions,
-        lambda m: container(m, "decoder").update(image="glm-image-server:0.1.0-ray2.59.0"),
-        "decoder: the image tag is 0.1.0-ray2.59.0",
+        lambda m: container(m, "decoder").update(image="glm-image-server:0.2.0-ray2.59.0"),
+        "decoder: the image tag is 0.2.0-ray2.59.0",
     ),
     "the autoscaler may start a pod for every replica": (
         serving.check_places,

@@ -192,6 +192,20 @@ def test_the_page_works_by_keyboard(visit: Visit) -> None:
     tab_to("article:first-child .again")
 
 
+def test_a_key_that_is_entered_later_enables_the_form(browser: Browser, keyed: str) -> None:
+    with visiting(browser, keyed) as visit:
+        visit.expected += ["the server responded with a status of 401"]
+        page = visit.page
+        page.goto(keyed)
+        expect(page.locator("#key-dialog")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.locator("#key-dialog")).to_be_hidden()
+        page.evaluate(
+            "key => sessionStorage.setItem('api-key', key)", KEY
+        )  # as another request's dialog does
+        page.locator("#generate:enabled").wait_for()
+
+
 def test_a_key_is_requested_and_stored_in_the_tab(browser: Browser, keyed: str) -> None:
     with visiting(browser, keyed) as visit:
         visit.expected += ["the server responded with a status of 401"]

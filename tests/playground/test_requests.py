@@ -1,5 +1,6 @@
 """Tests of the page in a browser: requests from sending to the finished image."""
 
+import json
 import re
 
 import httpx
@@ -125,11 +126,26 @@ def test_errors_of_the_event_stream_do_not_lose_a_request(visit: Visit, status: 
     body = {"error": {"message": "Not now.", "code": "not_now"}}
     visit.page.route("**/events", lambda route: route.fulfill(status=status, json=body))
     card = visit.generate(f"a boat behind a {status}", num_inference_steps=4)
-    expect(card.locator(".trouble")).not_to_be_empty()
+    expect(card.locator(".trouble")).to_contain_text("Request not found." if status == 404 else "Not now.")
     visit.page.unroute("**/events")
     visit.open()
     visit.file(card)
     expect(card.locator(".trouble")).to_be_empty()
+
+
+def test_a_card_says_what_its_job_waits_for(visit: Visit) -> None:
+    job = {
+        "id": "0190163d-8694-739b-aea5-966c26f8ad91",
+        "status": "queued",
+        "model": "glm-image",
+        "created_at": 0,
+        "waiting_for": "It waits for room in the server's file storage.",
+    }
+    visit.page.route("**/events", lambda route: route.fulfill(body=f"data: {json.dumps(job)}\n\n"))
+    card = visit.generate("a boat without room", num_inference_steps=4)
+    expect(card.locator(".words")).to_contain_text("It waits for room in the server's file storage.")
+    visit.page.unroute("**/events")
+    visit.file(card)
 
 
 def test_many_requests_run_concurrently(visit: Visit) -> None:

@@ -221,6 +221,7 @@ export class Card {
     const job = this.#job;
     if (!job) return this.entry.job ? "Connecting" : "Sending";
     if (job.cancelling) return "Cancelling";
+    if (job.waiting_for) return job.waiting_for;
     const ahead = job.queue_position ?? 0;
     const loading = this.gallery.server.loading(job.model);
     if (loading) return `Loading the model, which was not in memory: ${loading}`;

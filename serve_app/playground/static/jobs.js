@@ -16,6 +16,7 @@ import { FIRST_PAUSE_MS, longer, pause } from "./page.js";
  * @property {number} [started_at]
  * @property {number} [ended_at]
  * @property {number} [queue_position]
+ * @property {string} [waiting_for]
  * @property {boolean} [cancelling]
  * @property {{message: string}} [error]
  * @property {{stage: "waiting" | "prior" | "decoder", done?: number, total?: number}[]} [images]
@@ -98,6 +99,7 @@ export async function* follow(id) {
     const { signal } = connection;
     const hangUp = () => connection.abort();
     let alarm = setTimeout(hangUp, SILENCE_MS);
+    let trouble = new Error("The connection is lost. The server continues the request. Reconnecting…");
     document.addEventListener("visibilitychange", hangUp, { signal });
     try {
       const { body } = await ask(`${PATH}/${id}/events`, { signal, quietly: true });
@@ -113,13 +115,13 @@ export async function* follow(id) {
       }
     } catch (error) {
       if (error instanceof ServerError && error.status === 404) throw error;
-      if (error instanceof ServerError) yield error;
+      if (error instanceof ServerError) trouble = error;
     } finally {
       clearTimeout(alarm);
       hangUp();
     }
     if (document.hidden) continue;
-    yield new Error("The connection is lost. The server continues the request. Reconnecting…");
+    yield trouble;
     await pause(wait);
   }
 }

@@ -3,7 +3,7 @@
 import { ServerError, ask } from "./api.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
-import { askForKey } from "./key.js";
+import { askForKey, key } from "./key.js";
 import { find, pause } from "./page.js";
 import { Server } from "./server.js";
 import { Viewer } from "./viewer.js";
@@ -26,7 +26,8 @@ for (;;) {
     break;
   } catch (error) {
     form.refuse(error);
-    if (error instanceof ServerError && error.status === 401) break; // the page reloads when a key is entered
-    await pause(RETRY_MS);
+    const refused = error instanceof ServerError && error.status === 401 ? key() : null;
+    do await pause(RETRY_MS);
+    while (refused !== null && key() === refused); // the key may be entered for another request
   }
 }

@@ -27,6 +27,7 @@ from serve_app.jobs.database import Database
 from serve_app.jobs.signing import Signer
 from serve_app.jobs.tables import Job, Owner
 from serve_app.jobs.webhooks import Compose, Message, Sign, Webhooks
+from serve_app.observability import metrics
 from serve_app.outbound import Outbound
 from tests.receiver import Receiver
 from tests.unit.serve_app.jobs.server import FaultyStore
@@ -194,8 +195,12 @@ def test_a_webhook_is_given_up_after_the_last_try(make: Make, receiver: Receiver
     asyncio.run(main())
 
 
-def test_a_receiver_that_answers_gone_is_not_called_again(make: Make, receiver: Receiver) -> None:
+def test_a_receiver_that_answers_gone_is_not_called_again(
+    make: Make, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     receiver.statuses = [410]
+    counted: list[str] = []
+    monkeypatch.setattr(metrics.WEBHOOKS, "add", lambda *, outcome: counted.append(outcome))
 
     async def main() -> None:
         server = make()
@@ -203,6 +208,7 @@ def test_a_receiver_that_answers_gone_is_not_called_again(make: Make, receiver: 
             job = await server.cancelled_job(receiver.url)
             await server.until(job, lambda job: job.webhook_at is None)
         assert len(receiver.came) == 1
+        assert counted == ["refused"]
 
     asyncio.run(main())
 
