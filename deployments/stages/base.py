@@ -83,7 +83,8 @@ class Stage(Generic[Engine]):
             outcome = "made"
         except LoadingFailed as error:
             outcome = type(error).__name__
-            if await asyncio.to_thread(self._reporter.has_ready_sibling):
+            # If a retry has succeeded meanwhile, the replica that is ready is this one.
+            if await asyncio.to_thread(self._reporter.has_ready_sibling) and self._loader.has_failed:
                 # It failed while the other one was still loading, and would fail all requests that it gets.
                 _end_process(f"another replica can serve its requests: {error}")
             raise

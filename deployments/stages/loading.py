@@ -104,6 +104,12 @@ class Loader(Generic[Engine]):
             raise LoadingFailed(error.reason) from None
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the last try has failed, and no other one has begun."""
+        loading = self._loading
+        return loading.done() and loading.exception() is not None
+
+    @property
     def loaded(self) -> Engine | None:
         """The engine if it is loaded, else None."""
         loading = self._loading  # a retry may replace it meanwhile

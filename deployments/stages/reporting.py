@@ -55,7 +55,10 @@ class Reporter:
         self._changed.set()
 
     def has_ready_sibling(self) -> bool:
-        """Returns whether another replica of the same stage is ready. Blocks until the registry answers."""
+        """Returns whether a replica of the same stage is ready. Blocks until the registry answers.
+
+        A replica that has not loaded calls this, so it is another one.
+        """
         with suppress(RayError):
             if registry := find_registry(self._app_name):
                 reports: Any = ray.get(registry.reports.remote(), timeout=ANSWER_S)

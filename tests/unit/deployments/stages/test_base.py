@@ -20,9 +20,13 @@ class Broken(base.Stage[Any]):
     """A stage that cannot be loaded."""
 
     part = "prior"
+    tries = 0
 
     def _load(self, report: Callable[[float], None]) -> Any:
-        raise OSError("no such folder")
+        self.tries += 1
+        if self.tries < 3:
+            raise OSError("no such folder")
+        return SimpleNamespace(done=0, fault=None)
 
     async def ask(self) -> None:
         request = ImageRequest(prompt="a boat", width=512, height=512, seed=1, submitted_at=time.time())
@@ -53,3 +57,29 @@ def test_a_replica_that_cannot_be_loaded_leaves_its_requests_to_one_that_is_read
 
     asyncio.run(main())
     assert ended == [1] * becomes_ready
+
+
+def test_a_replica_whose_retry_succeeds_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: SimpleNamespace(replica_tag="r1"))
+    monkeypatch.setattr(tracing, "start", lambda _: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        def retry_first() -> bool:
+            retry = stage._loader.engine(time.time())
+            asyncio.run_coroutine_threadsafe(retry, loop).result(10)
+            return True  # its own report, by now
+
+        reporter = SimpleNamespace(report=lambda _: None, has_ready_sibling=lambda: False, leave=lambda: None)
+        monkeypatch.setattr(base, "Reporter", lambda: reporter)
+        stage = Broken.__new__(Broken)
+        await stage.__init__(PriorConfig(device="cpu", dtype="float32"))  # type: ignore[misc]
+        reporter.has_ready_sibling = retry_first
+        with pytest.raises(LoadingFailed, match="no such folder"):
+            await stage.ask()
+
+    asyncio.run(main())
+    assert not ended
