@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
@@ -14,7 +13,7 @@ from ray import serve
 from deployments.errors import LoadingFailed, RequestTooLong
 from deployments.observability import log, metrics, tracing
 from deployments.stages.calls import stream
-from deployments.stages.loading import Engine, Loader
+from deployments.stages.loading import Engine, Loader, end_process
 from deployments.stages.reporting import Reporter
 from deployments.types import Progress
 
@@ -81,26 +80,30 @@ class Stage(Generic[Engine]):
                         has_begun, began = True, time.time() - item.seconds
                     yield item
             outcome = "made"
-        except LoadingFailed as error:
-            outcome = type(error).__name__
-            # If a retry has succeeded meanwhile, the replica that is ready is this one.
-            if await asyncio.to_thread(self._reporter.has_ready_sibling) and self._loader.has_failed:
-                # It failed while the other one was still loading, and would fail all requests that it gets.
-                _end_process(f"another replica can serve its requests: {error}")
-            raise
         except Exception as error:
             outcome = type(error).__name__
+            if isinstance(error, LoadingFailed):
+                await self._end_process_if_another_is_ready(error)
             raise
         finally:
             self._running -= 1
             self._record_outcome(request, came, began, outcome)
             self._end_process_after_fault()
 
+    async def _end_process_if_another_is_ready(self, error: LoadingFailed) -> None:
+        """Ends the process if the other replica became ready after this one failed to load.
+
+        Otherwise it would fail all requests that it gets.
+        """
+        # If a retry has succeeded meanwhile, the replica that is ready is this one.
+        if await asyncio.to_thread(self._reporter.has_ready_sibling) and self._loader.has_failed:
+            end_process(f"another replica can serve its requests: {error}")
+
     def _end_process_after_fault(self) -> None:
         """Ends the process if its engine has a fault. Otherwise it would fail all further requests."""
         engine = self._loader.loaded
         if engine and engine.fault:
-            _end_process(f"its engine has a fault: {engine.fault}")
+            end_process(f"its engine has a fault: {engine.fault}")
 
     def _record_outcome(self, request: StageRequest, came: float, began: float, outcome: str) -> None:
         """Logs and traces a finished request.
@@ -148,9 +151,3 @@ class Stage(Generic[Engine]):
             logger.info("unloaded", extra={"event": "unload"})
         self._reporter.leave()
         tracing.stop()
-
-
-def _end_process(why: str) -> None:
-    """Ends the process, so that Serve replaces the replica, and callers try another one."""
-    logger.error("the process ends: %s", why, extra=log.FAULT)
-    os._exit(1)

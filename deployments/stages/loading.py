@@ -157,6 +157,11 @@ def _free_memory() -> None:
     try:
         cuda.synchronize()  # a lost context raises the same error every time
     except RuntimeError as error:
-        logger.error("the process ends, since its GPU is lost: %s", error, extra=FAULT)  # noqa: TRY400
-        os._exit(1)
+        end_process(f"its GPU is lost: {error}")
     cuda.empty_cache()
+
+
+def end_process(why: str) -> None:
+    """Ends the process, so that Serve replaces the replica, and callers try another one."""
+    logger.error("the process ends: %s", why, extra=FAULT)
+    os._exit(1)

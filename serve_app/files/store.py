@@ -217,12 +217,14 @@ class FileStore:
             if NAME.fullmatch(name):
                 # No file stays that is older than a deleted one.
                 is_full = is_full or kept + info["size"] > self._config.max_bytes
-                stays = not is_full and age <= self._config.ttl_s
-                if not stays and (problem := self._remove(path)):
-                    problems.append(problem)
-                    stays = True
-                kept += info["size"] * stays
-            elif UNFINISHED.fullmatch(name) and age > UNFINISHED_S and (problem := self._remove(path)):
+                is_old = is_full or age > self._config.ttl_s
+                problem = self._remove(path) if is_old else None
+                if problem or not is_old:
+                    kept += info["size"]
+            else:
+                is_old = bool(UNFINISHED.fullmatch(name)) and age > UNFINISHED_S
+                problem = self._remove(path) if is_old else None
+            if problem:
                 problems.append(problem)
         self.kept_bytes = kept
         if problems:

@@ -171,8 +171,8 @@ class Database:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
             # The thread goes on. The caller may go on only when the transaction has taken effect.
-            with suppress(Exception):
-                await running
+            await asyncio.wait([running])  # unlike `await running`, a second cancellation does not cancel it
+            running.exception()  # asyncio would log an error that nobody has read
             raise
         except DBAPIError as error:
             # Its text holds the statement and its values, prompts among them.
