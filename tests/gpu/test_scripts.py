@@ -18,8 +18,12 @@ import pytest
 from tests.gpu import fake_steps, window
 from tests.gpu.plan import STEPS, Step
 from tests.gpu.rows import FIGURES
+from tests.gpu.table import FIGURES as FIGURES_OF_H200
+from tests.gpu.table import Figures, table
 
 Row = dict[str, Any]
+
+ROOT = Path(__file__).parents[2]
 
 
 def rows_of(out: Path) -> list[Row]:
@@ -180,3 +184,7 @@ def test_the_whole_server(whole: list[Row]) -> None:
     (idle,) = (name for name in values if name.startswith("idle for"))
     assert idle.endswith("unloaded")
     assert values[idle] == "nothing in use, by processes: none"
+
+
+def test_the_readme_has_the_figures_of_the_last_window() -> None:
+    assert table(Figures(FIGURES_OF_H200)) in (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""The prior stage at the released size: speed of one and eight requests, prompts, memory, kernels."""
+"""The prior stage at the released size: speed of one and eight requests, larger batches, prompts, kernels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.stages.calls import Call
-from tests.gpu import engines, measure
+from tests.gpu import engines, measure, models
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from tests.gpu.rows import Run
 
 SOURCES = (0, 1, 4)
+BATCHES = (16, 64)
+WRITTEN = 1024
+"""Number of tokens that each row of a larger batch holds."""
 WEIGHT_GB = 16.453
 """Gigabytes of weights that one decoding pass of the released model reads: layers and head."""
 
@@ -58,6 +62,21 @@ def prior(run: Run) -> None:
         values |= measure.kernels(captured.engine.step, device)
 
 
+def batches(run: Run) -> None:
+    """Writes the time of the decoding pass with more rows."""
+    device = measure.prepare(run)
+    for rows in BATCHES:
+        measure.free(device)
+        with run.figure("prior, the decoding pass of a larger batch", rows=rows) as values:
+            model, _ = models.prior(device, tiny_size=run.tiny)
+            length = run.count(2 * WRITTEN, 1024)
+            language_model = GPULanguageModel(model, rows=rows, max_sequence_length=length)
+            language_model._where[0] = WRITTEN if length > WRITTEN else 0
+            with torch.inference_mode():
+                values["ms"] = ms = measure.milliseconds(language_model._run_decoding, device, runs=50)
+            values["tokens_s"] = 1e3 * rows / ms
+
+
 def first_tokens(run: Run, loaded: Prior) -> None:
     """Writes the digest of one seed's tokens, for comparison with a process with an empty cache."""
     side = run.size(512)
@@ -73,14 +92,16 @@ def busy(loaded: Prior, requests: Sequence[ImageRequest]) -> Iterator[None]:
     call, engine = Call(), loaded.engine
     until = engine.done + 8 * len(requests)
     futures = [engine.submit(request, call) for request in requests]
-    while engine.done < until and not all(future.done() for future in futures):
-        engine.step()
+
+    def are_done() -> bool:
+        return all(future.done() for future in futures)
+
+    engines.step_until(engine, lambda: engine.done >= until or are_done())
     try:
         yield
     finally:
         call.cancelled.set()
-        while not all(future.done() for future in futures):
-            engine.step()
+        engines.step_until(engine, are_done)
 
 
 def decoding_pass(run: Run, loaded: Prior, device: torch.device) -> None:
@@ -95,20 +116,22 @@ def prompts(run: Run, loaded: Prior, device: torch.device) -> None:
     side = run.size(1024)
     for sources in SOURCES:
         with run.figure("prior, first token after", sources=sources, source_side=side) as values:
-            times = []
-            for _ in range(2):
-                request = engines.prior_request(side, sources=sources, source_side=side)
-                call, done = Call(), loaded.engine.done
-                began = time.perf_counter()
-                future = loaded.engine.submit(request, call)
-                while loaded.engine.done == done and not future.done():
-                    loaded.engine.step()
-                measure.synchronize(device)
-                times.append(time.perf_counter() - began)
-                call.cancelled.set()
-                while not future.done():
-                    loaded.engine.step()
-            values["seconds"], values["first_time_s"] = times[1], times[0]
+            request = engines.prior_request(side, sources=sources, source_side=side)
+            values["first_time_s"] = until_first_token(loaded, request, device)
+            values["seconds"] = until_first_token(loaded, request, device)
+
+
+def until_first_token(loaded: Prior, request: ImageRequest, device: torch.device) -> float:
+    """Returns the seconds from a request to its first token, and cancels it."""
+    engine, call = loaded.engine, Call()
+    done, began = engine.done, time.perf_counter()
+    future = engine.submit(request, call)
+    engines.step_until(engine, lambda: engine.done > done or future.done())
+    measure.synchronize(device)
+    seconds = time.perf_counter() - began
+    call.cancelled.set()
+    engines.step_until(engine, future.done)
+    return seconds
 
 
 def without_graph(run: Run, loaded: Prior, requests: Sequence[ImageRequest], device: torch.device) -> None:

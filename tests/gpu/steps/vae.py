@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deployments.engines import acceleration, compilation
 from tests.gpu import measure, models
 
 if TYPE_CHECKING:
@@ -29,12 +30,28 @@ def vae(run: Run) -> None:
     model = models.vae(device, tiny_size=run.tiny)
     if run.tiny:  # its default tiles are larger than its images
         model.tile_sample_min_size, model.tile_latent_min_size = 256, 256 // FACTOR
-    for pixels in (1024, 2048):
-        side = run.size(pixels)
-        shape = (1, model.config.latent_channels, side // FACTOR, side // FACTOR)
-        latents = torch.randn(shape, device=device, dtype=model.dtype)
+    latents = [random_latents(run, model, pixels) for pixels in (1024, 2048)]
+    for one in latents:
         for layout in LAYOUTS:
-            time(run, model, latents, layout)
+            time(run, model, one, layout)
+    whole_and_tiled(run, model, latents[-1])
+    for layout in LAYOUTS:
+        compiled = models.vae(device, tiny_size=run.tiny)
+        acceleration.compile_vae(compiled, compilation.options(device))
+        for one in latents:
+            time(run, compiled, one, layout, "compiled")
+
+
+def random_latents(run: Run, model: Any, pixels: int) -> torch.Tensor:
+    """Returns latents of a square image."""
+    side = run.size(pixels) // FACTOR
+    shape = (1, model.config.latent_channels, side, side)
+    return torch.randn(shape, device=model.device, dtype=model.dtype)
+
+
+def whole_and_tiled(run: Run, model: Any, latents: torch.Tensor) -> None:
+    """Writes the difference of an image from the same image in tiles."""
+    device, side = latents.device, FACTOR * latents.shape[-1]
     with run.figure("vae, tiles against the whole", side=side) as values:
         whole = decode(model, latents)
         model.enable_tiling()
@@ -43,10 +60,10 @@ def vae(run: Run) -> None:
         values |= compare(whole, tiled, away_from_seams(model, side)) | memory.values()
 
 
-def time(run: Run, model: Any, latents: torch.Tensor, layout: str) -> None:
+def time(run: Run, model: Any, latents: torch.Tensor, layout: str, kind: str = "plain") -> None:
     """Writes the time and memory of an image with the weights in one layout."""
     device, side = latents.device, FACTOR * latents.shape[-1]
-    with run.figure("vae, an image", side=side, layout=layout) as values:
+    with run.figure("vae, an image", kind=kind, side=side, layout=layout) as values:
         model.to(memory_format=LAYOUTS[layout])
         memory = measure.Memory(device)
         values["ms"] = measure.milliseconds(lambda: decode(model, latents), device, runs=2, warm=1)

@@ -139,11 +139,18 @@ def test_tiles_of_the_vae_take_less_memory(
     model_config: Callable[..., ModelConfig], load: Callable[..., Decoder], plain: Pixels
 ) -> None:
     pipeline = checkpoint.load_decoder(model_config())
-    whole = acceleration._working_bytes(pipeline, 2048)["vae"]
+    whole = acceleration._working_bytes(pipeline, 2048, CPU)["vae"]
     acceleration.tile_vae(pipeline)
-    assert acceleration._working_bytes(pipeline, 2048)["vae"] < whole / 2
+    assert acceleration._working_bytes(pipeline, 2048, CPU)["vae"] < whole / 2
     # Tiles have sides of 1024 pixels here, so smaller images are decoded whole.
     assert np.array_equal(load(vae_tiling=True).decode(LONG, Call()), plain)
+
+
+def test_memory_of_a_gpu_includes_that_of_its_libraries(model_config: Callable[..., ModelConfig]) -> None:
+    pipeline = checkpoint.load_decoder(model_config())
+    computed = acceleration._working_bytes(pipeline, 256, CPU)
+    on_gpu = acceleration._working_bytes(pipeline, 256, torch.device("cuda"))
+    assert all(on_gpu[part] == round(1.2 * size) > 0 for part, size in computed.items())
 
 
 def test_a_step_cache_skips_blocks_but_never_for_a_source_image(load: Callable[..., Decoder]) -> None:
@@ -200,6 +207,7 @@ def test_options_that_cannot_be_compiled_are_named(other: dict[str, Any]) -> Non
         Acceleration(compile=True, **other)
 
 
+CPU = torch.device("cpu")
 ON_GPU = {"device": "cuda", "deployment": {"ray_actor_options": {"num_gpus": 1}}}
 
 
@@ -306,7 +314,7 @@ def test_weights_go_where_they_fit(
     pipeline: Any = Placed()
     acceleration.place(pipeline, torch.device("cuda"), offload, {"transformer": 10**9, "vae": 3 * 10**9})
     assert pipeline.placed == placed
-    assert (pipeline.vae.layout is torch.channels_last) == (placed == "whole")
+    assert pipeline.vae.layout is torch.channels_last
 
 
 def test_weights_already_on_the_device_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
