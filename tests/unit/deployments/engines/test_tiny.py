@@ -33,6 +33,7 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     assert contents(tmp_path / "one")[name] != contents(tmp_path / "two")[name]
 
 
+@pytest.mark.slow
 def test_two_processes_may_write_it_at_once(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib; from deployments.families.glm_image import tiny; "
@@ -68,16 +69,30 @@ def test_the_command_writes_the_requested_sizes(
     assert prior.config.text_config.num_hidden_layers == 2
     assert prior.config.text_config.hidden_size == tiny.BENCHMARK.prior_width
     assert checkpoint.load_decoder(config).transformer.config.num_layers == 1
-    again = subprocess.run([*COMMAND, folder], check=False, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+
+
+@pytest.fixture
+def rejection(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Function that runs the command in this process and returns the error with which it ends."""
+
+    def rejection(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["tiny", *map(str, arguments)])
+        with pytest.raises(SystemExit, match="2"):
+            tiny.RECIPE.main()
+        return capsys.readouterr().err
+
+    return rejection
+
+
+def test_the_command_overwrites_nothing(tmp_path: Path, rejection: Callable[..., str]) -> None:
+    assert "exists already" in rejection(tmp_path)
 
 
 @pytest.mark.parametrize("options", [["--prior-width", "65"], ["--codebook", "0"]])
-def test_the_command_rejects_impossible_sizes(tmp_path: Path, options: list[str]) -> None:
-    run = subprocess.run([*COMMAND, tmp_path / "x", *options], check=False, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "must be" in run.stderr
+def test_the_command_rejects_impossible_sizes(
+    tmp_path: Path, rejection: Callable[..., str], options: list[str]
+) -> None:
+    assert "must be" in rejection(tmp_path / "x", *options)
     assert not (tmp_path / "x").exists()
 
 

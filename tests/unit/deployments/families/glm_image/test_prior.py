@@ -171,7 +171,7 @@ def test_a_break_that_brings_forth_another_reserved_string_is_broken_too(config:
     assert not any(reserved in plain for reserved in ("<sop>", "p>|q", "q|r"))
 
 
-@pytest.mark.parametrize("i", range(len(REQUESTS)))
+@pytest.mark.parametrize("i", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3)), 4])
 def test_on_fixed_shapes_the_tokens_are_upstreams_too(
     on_fixed_shapes: Loaded, expected: list[TokenGrid], i: int
 ) -> None:

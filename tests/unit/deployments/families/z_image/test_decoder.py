@@ -136,6 +136,7 @@ def test_what_the_largest_image_takes_is_foreseen_and_changes_nothing(
     assert np.array_equal(planned.decode(REQUEST, Call()), decoder.decode(REQUEST, Call()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"quantization": "fp8"}, {"vae_tiling": True}])
 def test_options_take_effect(options: dict[str, Any]) -> None:
     wide = replace(REQUEST, width=1056, steps=2)  # wider than one of the VAE's tiles
