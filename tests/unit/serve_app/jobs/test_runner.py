@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import update
 
 from serve_app.errors import NotFound
 from serve_app.generation import codec
 from serve_app.jobs import runner as runner_module
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import StoredError, StoredProgress
+from serve_app.jobs.tables import Job
 from serve_app.observability import metrics
 from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, FullFiles, Make
 from tests.unit.serve_app.jobs.stored import OWNER, submitted
@@ -272,11 +274,12 @@ def test_a_job_for_a_model_with_another_identity_waits_and_says_for_what(make: M
 def test_an_expired_job_is_deleted_with_its_images(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         monkeypatch.setattr(runner_module, "DELETE_INTERVAL_S", 0.1)
-        server = make(ttl_s=0.5)
+        server = make()
         server.stages.may_continue()
         async with server.runner.run_in_background():
             job_id = (await server.submit()).id
             assert (await server.ended(job_id)).images
+            await server.database.write(lambda session: session.execute(update(Job).values(expires_at=1)))
             await server.has_no_files()
         with pytest.raises(NotFound, match="no such job"):
             await server.job(job_id)
