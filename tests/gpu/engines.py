@@ -152,7 +152,7 @@ class LoadedDecoder:
 
 
 def load_decoder(run: Run, device: torch.device, *, side: int, **chosen: Any) -> LoadedDecoder:
-    """Builds a decoder on the device.
+    """Builds a decoder as a stage does, with its weights on the device or offloaded.
 
     Args:
         run: step of the window.

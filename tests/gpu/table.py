@@ -24,8 +24,16 @@ class Figures:
         self._rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()]
 
     def find(self, figure: str, **values: Any) -> Any:
-        """Returns the last row of a figure that has these values."""
-        return [row for row in self._rows if {"figure": figure, **values}.items() <= row.items()][-1]
+        """Returns the last row of a figure that has these values, and no error.
+
+        Raises:
+            LookupError: there is none. Run its step again.
+        """
+        wanted = {"figure": figure, **values}.items()
+        for row in reversed(self._rows):
+            if wanted <= row.items() and "error" not in row:
+                return row
+        raise LookupError(f"no row with {dict(wanted)}")
 
 
 def table(figures: Figures) -> str:

@@ -1,4 +1,4 @@
-"""Measures all GPU figures of the README with one command, in at most eight minutes.
+"""Measures the GPU figures of the README, the most valuable first, and ends after eight minutes.
 
     python -m tests.gpu.window [--out FOLDER] [--limit SECONDS] [--steps probe,prior,…]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SOURCES = (0, 1, 4)
 BATCHES = (16, 64)
 WRITTEN = 1024
-"""Number of tokens that each row of a larger batch holds."""
+"""Number of tokens that each row holds when a decoding pass is timed."""
 WEIGHT_GB = 16.453
 """Gigabytes of weights that one decoding pass of the released model reads: layers and head."""
 
@@ -71,10 +71,15 @@ def batches(run: Run) -> None:
             model, _ = models.prior(device, tiny_size=run.tiny)
             length = run.count(2 * WRITTEN, 1024)
             language_model = GPULanguageModel(model, rows=rows, max_sequence_length=length)
-            language_model._where[0] = WRITTEN if length > WRITTEN else 0
+            language_model._where[0] = written(language_model)
             with torch.inference_mode():
                 values["ms"] = ms = measure.milliseconds(language_model._run_decoding, device, runs=50)
             values["tokens_s"] = 1e3 * rows / ms
+
+
+def written(language_model: Any) -> int:
+    """Returns the number of tokens that each row holds when a decoding pass is timed."""
+    return min(WRITTEN, language_model.max_sequence_length - 1)
 
 
 def first_tokens(run: Run, loaded: Prior) -> None:
@@ -107,6 +112,7 @@ def busy(loaded: Prior, requests: Sequence[ImageRequest]) -> Iterator[None]:
 def decoding_pass(run: Run, loaded: Prior, device: torch.device) -> None:
     """Writes the time of the captured pass, without the host's work."""
     with run.figure("prior, the decoding pass", rows=engines.ROWS) as values, torch.inference_mode():
+        loaded.language_model._where[0] = written(loaded.language_model)
         values["ms"] = ms = measure.milliseconds(loaded.language_model._run_decoding, device, runs=50)
         values["weights_tb_s"] = WEIGHT_GB / ms
 

@@ -50,7 +50,7 @@ def random_latents(run: Run, model: Any, pixels: int) -> torch.Tensor:
 
 
 def whole_and_tiled(run: Run, model: Any, latents: torch.Tensor) -> None:
-    """Writes the difference of an image from the same image in tiles."""
+    """Writes the difference of an image from the same image in tiles, with the weights as they are."""
     device, side = latents.device, FACTOR * latents.shape[-1]
     with run.figure("vae, tiles against the whole", side=side) as values:
         whole = decode(model, latents)
