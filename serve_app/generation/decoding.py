@@ -63,6 +63,8 @@ class DecodingProcess:
         with self._lock:
             deadline = time.monotonic() + TIMEOUT_S
             for _ in range(2):  # the process may have died of something else
+                if time.monotonic() > deadline:
+                    break
                 child = self._running()
                 timer = threading.Timer(deadline - time.monotonic(), child.kill)
                 timer.start()

@@ -138,7 +138,7 @@ class Delivery:
         if base is not None:
             url = await self._files.url(base, image.name)
             return Delivered(url=url, media_type=media_type, record=image)
-        file = await self._files.read(image.name, 0, image.bytes)
+        file = await self._files.read_all(image.name)
         if file is None:
             raise Gone("The job's images were deleted.", code="result_gone")
         return Delivered(base64=await in_base64(file), media_type=media_type, record=image)

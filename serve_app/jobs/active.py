@@ -31,6 +31,7 @@ class ActiveJob:
         is_ending: whether its outcome is being stored, so that it can no longer be stopped.
         saves: its images on their way into the file store, which nothing stops.
         previewing: its previews on their way into the file store.
+        waits_for_files: whether an image waits for the file store.
         lines: lines of its log before the one of its end.
     """
 
@@ -43,6 +44,7 @@ class ActiveJob:
     is_ending: bool = False
     saves: list[asyncio.Task[tuple[str, int]]] = field(default_factory=list)
     previewing: set[asyncio.Task[None]] = field(default_factory=set)
+    waits_for_files: bool = False
     lines: int | None = None
 
     def stop(self, why: Literal["taken or cancelled", "server stops"]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, case, delete, func, literal, select, tuple_, update
+from sqlalchemy import and_, case, delete, func, literal, or_, select, tuple_, update
 from sqlalchemy.orm import aliased, with_expression
 
 from serve_app.errors import NotFound
@@ -39,6 +39,16 @@ def orphaned() -> ColumnElement[bool]:
     return and_(Job.state == "running", Job.lease_until < now())
 
 
+def overdue(ttl_s: float) -> ColumnElement[bool]:
+    """Returns the condition that a queued job has waited too long for its start.
+
+    Args:
+        ttl_s: seconds from its first start after which a job that was interrupted is not begun again.
+    """
+    not_begun_again = or_(Job.started_at.is_(None), Job.started_at + ttl_s < now())
+    return and_(Job.state == "queued", Job.start_by < now(), not_begun_again)
+
+
 def made_by(models: Mapping[str, str]) -> ColumnElement[bool]:
     """Returns the condition for the jobs that these models can make.
 
@@ -67,6 +77,17 @@ def end_jobs(ttl_s: float, state: State, **values: Any) -> Update:
         version=Job.version + 1,
         **values,
     )
+
+
+def back_in_queue() -> dict[str, Any]:
+    """Returns the columns of a running job that goes back to its old place in the queue."""
+    return {
+        "state": "queued",
+        "worker": None,
+        "lease_until": None,
+        "progress": [],
+        "version": Job.version + 1,
+    }
 
 
 def update_jobs(*which: ColumnElement[bool]) -> Update:

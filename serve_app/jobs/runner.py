@@ -8,12 +8,12 @@ import time
 import uuid
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deployments.observability import tracing
 from deployments.observability.log import FAULT
 from serve_app.background import Periodic
-from serve_app.errors import Failed, Full, Gone, RequestError, Unavailable
+from serve_app.errors import Busy, Failed, Full, Gone, RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage, in_order
@@ -27,7 +27,7 @@ from serve_app.jobs.tables import PRIORITIES
 from serve_app.observability import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Coroutine
 
     from deployments.config import ModelConfig
     from deployments.types import Pixels
@@ -77,6 +77,7 @@ class JobRunner:
         self._restorer = Restorer(store, generator, files)
         self._files_are_full = False
         self._active: dict[str, ActiveJob] = {}
+        self._calls: set[asyncio.Task[Job]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
@@ -125,6 +126,9 @@ class JobRunner:
 
     async def cancel(self, owner: Owner, job_id: str) -> Job:
         """Cancels a job; see `JobStore.cancel`. One that runs here stops within a token or a step."""
+        return await self._to_its_end(self._cancel(owner, job_id))
+
+    async def _cancel(self, owner: Owner, job_id: str) -> Job:
         job, has_ended = await self._store.cancel(owner, job_id)
         if has_ended:
             report_end(job, job.state)
@@ -135,9 +139,19 @@ class JobRunner:
 
     async def purge(self, owner: Owner, job_id: str) -> Job:
         """Deletes an ended job and its files; see `JobStore.purge`."""
+        return await self._to_its_end(self._purge(owner, job_id))
+
+    async def _purge(self, owner: Owner, job_id: str) -> Job:
         job = await self._store.purge(owner, job_id)
         await self._files.delete(job.files)
         return job
+
+    async def _to_its_end(self, call: Coroutine[Any, Any, Job]) -> Job:
+        """Runs a call to its end, even if the client hangs up: nothing would delete the job's files later."""
+        task = asyncio.create_task(call)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return await asyncio.shield(task)
 
     async def _begin_jobs(self) -> None:
         """Begins jobs while there is room for them, and for their files.
@@ -150,7 +164,10 @@ class JobRunner:
         except Full:
             self._files_are_full = True
             raise
-        self._files_are_full = False
+        # A quota is not seen before a file is written. Further jobs would wait with their pixels, too.
+        self._files_are_full = any(one.waits_for_files for one in self._active.values())
+        if self._files_are_full:
+            return
         for model in self._generator.models():
             identity = {model.name: model.identity}
             while (without := self._keys_without_room(model)) is not None:
@@ -242,7 +259,7 @@ class JobRunner:
             made: list[ImageRecord] = []
             why: StoredError | None = None
             try:
-                made = await self._make(active)
+                made = await self._make_when_possible(active)
             except asyncio.CancelledError:
                 if not active.stopped:
                     raise
@@ -296,6 +313,21 @@ class JobRunner:
                 logger.exception("job %s could not be ended and is tried again", active.job.id, extra=facts)
             await asyncio.sleep(POLL_INTERVAL_S)
 
+    async def _make_when_possible(self, active: ActiveJob) -> list[ImageRecord]:
+        """Makes a job's images. While something that it needs is away, it waits, and begins again."""
+        has_waited = False
+        while True:
+            try:
+                return await self._make(active)
+            except (Busy, Unavailable) as error:
+                if not error.retryable:
+                    raise
+                if not has_waited:
+                    active.log(f"waits, and begins again: {error.message}")
+                has_waited = True
+            active.unfinished = active.job.request.n
+            await asyncio.sleep(POLL_INTERVAL_S)
+
     async def _make(self, active: ActiveJob) -> list[ImageRecord]:
         """Makes and keeps a job's images; returns their records."""
         job = active.job
@@ -325,23 +357,28 @@ class JobRunner:
         return [record(image, *save.result()) for image, save in zip(made, active.saves, strict=True)]
 
     async def _read(self, name: str) -> bytes:
-        if (data := await self._files.read_all(name)) is None:
+        try:
+            data = await self._files.read_all(name)
+        except Exception as error:
+            logger.exception("a source image could not be read", extra=FAULT)
+            raise Unavailable("The server's file storage does not answer.") from error
+        if data is None:
             raise Gone("A source image was deleted; submit the job again.", code="source_gone")
         return data
 
     async def _save_when_there_is_room(self, active: ActiveJob, pixels: Pixels) -> tuple[str, int]:
-        """Keeps an image. While the file store is full, it waits, since the work is done."""
+        """Keeps an image. While the file store is full or away, it waits, since the work is done."""
         file = await self._encoded(active.job, pixels)
         has_waited = False
         while True:
             try:
                 return await self._save(active.job, file)
-            except Full as error:
+            except (Full, Failed) as error:
                 if active.stopped or active.is_ending:
                     raise
                 if not has_waited:
-                    active.log(f"waits for room: {error.message}")
-                has_waited = True
+                    active.log(f"waits for the file storage: {error.message}")
+                has_waited = active.waits_for_files = True
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def _save(self, job: Job, file: bytes) -> tuple[str, int]:

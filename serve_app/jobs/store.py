@@ -21,6 +21,7 @@ from deployments.observability.log import FAULT
 from serve_app.errors import Busy, Conflict, Failed, TimedOut
 from serve_app.jobs.database import now
 from serve_app.jobs.queries import (
+    back_in_queue,
     belongs_to,
     delete_jobs,
     end_jobs,
@@ -29,6 +30,7 @@ from serve_app.jobs.queries import (
     no_job,
     one_job,
     orphaned,
+    overdue,
     owned_by,
     readable_jobs,
     turn_of,
@@ -341,7 +343,7 @@ class JobStore:
                     ~Job.cancelling,
                     Job.attempts < MAX_ATTEMPTS,
                 )
-                .where(or_(Job.start_by >= now(), Job.started_at.is_not(None)))
+                .where(~overdue(self._ttl_s))
                 .order_by(Job.priority, Job.turn, Job.seq)
                 .limit(1)
                 .with_for_update(skip_locked=True)
@@ -437,12 +439,7 @@ class JobStore:
         def call(session: Session) -> None:
             session.execute(
                 update_jobs(Job.worker == worker, Job.state == "running", ~Job.cancelling).values(
-                    state="queued",
-                    worker=None,
-                    lease_until=None,
-                    attempts=Job.attempts - 1,
-                    progress=[],
-                    version=Job.version + 1,
+                    **back_in_queue(), attempts=Job.attempts - 1
                 )
             )
 
@@ -450,6 +447,9 @@ class JobStore:
 
     async def end_overdue(self, active: Collection[str] = ()) -> list[Job]:
         """Ends jobs that no runner will end: too late to start, cancelled without a runner, begun too often.
+
+        Jobs whose runner has died go back into the queue. Any server does that for all models, so that a job
+        does not stay `running` if no server has its model any more.
 
         Args:
             active: ids of the jobs that the caller runs. It ends them itself.
@@ -464,16 +464,19 @@ class JobStore:
         )
 
         def call(session: Session) -> list[Job]:
+            left = and_(orphaned(), Job.id.not_in(active))
+            to_repeat = and_(left, ~Job.cancelling, Job.attempts < MAX_ATTEMPTS)
+            session.execute(update_jobs(to_repeat).values(back_in_queue()))
             ended: list[int] = []
             for ending, which in (
                 (
                     end_jobs(self._ttl_s, "failed", error=StoredError.of(late)),
-                    and_(Job.state == "queued", Job.start_by < now(), Job.started_at.is_(None)),
+                    overdue(self._ttl_s),
                 ),
-                (end_jobs(self._ttl_s, "cancelled"), and_(orphaned(), Job.id.not_in(active), Job.cancelling)),
+                (end_jobs(self._ttl_s, "cancelled"), and_(left, Job.cancelling)),
                 (
                     end_jobs(self._ttl_s, "failed", error=StoredError.of(hopeless)),
-                    and_(orphaned(), Job.id.not_in(active), Job.attempts >= MAX_ATTEMPTS),
+                    and_(left, Job.attempts >= MAX_ATTEMPTS),
                 ),
             ):
                 ended += session.scalars(ending.where(which).returning(Job.seq))

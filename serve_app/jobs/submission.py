@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deployments.observability import tracing
-from serve_app.errors import Busy, Conflict, InvalidParameter, RequestError
+from serve_app.errors import Busy, Conflict, InvalidParameter
 from serve_app.generation import codec
 from serve_app.generation.request import Encoding
 from serve_app.jobs.records import StoredEncoding, StoredRequest
@@ -139,8 +139,9 @@ class Submitter:
         try:
             for source in pixels:
                 file = await asyncio.to_thread(codec.encode, source, Encoding())
-                sources.append(await self._files.save(file, "png"))
-        except RequestError:
+                sources.append(self._files.new_name("png"))
+                await self._files.save_as(sources[-1], file)
+        except BaseException:  # the client may hang up meanwhile
             await self._files.delete(sources)
             raise
         try:

@@ -79,7 +79,8 @@ def batches(run: Run) -> None:
 
 def written(language_model: Any) -> int:
     """Returns the number of tokens that each row holds when a decoding pass is timed."""
-    return min(WRITTEN, language_model.max_sequence_length - 1)
+    length: int = language_model.max_sequence_length
+    return min(WRITTEN, length - 1)
 
 
 def first_tokens(run: Run, loaded: Prior) -> None:

@@ -1,20 +1,22 @@
 """The job runner on SQLite and on PostgreSQL, with stages that stand in for Ray's."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import numpy as np
 import pytest
 from sqlalchemy import update
 
-from serve_app.errors import NotFound
+from deployments.types import ImageRequest, Preview, PriorTokens, Progress
+from serve_app.errors import Busy, Full, NotFound, RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.jobs import runner as runner_module
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import StoredError, StoredProgress
-from serve_app.jobs.tables import Job
+from serve_app.jobs.tables import Job, Owner
 from serve_app.observability import metrics
-from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, FullFiles, Make
+from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, FullFiles, Make, Stages
 from tests.unit.serve_app.jobs.stored import OWNER, submitted
 
 
@@ -182,7 +184,7 @@ def test_jobs_wait_while_the_file_store_is_full(make: Make, monkeypatch: pytest.
             waits_for = server.runner.waits_for(await server.job(second.id))
             assert waits_for == "It waits for room in the server's file storage."
             async for job in server.store.watch(OWNER, first):
-                if any("waits for room" in line.message for line in job.log):
+                if any("waits for the file storage" in line.message for line in job.log):
                     break
             assert (await server.job(first)).state == "running"
             # Its deadline has no say any more, and the model can be unloaded.
@@ -191,9 +193,103 @@ def test_jobs_wait_while_the_file_store_is_full(make: Make, monkeypatch: pytest.
             job = await server.ended(first)
             assert (await server.ended(second.id)).state == "succeeded"
         assert (job.state, job.attempts, len(job.images)) == ("succeeded", 1, 1)
-        assert [line.message for line in job.log].count("waits for room: There is no room.") == 1
+        messages = [line.message for line in job.log]
+        assert messages.count("waits for the file storage: There is no room.") == 1
 
     asyncio.run(main())
+
+
+def test_no_job_begins_while_another_one_waits_with_its_image(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "POLL_INTERVAL_S", 0.01)
+
+    async def main() -> None:
+        server = make()
+        save_as, has_quota = server.files.save_as, False
+
+        async def limited(name: str, data: bytes) -> None:
+            if not has_quota:
+                raise Full("There is no room.")  # which only a writer learns, as with a quota
+            await save_as(name, data)
+
+        monkeypatch.setattr(server.files, "save_as", limited)
+        first = (await server.submit()).id
+        server.stages.may_continue()
+        async with server.runner.run_in_background(), asyncio.timeout(20):
+            async for job in server.store.watch(OWNER, first):
+                if any("waits for the file storage" in line.message for line in job.log):
+                    break
+            second = (await server.submit()).id
+            await server.until(lambda: server.runner._files_are_full)
+            await server.runner._begin_jobs()
+            assert (await server.job(second)).state == "queued"
+            has_quota = True
+            for job_id in (first, second):
+                assert (await server.ended(job_id)).state == "succeeded"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("away", [Busy("busy"), Unavailable("away")])
+def test_a_job_waits_for_a_stage_that_is_away(
+    make: Make, monkeypatch: pytest.MonkeyPatch, away: RequestError
+) -> None:
+    monkeypatch.setattr(runner_module, "POLL_INTERVAL_S", 0.01)
+
+    class StagesAway(Stages):
+        async def prior(
+            self, request: ImageRequest
+        ) -> AsyncGenerator[Progress | Preview | PriorTokens, None]:
+            if self.current == "":
+                self.current = "away"
+                raise away
+            async for event in super().prior(request):
+                yield event
+
+    async def main() -> None:
+        server = make(StagesAway())
+        server.stages.may_continue()
+        job_id = (await server.submit(n=2)).id
+        async with server.runner.run_in_background():
+            job = await server.ended(job_id)
+        assert (job.state, job.attempts, len(job.images)) == ("succeeded", 1, 2)
+        assert f"waits, and begins again: {away.message}" in [line.message for line in job.log]
+
+    asyncio.run(main())
+
+
+def test_a_job_waits_for_its_source_and_its_room_while_the_file_store_is_away(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "POLL_INTERVAL_S", 0.01)
+
+    async def main() -> None:
+        server = make()
+        server.stages.may_continue()
+        job_id = (await server.submit(sources=(SOURCE_FILE,))).id
+        for name in ("cat_file", "open"):
+            patch_once(monkeypatch, server.files._fs, name)
+        patch_once(monkeypatch, server.files, "_save")
+        async with server.runner.run_in_background():
+            job = await server.ended(job_id)
+        assert (job.state, job.attempts) == ("succeeded", 1)
+        messages = [line.message for line in job.log]
+        assert any(one.startswith("waits, and begins again: ") for one in messages)
+        assert any(one.startswith("waits for the file storage: ") for one in messages)
+
+    asyncio.run(main())
+
+
+def patch_once(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> None:
+    """Makes the next call of a method fail."""
+    method = getattr(target, name)
+
+    def fail(*_: Any, **__: Any) -> None:
+        monkeypatch.setattr(target, name, method)
+        raise OSError("the store does not answer")
+
+    monkeypatch.setattr(target, name, fail)
 
 
 def test_a_job_that_waits_for_room_can_be_cancelled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +379,59 @@ def test_an_expired_job_is_deleted_with_its_images(make: Make, monkeypatch: pyte
             await server.has_no_files()
         with pytest.raises(NotFound, match="no such job"):
             await server.job(job_id)
+
+    asyncio.run(main())
+
+
+def test_an_interrupted_job_without_its_model_waits_in_the_queue_and_fails(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        server = make()
+        identity = "glm_image-0123456789abcdef"
+        foreign = await submitted(server.store, identity=identity)
+        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        await server.store.claim("dead", {"m": identity})
+        async with server.runner.run_in_background(), asyncio.timeout(20):
+            async for job in server.store.watch(OWNER, foreign.id):
+                if job.state == "queued":
+                    break
+            assert identity in (server.runner.waits_for(job) or "")
+            assert (await server.store.counts({"m": "another"})).foreign == {identity: 1}
+            # Its time is over: that for its first start, and as much again after it.
+            longer_ago = {"start_by": 1, "started_at": 1}
+            await server.database.write(lambda session: session.execute(update(Job).values(longer_ago)))
+            job = await server.ended(foreign.id)
+        assert job.error
+        assert (job.state, job.error.code) == ("failed", "start_timeout")
+
+    asyncio.run(main())
+
+
+def test_files_of_a_purged_job_are_deleted_if_the_client_hangs_up(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        server = make()
+        server.stages.may_continue()
+        job_id = (await server.submit()).id
+        async with server.runner.run_in_background():
+            await server.ended(job_id)
+            purge, is_purged = server.store.purge, asyncio.Event()
+
+            async def purge_slowly(owner: Owner, job_id: str) -> Job:
+                job = await purge(owner, job_id)
+                is_purged.set()
+                await asyncio.sleep(0)
+                return job
+
+            monkeypatch.setattr(server.store, "purge", purge_slowly)
+            purging = asyncio.create_task(server.runner.purge(OWNER, job_id))
+            await is_purged.wait()
+            purging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await purging
+            await server.has_no_files()
 
     asyncio.run(main())
 

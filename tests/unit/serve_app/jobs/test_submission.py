@@ -1,6 +1,7 @@
 """Submission of jobs: a rejected one leaves nothing behind."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -90,17 +91,46 @@ def test_a_job_whose_sources_cannot_be_kept_leaves_no_file(
 ) -> None:
     async def main() -> None:
         server = make()
-        save, saved = server.files.save, list[str]()
+        save, saved = server.files.save_as, list[str]()
 
-        async def fail_at_the_second(data: bytes, suffix: str) -> str:
+        async def fail_at_the_second(name: str, data: bytes) -> None:
             if saved:
                 raise Failed("The file could not be kept.")
-            saved.append(await save(data, suffix))
-            return saved[0]
+            saved.append(name)
+            await save(name, data)
 
-        monkeypatch.setattr(server.files, "save", fail_at_the_second)
+        monkeypatch.setattr(server.files, "save_as", fail_at_the_second)
         with pytest.raises(Failed):
             await server.submit(sources=(SOURCE_FILE, SOURCE_FILE))
+        assert server.kept == []
+
+    asyncio.run(main())
+
+
+def test_a_client_that_hangs_up_during_its_submission_leaves_no_file(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        server = make()
+        save, saved, is_saving = server.files._save, list[str](), threading.Event()
+        may_save = threading.Event()
+
+        def save_slowly(name: str, data: bytes, *, replace: bool) -> None:
+            if saved:
+                is_saving.set()
+                assert may_save.wait(20)
+            saved.append(name)
+            save(name, data, replace=replace)
+
+        monkeypatch.setattr(server.files, "_save", save_slowly)
+        submitting = asyncio.create_task(server.submit(sources=(SOURCE_FILE, SOURCE_FILE)))
+        await asyncio.to_thread(is_saving.wait, 20)
+        submitting.cancel()
+        await asyncio.sleep(0)
+        may_save.set()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        assert len(saved) == 2
         assert server.kept == []
 
     asyncio.run(main())
