@@ -1,4 +1,4 @@
-"""Periodic background tasks. A failing one is logged, retried, and shown in `/health` and a metric."""
+"""Tasks in the background. A periodic one that fails is logged, retried, and shown in `/health`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,41 @@ import asyncio
 import logging
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deployments.observability.log import FAULT
 from serve_app.observability import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 
 logger = logging.getLogger("ray.serve")
 
 MAX_BACKOFF_S = 5.0
 FAILING_AFTER = 3
 """Failures in a row from which a task counts as failing."""
+
+
+Result = TypeVar("Result")
+
+_to_end: set[asyncio.Task[Any]] = set()
+
+
+async def to_its_end(call: Coroutine[Any, Any, Result]) -> Result:
+    """Returns a call's result. The call runs to its end even if this one is cancelled.
+
+    Use it where a client that hangs up would otherwise leave something half done.
+    """
+
+    def forget(task: asyncio.Task[Any]) -> None:
+        _to_end.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may be left who wants it
+
+    task = asyncio.create_task(call)
+    _to_end.add(task)  # the event loop itself may forget a running task
+    task.add_done_callback(forget)
+    return await asyncio.shield(task)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,12 +88,8 @@ class FileStore:
             Full: there is no room.
             Failed: it cannot be written; the log says why.
         """
-        saving = asyncio.create_task(self._in_thread(self._save, name, data, replace=replace))
         try:
-            await asyncio.shield(saving)
-        except asyncio.CancelledError:
-            await asyncio.wait([saving])  # so that the caller can delete the file
-            raise
+            await self._in_thread(self._save, name, data, replace=replace)
         except (FileExistsError, Full):
             raise
         except Exception as error:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from serve_app.jobs.records import LogLine
 
 if TYPE_CHECKING:
-    import asyncio
-
     from serve_app.jobs.store import JobProgress
     from serve_app.jobs.tables import Job, State
 
@@ -28,10 +28,10 @@ class ActiveJob:
         task: the task that makes it.
         has_news: whether the store lacks some of the news.
         stopped: why it is stopped: another server has it or it is cancelled, or this server stops.
-        is_ending: whether its outcome is being stored, so that it can no longer be stopped.
+        ending: set when its outcome is being stored, so that it can no longer be stopped.
         saves: its images on their way into the file store, which nothing stops.
         previewing: its previews on their way into the file store.
-        waits_for_files: whether an image waits for the file store.
+        waits_for_files: whether it waits for the file store.
         lines: lines of its log before the one of its end.
     """
 
@@ -41,11 +41,28 @@ class ActiveJob:
     task: asyncio.Task[None] | None = None
     has_news: bool = True
     stopped: Literal["", "taken or cancelled", "server stops"] = ""
-    is_ending: bool = False
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
     saves: list[asyncio.Task[tuple[str, int]]] = field(default_factory=list)
     previewing: set[asyncio.Task[None]] = field(default_factory=set)
     waits_for_files: bool = False
     lines: int | None = None
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its outcome is being stored."""
+        return self.ending.is_set()
+
+    async def pause(self, seconds: float) -> None:
+        """Waits, but no longer than until it is ending."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.ending.wait()
+
+    def note_wait_for_files(self, why: str) -> None:
+        """Notes that it waits for the file store."""
+        if not self.waits_for_files:
+            self.log(f"waits for the file storage: {why}")
+        self.waits_for_files = True
 
     def stop(self, why: Literal["taken or cancelled", "server stops"]) -> None:
         """Stops it, unless it is ending."""

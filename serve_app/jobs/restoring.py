@@ -77,6 +77,8 @@ class Restorer:
         self._tries_left = 0 if all(restored) else self._tries_left - 1
         if again:
             logger.info("the results of %d jobs are restored", sum(restored))
+        if not self._tries_left and not all(restored):
+            logger.error("lost results are given up until the next start", extra=FAULT)
 
     async def _lost(self) -> list[Job]:
         """Returns the jobs whose results are missing although they fit into the store.

@@ -8,12 +8,12 @@ import time
 import uuid
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deployments.observability import tracing
 from deployments.observability.log import FAULT
-from serve_app.background import Periodic
-from serve_app.errors import Busy, Failed, Full, Gone, RequestError, Unavailable
+from serve_app.background import Periodic, to_its_end
+from serve_app.errors import Failed, Full, Gone, RequestError, Unavailable
 from serve_app.generation import codec
 from serve_app.generation.delivery import ImageRecord, record
 from serve_app.generation.events import GeneratedImage, PartialImage, in_order
@@ -27,7 +27,7 @@ from serve_app.jobs.tables import PRIORITIES
 from serve_app.observability import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator
 
     from deployments.config import ModelConfig
     from deployments.types import Pixels
@@ -44,6 +44,9 @@ POLL_INTERVAL_S = 1.0
 """Seconds between two searches for jobs that were submitted to another server, or whose server has died."""
 RENEW_INTERVAL_S = 0.5
 DELETE_INTERVAL_S = 60.0
+AWAY_RETRY_S = 10.0
+MAX_AWAY_S = 3600.0
+"""Seconds for which a job waits for a file store that fails. For room it waits without a limit."""
 STOP_TIMEOUT_S = 30.0
 """Seconds for the storing of images when the server stops. Leases that end meanwhile are not renewed."""
 
@@ -77,7 +80,6 @@ class JobRunner:
         self._restorer = Restorer(store, generator, files)
         self._files_are_full = False
         self._active: dict[str, ActiveJob] = {}
-        self._calls: set[asyncio.Task[Job]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     @asynccontextmanager
@@ -126,7 +128,7 @@ class JobRunner:
 
     async def cancel(self, owner: Owner, job_id: str) -> Job:
         """Cancels a job; see `JobStore.cancel`. One that runs here stops within a token or a step."""
-        return await self._to_its_end(self._cancel(owner, job_id))
+        return await to_its_end(self._cancel(owner, job_id))
 
     async def _cancel(self, owner: Owner, job_id: str) -> Job:
         job, has_ended = await self._store.cancel(owner, job_id)
@@ -139,19 +141,12 @@ class JobRunner:
 
     async def purge(self, owner: Owner, job_id: str) -> Job:
         """Deletes an ended job and its files; see `JobStore.purge`."""
-        return await self._to_its_end(self._purge(owner, job_id))
+        return await to_its_end(self._purge(owner, job_id))
 
     async def _purge(self, owner: Owner, job_id: str) -> Job:
         job = await self._store.purge(owner, job_id)
         await self._files.delete(job.files)
         return job
-
-    async def _to_its_end(self, call: Coroutine[Any, Any, Job]) -> Job:
-        """Runs a call to its end, even if the client hangs up: nothing would delete the job's files later."""
-        task = asyncio.create_task(call)
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
-        return await asyncio.shield(task)
 
     async def _begin_jobs(self) -> None:
         """Begins jobs while there is room for them, and for their files.
@@ -167,7 +162,7 @@ class JobRunner:
         # A quota is not seen before a file is written. Further jobs would wait with their pixels, too.
         self._files_are_full = any(one.waits_for_files for one in self._active.values())
         if self._files_are_full:
-            return
+            raise Full("A job waits for the file store.")
         for model in self._generator.models():
             identity = {model.name: model.identity}
             while (without := self._keys_without_room(model)) is not None:
@@ -210,7 +205,7 @@ class JobRunner:
         if job.state != "queued":
             return None
         if identity and job.identity in (identity, None):
-            return "It waits for room in the server's file storage." if self._files_are_full else None
+            return "It waits for the server's file storage." if self._files_are_full else None
         return (
             f"It waits for a server with the model that it was submitted to: {job.model}, "
             f"{job.identity or 'of any identity'}. This server has "
@@ -236,7 +231,7 @@ class JobRunner:
                 one.stop("taken or cancelled")
 
     async def _end_overdue(self) -> None:
-        for job in await self._store.end_overdue(list(self._active)):
+        for job in await self._store.end_overdue(self._identities, list(self._active)):
             report_end(job, job.state, why=job.error)
             await self._delete_files(job)
 
@@ -259,7 +254,7 @@ class JobRunner:
             made: list[ImageRecord] = []
             why: StoredError | None = None
             try:
-                made = await self._make_when_possible(active)
+                made = await self._make(active)
             except asyncio.CancelledError:
                 if not active.stopped:
                     raise
@@ -269,7 +264,7 @@ class JobRunner:
             except Exception:
                 logger.exception("job %s failed", job.id, extra=FAULT | {"job": job.id})
                 state, why = "failed", StoredError.of(_NOT_MADE)
-            active.is_ending = True
+            active.ending.set()
             ended = await self._end(active, state, made, why)
             await self._clear(active, keep=ended == "succeeded")
             if ended:
@@ -313,25 +308,10 @@ class JobRunner:
                 logger.exception("job %s could not be ended and is tried again", active.job.id, extra=facts)
             await asyncio.sleep(POLL_INTERVAL_S)
 
-    async def _make_when_possible(self, active: ActiveJob) -> list[ImageRecord]:
-        """Makes a job's images. While something that it needs is away, it waits, and begins again."""
-        has_waited = False
-        while True:
-            try:
-                return await self._make(active)
-            except (Busy, Unavailable) as error:
-                if not error.retryable:
-                    raise
-                if not has_waited:
-                    active.log(f"waits, and begins again: {error.message}")
-                has_waited = True
-            active.unfinished = active.job.request.n
-            await asyncio.sleep(POLL_INTERVAL_S)
-
     async def _make(self, active: ActiveJob) -> list[ImageRecord]:
         """Makes and keeps a job's images; returns their records."""
         job = active.job
-        files = [await self._read(name) for name in job.sources]
+        files = [await self._read(active, name) for name in job.sources]
         pixels = await self._generator.decode_sources(files, job.model)
         turn = Turn(PRIORITIES.index(job.priority), job.turn)
         made: list[GeneratedImage] = []
@@ -350,36 +330,45 @@ class JobRunner:
         made = in_order(made)
         if problem := made[0].facts.not_expanded:
             active.log(f"the prompt was not expanded: {problem}")
-        active.saves = [
-            asyncio.create_task(self._save_when_there_is_room(active, image.pixels)) for image in made
-        ]
+        active.saves = [asyncio.create_task(self._save_when_possible(active, image.pixels)) for image in made]
         await asyncio.wait(active.saves)  # cancelling this task cancels none of them
         return [record(image, *save.result()) for image, save in zip(made, active.saves, strict=True)]
 
-    async def _read(self, name: str) -> bytes:
-        try:
-            data = await self._files.read_all(name)
-        except Exception as error:
-            logger.exception("a source image could not be read", extra=FAULT)
-            raise Unavailable("The server's file storage does not answer.") from error
+    async def _read(self, active: ActiveJob, name: str) -> bytes:
+        """Returns a source image. While the file store is away, it waits."""
+        began = time.monotonic()
+        while True:
+            try:
+                data = await self._files.read_all(name)
+                break
+            except Exception:
+                if time.monotonic() - began > MAX_AWAY_S:
+                    raise
+                logger.exception("a source image could not be read and is tried again", extra=FAULT)
+            active.note_wait_for_files("It does not answer.")
+            await asyncio.sleep(AWAY_RETRY_S)
+        active.waits_for_files = False
         if data is None:
             raise Gone("A source image was deleted; submit the job again.", code="source_gone")
         return data
 
-    async def _save_when_there_is_room(self, active: ActiveJob, pixels: Pixels) -> tuple[str, int]:
+    async def _save_when_possible(self, active: ActiveJob, pixels: Pixels) -> tuple[str, int]:
         """Keeps an image. While the file store is full or away, it waits, since the work is done."""
         file = await self._encoded(active.job, pixels)
-        has_waited = False
+        began = time.monotonic()
         while True:
             try:
-                return await self._save(active.job, file)
+                saved = await self._save(active.job, file)
+                break
             except (Full, Failed) as error:
-                if active.stopped or active.is_ending:
+                is_away = isinstance(error, Failed)
+                gives_up = is_away and time.monotonic() - began > MAX_AWAY_S
+                if active.stopped or active.is_ending or gives_up:
                     raise
-                if not has_waited:
-                    active.log(f"waits for the file storage: {error.message}")
-                has_waited = active.waits_for_files = True
-            await asyncio.sleep(POLL_INTERVAL_S)
+                active.note_wait_for_files(error.message)
+            await active.pause(AWAY_RETRY_S if is_away else POLL_INTERVAL_S)
+        active.waits_for_files = False
+        return saved
 
     async def _save(self, job: Job, file: bytes) -> tuple[str, int]:
         """Keeps a file in the job's format; returns its name and its bytes."""

@@ -56,6 +56,8 @@ LEASE_S = 15
 """Seconds without a renewal after which another runner may take a job."""
 MAX_ATTEMPTS = 5
 """Most times that a job is begun. A job whose runners keep dying is given up."""
+ABANDONED_S = 60.0
+"""Seconds after the end of its lease from which a job of another model counts as abandoned."""
 EXPIRED_AT_A_TIME = 200
 READ_AT_A_TIME = 500
 POLL_INTERVAL_S = 1.0
@@ -445,19 +447,23 @@ class JobStore:
 
         await self._database.write(call)
 
-    async def end_overdue(self, active: Collection[str] = ()) -> list[Job]:
+    async def end_overdue(self, models: Mapping[str, str], active: Collection[str] = ()) -> list[Job]:
         """Ends jobs that no runner will end: too late to start, cancelled without a runner, begun too often.
 
-        Jobs whose runner has died go back into the queue. Any server does that for all models, so that a job
-        does not stay `running` if no server has its model any more.
+        Jobs of other models whose runner has died go back into the queue after a while. Otherwise they would
+        stay `running` if no server had their model any more.
 
         Args:
+            models: identities of the caller's models, by name. Servers with a job's model claim it.
             active: ids of the jobs that the caller runs. It ends them itself.
 
         Returns:
             The jobs that it has ended, without unreadable ones.
         """
-        late = TimedOut("The job was not begun within its time limit.", code="start_timeout")
+        late = TimedOut(
+            "The job was not begun, or after an interruption not begun again, within its time limit.",
+            code="start_timeout",
+        )
         hopeless = Failed(
             f"The job was interrupted {MAX_ATTEMPTS} times and was given up; the server's log says why.",
             code="interrupted",
@@ -465,7 +471,8 @@ class JobStore:
 
         def call(session: Session) -> list[Job]:
             left = and_(orphaned(), Job.id.not_in(active))
-            to_repeat = and_(left, ~Job.cancelling, Job.attempts < MAX_ATTEMPTS)
+            abandoned = and_(left, ~made_by(models), Job.lease_until + ABANDONED_S < now())
+            to_repeat = and_(abandoned, ~Job.cancelling, Job.attempts < MAX_ATTEMPTS)
             session.execute(update_jobs(to_repeat).values(back_in_queue()))
             ended: list[int] = []
             for ending, which in (

@@ -139,11 +139,11 @@ def test_a_card_says_what_its_job_waits_for(visit: Visit) -> None:
         "status": "queued",
         "model": "glm-image",
         "created_at": 0,
-        "waiting_for": "It waits for room in the server's file storage.",
+        "waiting_for": "It waits for the server's file storage.",
     }
     visit.page.route("**/events", lambda route: route.fulfill(body=f"data: {json.dumps(job)}\n\n"))
     card = visit.generate("a boat without room", num_inference_steps=4)
-    expect(card.locator(".words")).to_contain_text("It waits for room in the server's file storage.")
+    expect(card.locator(".words")).to_contain_text("It waits for the server's file storage.")
     visit.page.unroute("**/events")
     visit.file(card)
 

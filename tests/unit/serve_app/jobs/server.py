@@ -198,7 +198,8 @@ class Server:
         faulty: str = "",
         make_files: Callable[[StorageConfig], FileStore] = FileStore,
     ) -> None:
-        limits, outbound, submitted = Limits(), Outbound(OutboundConfig()), asyncio.Event()
+        limits, outbound = Limits(), Outbound(OutboundConfig())
+        self.submitted = asyncio.Event()
         models = {
             name: Model(
                 config=config.model_copy(update={"name": name}), prior=stages.prior, decode=stages.decode
@@ -213,8 +214,8 @@ class Server:
         self.files = make_files(storage)
         self.store = FaultyStore(database, max_jobs=max_jobs, ttl_s=ttl_s, faulty=faulty)
         self.generator = Generator(models, limits, SourceReader(outbound, self.files, limits))
-        self.submitter = Submitter(self.store, self.generator, self.files, outbound, submitted)
-        self.runner = JobRunner(self.store, self.generator, self.files, submitted, self.background)
+        self.submitter = Submitter(self.store, self.generator, self.files, outbound, self.submitted)
+        self.runner = JobRunner(self.store, self.generator, self.files, self.submitted, self.background)
 
     async def try_to_submit(self, idempotency_key: str | None = None, **fields: Any) -> tuple[Job, bool]:
         """Submits a request with these fields; returns its job, and whether the job is new."""

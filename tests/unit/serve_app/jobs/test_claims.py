@@ -174,7 +174,7 @@ def test_a_runner_that_renews_late_does_not_begin_its_own_job_again(
         job = await submitted(store)
         await claimed(store)
         assert await store.claim("w", MODELS, [job.id]) is None
-        assert await store.end_overdue([job.id]) == []
+        assert await store.end_overdue(MODELS, [job.id]) == []
         monkeypatch.setattr(store_module, "LEASE_S", 15)
         assert await store.renew("w", [job.id]) == {job.id}
         assert await store.claim("another", MODELS) is None
@@ -208,6 +208,30 @@ def test_a_runner_does_not_begin_a_job_again_before_it_has_stopped_it(store: Job
     asyncio.run(main())
 
 
+def test_an_orphan_stays_with_the_servers_that_have_its_model(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage of the database, its own server may renew its lease first."""
+
+    async def main() -> None:
+        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S)
+        job = await submitted(store)
+        await claimed(store)
+        await store.end_overdue(MODELS)
+        assert await store.renew("w", [job.id]) == {job.id}
+        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        assert await store.renew("w", [job.id]) == {job.id}
+        await store.end_overdue({"m": "another"})  # too early
+        assert await store.renew("w", [job.id]) == {job.id}
+        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S)
+        assert await store.renew("w", [job.id]) == {job.id}
+        await store.end_overdue({"m": "another"})
+        assert (await store.get(OWNER, job.id)).state == "queued"
+        assert await store.renew("w", [job.id]) == set()
+
+    asyncio.run(main())
+
+
 def test_a_runner_does_not_end_its_own_job_after_an_outage_of_the_database(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +240,7 @@ def test_a_runner_does_not_end_its_own_job_after_an_outage_of_the_database(
         job = await submitted(store)
         for attempt in range(store_module.MAX_ATTEMPTS):
             await claimed(store, f"w{attempt}")
-        assert await store.end_overdue([job.id]) == []
+        assert await store.end_overdue(MODELS, [job.id]) == []
         assert await store.finish(f"w{attempt}", no_news(job), "succeeded", images=[IMAGE])
 
     asyncio.run(main())
@@ -227,10 +251,10 @@ def test_a_job_whose_runners_keep_dying_fails(store: JobStore, monkeypatch: pyte
         monkeypatch.setattr(store_module, "LEASE_S", -1)
         job = await submitted(store)
         for attempt in range(store_module.MAX_ATTEMPTS):
-            assert await store.end_overdue() == []
+            assert await store.end_overdue(MODELS) == []
             await claimed(store, f"w{attempt}")
         assert await store.claim("w", MODELS) is None
-        (ended,) = await store.end_overdue()
+        (ended,) = await store.end_overdue(MODELS)
         assert (ended.id, ended.state) == (job.id, "failed")
         assert ended.error
         assert ended.error.code == "interrupted"
@@ -286,7 +310,7 @@ def test_a_job_that_is_cancelled_when_its_runner_dies_is_not_begun_again(
         await claimed(store)
         await store.cancel(OWNER, job.id)
         assert await store.claim("w", MODELS) is None
-        (ended,) = await store.end_overdue()
+        (ended,) = await store.end_overdue(MODELS)
         assert (ended.id, ended.state) == (job.id, "cancelled")
 
     asyncio.run(main())

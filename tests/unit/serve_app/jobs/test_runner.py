@@ -1,22 +1,20 @@
 """The job runner on SQLite and on PostgreSQL, with stages that stand in for Ray's."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import numpy as np
 import pytest
 from sqlalchemy import update
 
-from deployments.types import ImageRequest, Preview, PriorTokens, Progress
-from serve_app.errors import Busy, Full, NotFound, RequestError, Unavailable
+from serve_app.errors import Full, NotFound
 from serve_app.generation import codec
 from serve_app.jobs import runner as runner_module
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import StoredError, StoredProgress
 from serve_app.jobs.tables import Job, Owner
 from serve_app.observability import metrics
-from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, FullFiles, Make, Stages
+from tests.unit.serve_app.jobs.server import SOURCE, SOURCE_FILE, FailingStages, FullFiles, Make
 from tests.unit.serve_app.jobs.stored import OWNER, submitted
 
 
@@ -182,7 +180,7 @@ def test_jobs_wait_while_the_file_store_is_full(make: Make, monkeypatch: pytest.
             second = await submitted(server.store, identity=None)
             server.stages.may_continue()
             waits_for = server.runner.waits_for(await server.job(second.id))
-            assert waits_for == "It waits for room in the server's file storage."
+            assert waits_for == "It waits for the server's file storage."
             async for job in server.store.watch(OWNER, first):
                 if any("waits for the file storage" in line.message for line in job.log):
                     break
@@ -221,8 +219,7 @@ def test_no_job_begins_while_another_one_waits_with_its_image(
                 if any("waits for the file storage" in line.message for line in job.log):
                     break
             second = (await server.submit()).id
-            await server.until(lambda: server.runner._files_are_full)
-            await server.runner._begin_jobs()
+            await server.until(lambda: "begin jobs" in server.background.failing)
             assert (await server.job(second)).state == "queued"
             has_quota = True
             for job_id in (first, second):
@@ -231,57 +228,48 @@ def test_no_job_begins_while_another_one_waits_with_its_image(
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("away", [Busy("busy"), Unavailable("away")])
-def test_a_job_waits_for_a_stage_that_is_away(
-    make: Make, monkeypatch: pytest.MonkeyPatch, away: RequestError
-) -> None:
-    monkeypatch.setattr(runner_module, "POLL_INTERVAL_S", 0.01)
-
-    class StagesAway(Stages):
-        async def prior(
-            self, request: ImageRequest
-        ) -> AsyncGenerator[Progress | Preview | PriorTokens, None]:
-            if self.current == "":
-                self.current = "away"
-                raise away
-            async for event in super().prior(request):
-                yield event
-
-    async def main() -> None:
-        server = make(StagesAway())
-        server.stages.may_continue()
-        job_id = (await server.submit(n=2)).id
-        async with server.runner.run_in_background():
-            job = await server.ended(job_id)
-        assert (job.state, job.attempts, len(job.images)) == ("succeeded", 1, 2)
-        assert f"waits, and begins again: {away.message}" in [line.message for line in job.log]
-
-    asyncio.run(main())
-
-
 def test_a_job_waits_for_its_source_and_its_room_while_the_file_store_is_away(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "POLL_INTERVAL_S", 0.01)
+    monkeypatch.setattr(runner_module, "AWAY_RETRY_S", 0.01)
 
     async def main() -> None:
         server = make()
         server.stages.may_continue()
         job_id = (await server.submit(sources=(SOURCE_FILE,))).id
-        for name in ("cat_file", "open"):
-            patch_once(monkeypatch, server.files._fs, name)
-        patch_once(monkeypatch, server.files, "_save")
+        fail_once(monkeypatch, server.files, "read_all")
+        fail_once(monkeypatch, server.files, "_save")
         async with server.runner.run_in_background():
             job = await server.ended(job_id)
         assert (job.state, job.attempts) == ("succeeded", 1)
         messages = [line.message for line in job.log]
-        assert any(one.startswith("waits, and begins again: ") for one in messages)
-        assert any(one.startswith("waits for the file storage: ") for one in messages)
+        assert [one for one in messages if one.startswith("waits")] == [
+            "waits for the file storage: It does not answer.",
+            "waits for the file storage: The file could not be kept; the server's log says why.",
+        ]
 
     asyncio.run(main())
 
 
-def patch_once(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> None:
+@pytest.mark.parametrize("method", ["read_all", "_save"])
+def test_a_job_fails_if_the_file_store_stays_away(
+    make: Make, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(runner_module, "MAX_AWAY_S", -1)
+
+    async def main() -> None:
+        server = make()
+        server.stages.may_continue()
+        job_id = (await server.submit(sources=(SOURCE_FILE,))).id
+        fail_once(monkeypatch, server.files, method)
+        async with server.runner.run_in_background():
+            assert (await server.ended(job_id)).state == "failed"
+            await server.has_no_files()
+
+    asyncio.run(main())
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> None:
     """Makes the next call of a method fail."""
     method = getattr(target, name)
 
@@ -390,7 +378,7 @@ def test_an_interrupted_job_without_its_model_waits_in_the_queue_and_fails(
         server = make()
         identity = "glm_image-0123456789abcdef"
         foreign = await submitted(server.store, identity=identity)
-        monkeypatch.setattr(store_module, "LEASE_S", -1)
+        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S)
         await server.store.claim("dead", {"m": identity})
         async with server.runner.run_in_background(), asyncio.timeout(20):
             async for job in server.store.watch(OWNER, foreign.id):

@@ -156,7 +156,7 @@ def test_a_job_that_has_not_begun_in_time_fails(store: JobStore) -> None:
     async def main() -> None:
         late = await submitted(store, start_within_s=1e-6)
         patient = await submitted(store, start_within_s=60)
-        (ended,) = await store.end_overdue()
+        (ended,) = await store.end_overdue(MODELS)
         assert (ended.id, ended.state) == (late.id, "failed")
         assert ended.error
         assert ended.error.code == "start_timeout"

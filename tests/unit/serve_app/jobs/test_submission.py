@@ -1,13 +1,13 @@
 """Submission of jobs: a rejected one leaves nothing behind."""
 
 import asyncio
-import threading
 
 import pytest
 
 from serve_app.errors import Busy, Conflict, Failed, Full, InvalidParameter, Unavailable
 from serve_app.generation.request import GenerationRequest
-from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, SmallFiles
+from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, SlowFiles, SmallFiles
+from tests.unit.serve_app.jobs.stored import OWNER
 
 
 def test_a_draining_server_rejects_jobs(make: Make) -> None:
@@ -91,15 +91,15 @@ def test_a_job_whose_sources_cannot_be_kept_leaves_no_file(
 ) -> None:
     async def main() -> None:
         server = make()
-        save, saved = server.files.save_as, list[str]()
+        save, saved = server.files.save, list[str]()
 
-        async def fail_at_the_second(name: str, data: bytes) -> None:
+        async def fail_at_the_second(data: bytes, suffix: str) -> str:
             if saved:
                 raise Failed("The file could not be kept.")
-            saved.append(name)
-            await save(name, data)
+            saved.append(await save(data, suffix))
+            return saved[0]
 
-        monkeypatch.setattr(server.files, "save_as", fail_at_the_second)
+        monkeypatch.setattr(server.files, "save", fail_at_the_second)
         with pytest.raises(Failed):
             await server.submit(sources=(SOURCE_FILE, SOURCE_FILE))
         assert server.kept == []
@@ -107,31 +107,21 @@ def test_a_job_whose_sources_cannot_be_kept_leaves_no_file(
     asyncio.run(main())
 
 
-def test_a_client_that_hangs_up_during_its_submission_leaves_no_file(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_that_hangs_up_during_its_submission_leaves_a_whole_job_or_nothing(make: Make) -> None:
     async def main() -> None:
-        server = make()
-        save, saved, is_saving = server.files._save, list[str](), threading.Event()
-        may_save = threading.Event()
-
-        def save_slowly(name: str, data: bytes, *, replace: bool) -> None:
-            if saved:
-                is_saving.set()
-                assert may_save.wait(20)
-            saved.append(name)
-            save(name, data, replace=replace)
-
-        monkeypatch.setattr(server.files, "_save", save_slowly)
+        server = make(make_files=SlowFiles)
+        files = server.files
+        assert isinstance(files, SlowFiles)
         submitting = asyncio.create_task(server.submit(sources=(SOURCE_FILE, SOURCE_FILE)))
-        await asyncio.to_thread(is_saving.wait, 20)
+        await files.is_saving.wait()
         submitting.cancel()
-        await asyncio.sleep(0)
-        may_save.set()
         with pytest.raises(asyncio.CancelledError):
             await submitting
-        assert len(saved) == 2
-        assert server.kept == []
+        files.may_save.set()
+        await server.until(server.submitted.is_set)
+        (job,) = await server.store.page(OWNER, limit=9)
+        assert sorted(job.sources) == server.kept
+        assert len(job.sources) == 2
 
     asyncio.run(main())
 

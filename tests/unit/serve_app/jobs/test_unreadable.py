@@ -94,7 +94,7 @@ def test_late_jobs_end_beside_an_unreadable_one(stored: Stored) -> None:
     async def main() -> None:
         jobs = [await submitted(stored.jobs, start_within_s=1e-6) for _ in range(3)]
         await stored.break_request(jobs[1].id)
-        assert {job.id for job in await stored.jobs.end_overdue()} == {jobs[0].id, jobs[2].id}
+        assert {job.id for job in await stored.jobs.end_overdue(MODELS)} == {jobs[0].id, jobs[2].id}
         assert await stored.states() == {job.id: "failed" for job in jobs}
 
     asyncio.run(main())
