@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deployments.observability.log import FAULT
+from serve_app.errors import RequestError
 from serve_app.observability import metrics
 
 if TYPE_CHECKING:
@@ -20,10 +21,10 @@ MAX_BACKOFF_S = 5.0
 FAILING_AFTER = 3
 """Failures in a row from which a task counts as failing."""
 
-
 Result = TypeVar("Result")
 
-_to_end: set[asyncio.Task[Any]] = set()
+_calls: set[asyncio.Task[Any]] = set()
+"""Calls of `to_its_end`. An event loop may forget a task that nobody refers to."""
 
 
 async def to_its_end(call: Coroutine[Any, Any, Result]) -> Result:
@@ -31,16 +32,28 @@ async def to_its_end(call: Coroutine[Any, Any, Result]) -> Result:
 
     Use it where a client that hangs up would otherwise leave something half done.
     """
-
-    def forget(task: asyncio.Task[Any]) -> None:
-        _to_end.discard(task)
-        if not task.cancelled():
-            task.exception()  # nobody may be left who wants it
-
     task = asyncio.create_task(call)
-    _to_end.add(task)  # the event loop itself may forget a running task
-    task.add_done_callback(forget)
-    return await asyncio.shield(task)
+    _calls.add(task)
+    task.add_done_callback(_calls.discard)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_report)
+        raise
+
+
+def _report(task: asyncio.Task[Any]) -> None:
+    """Logs the unexpected error of a call, which nobody else learns of any more."""
+    error = None if task.cancelled() else task.exception()
+    if error and not isinstance(error, RequestError):
+        logger.error("a call failed after its client had hung up", exc_info=error, extra=FAULT)
+
+
+async def end_calls(timeout_s: float) -> None:
+    """Waits for the calls of `to_its_end` in this event loop, before the server stops."""
+    loop = asyncio.get_running_loop()
+    if calls := [task for task in _calls if task.get_loop() is loop]:
+        await asyncio.wait(calls, timeout=timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)

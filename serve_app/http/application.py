@@ -17,7 +17,7 @@ from starlette.routing import Match
 
 from deployments.observability import tracing
 from serve_app import playground
-from serve_app.background import Periodic
+from serve_app.background import Periodic, end_calls
 from serve_app.dialects import DIALECTS
 from serve_app.dialects.base import Dialect, dialect_of
 from serve_app.errors import Invalid, RequestError, Unavailable, server_error
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from serve_app.http.services import Services
 
     Respond = Callable[[Scope, RequestError], JSONResponse]
+
+END_TIMEOUT_S = 10.0
+"""Seconds for calls that run to their end when the server stops."""
 
 
 def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> FastAPI:
@@ -118,6 +121,7 @@ def _lifespan(
             services.runner.run_in_background(),
         ):
             yield
+        await end_calls(END_TIMEOUT_S)
         services.database.close()
         await asyncio.to_thread(tracing.stop)
 

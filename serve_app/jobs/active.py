@@ -31,7 +31,7 @@ class ActiveJob:
         ending: set when its outcome is being stored, so that it can no longer be stopped.
         saves: its images on their way into the file store, which nothing stops.
         previewing: its previews on their way into the file store.
-        waits_for_files: whether it waits for the file store.
+        waiting: number of its images that wait for the file store.
         lines: lines of its log before the one of its end.
     """
 
@@ -44,7 +44,7 @@ class ActiveJob:
     ending: asyncio.Event = field(default_factory=asyncio.Event)
     saves: list[asyncio.Task[tuple[str, int]]] = field(default_factory=list)
     previewing: set[asyncio.Task[None]] = field(default_factory=set)
-    waits_for_files: bool = False
+    waiting: int = 0
     lines: int | None = None
 
     @property
@@ -52,17 +52,13 @@ class ActiveJob:
         """Whether its outcome is being stored."""
         return self.ending.is_set()
 
-    async def pause(self, seconds: float) -> None:
-        """Waits, but no longer than until it is ending."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.ending.wait()
-
-    def note_wait_for_files(self, why: str) -> None:
-        """Notes that it waits for the file store."""
-        if not self.waits_for_files:
-            self.log(f"waits for the file storage: {why}")
-        self.waits_for_files = True
+    async def pause(self, seconds: float) -> bool:
+        """Waits, but no longer than until it is ending. Returns whether it goes on."""
+        if not self.stopped:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self.ending.wait()
+        return not self.stopped and not self.is_ending
 
     def stop(self, why: Literal["taken or cancelled", "server stops"]) -> None:
         """Stops it, unless it is ending."""

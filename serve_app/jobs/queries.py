@@ -42,8 +42,7 @@ def orphaned() -> ColumnElement[bool]:
 def overdue(ttl_s: float) -> ColumnElement[bool]:
     """Returns the condition that a queued job has waited too long for its start.
 
-    Args:
-        ttl_s: seconds from its first start after which a job that was interrupted is not begun again.
+    Version 0.1.0 gives an interrupted job no new limit, so that one has `ttl_s` from its first start.
     """
     not_begun_again = or_(Job.started_at.is_(None), Job.started_at + ttl_s < now())
     return and_(Job.state == "queued", Job.start_by < now(), not_begun_again)
@@ -79,10 +78,15 @@ def end_jobs(ttl_s: float, state: State, **values: Any) -> Update:
     )
 
 
-def back_in_queue() -> dict[str, Any]:
-    """Returns the columns of a running job that goes back to its old place in the queue."""
+def back_in_queue(ttl_s: float) -> dict[str, Any]:
+    """Returns the columns of a running job that goes back to its old place in the queue.
+
+    Args:
+        ttl_s: seconds within which it is to begin again.
+    """
     return {
         "state": "queued",
+        "start_by": now() + ttl_s,
         "worker": None,
         "lease_until": None,
         "progress": [],

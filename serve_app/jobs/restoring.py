@@ -31,8 +31,7 @@ logger = logging.getLogger("ray.serve")
 
 MARGIN_S = 300.0
 """A job that expires sooner than this, in seconds, is not restored."""
-RETRY_S = 60.0
-MAX_TRIES = 10
+RETRY_S = 10.0
 AFTER_ALL_OTHERS = Turn(math.inf, 0)
 
 
@@ -50,35 +49,30 @@ class Restorer:
         self._generator = generator
         self._files = files
         self._identities = {model.name: model.identity for model in generator.models()}
-        self._tries_left = MAX_TRIES
+        self._is_done = False
 
     @property
     def restoring(self) -> Periodic:
-        """The periodic task that restores the results. It has nothing to do once it has succeeded.
-
-        After `MAX_TRIES` it gives up, since each try may load a model.
-        """
+        """The periodic task that restores the results. It has nothing to do once it has tried all of them."""
         return Periodic(name="restore results", run=self._run, interval_s=RETRY_S, expected=(Unavailable,))
 
     async def _run(self) -> None:
-        if not self._tries_left:
+        if self._is_done:
             return
         lost = await self._lost()
+        self._is_done = True
+        if not lost:
+            return
         again = [job for job in lost if self._can_be_made_again(job)]
-        if lost and self._tries_left == MAX_TRIES:
-            logger.error(
-                "the file store lacks results of %d jobs; %d of them are made again, the others cannot be",
-                len(lost),
-                len(again),
-                extra=FAULT,
-            )
+        logger.error(
+            "the file store lacks results of %d jobs; %d of them are made again, the others cannot be",
+            len(lost),
+            len(again),
+            extra=FAULT,
+        )
         random.shuffle(again)  # other replicas do the same, and each does another part
         restored = [await self._restore(job) for job in again]
-        self._tries_left = 0 if all(restored) else self._tries_left - 1
-        if again:
-            logger.info("the results of %d jobs are restored", sum(restored))
-        if not self._tries_left and not all(restored):
-            logger.error("lost results are given up until the next start", extra=FAULT)
+        logger.info("the results of %d jobs are restored", sum(restored))
 
     async def _lost(self) -> list[Job]:
         """Returns the jobs whose results are missing although they fit into the store.

@@ -44,9 +44,9 @@ POLL_INTERVAL_S = 1.0
 """Seconds between two searches for jobs that were submitted to another server, or whose server has died."""
 RENEW_INTERVAL_S = 0.5
 DELETE_INTERVAL_S = 60.0
-AWAY_RETRY_S = 10.0
-MAX_AWAY_S = 3600.0
-"""Seconds for which a job waits for a file store that fails. For room it waits without a limit."""
+FAILURE_PAUSE_S = 10.0
+MAX_FAILURES = 30
+"""Number of failures in a row, with such pauses between them, after which an image cannot be kept."""
 STOP_TIMEOUT_S = 30.0
 """Seconds for the storing of images when the server stops. Leases that end meanwhile are not renewed."""
 
@@ -160,7 +160,7 @@ class JobRunner:
             self._files_are_full = True
             raise
         # A quota is not seen before a file is written. Further jobs would wait with their pixels, too.
-        self._files_are_full = any(one.waits_for_files for one in self._active.values())
+        self._files_are_full = any(one.waiting for one in self._active.values())
         if self._files_are_full:
             raise Full("A job waits for the file store.")
         for model in self._generator.models():
@@ -311,7 +311,7 @@ class JobRunner:
     async def _make(self, active: ActiveJob) -> list[ImageRecord]:
         """Makes and keeps a job's images; returns their records."""
         job = active.job
-        files = [await self._read(active, name) for name in job.sources]
+        files = [await self._read(name) for name in job.sources]
         pixels = await self._generator.decode_sources(files, job.model)
         turn = Turn(PRIORITIES.index(job.priority), job.turn)
         made: list[GeneratedImage] = []
@@ -331,44 +331,36 @@ class JobRunner:
         if problem := made[0].facts.not_expanded:
             active.log(f"the prompt was not expanded: {problem}")
         active.saves = [asyncio.create_task(self._save_when_possible(active, image.pixels)) for image in made]
-        await asyncio.wait(active.saves)  # cancelling this task cancels none of them
+        # Cancelling this task cancels none of them.
+        done, _ = await asyncio.wait(active.saves, return_when=asyncio.FIRST_EXCEPTION)
+        for save in done:
+            save.result()
         return [record(image, *save.result()) for image, save in zip(made, active.saves, strict=True)]
 
-    async def _read(self, active: ActiveJob, name: str) -> bytes:
-        """Returns a source image. While the file store is away, it waits."""
-        began = time.monotonic()
-        while True:
-            try:
-                data = await self._files.read_all(name)
-                break
-            except Exception:
-                if time.monotonic() - began > MAX_AWAY_S:
-                    raise
-                logger.exception("a source image could not be read and is tried again", extra=FAULT)
-            active.note_wait_for_files("It does not answer.")
-            await asyncio.sleep(AWAY_RETRY_S)
-        active.waits_for_files = False
-        if data is None:
+    async def _read(self, name: str) -> bytes:
+        if (data := await self._files.read_all(name)) is None:
             raise Gone("A source image was deleted; submit the job again.", code="source_gone")
         return data
 
     async def _save_when_possible(self, active: ActiveJob, pixels: Pixels) -> tuple[str, int]:
-        """Keeps an image. While the file store is full or away, it waits, since the work is done."""
+        """Keeps an image. Since its work is done, it waits for room, and tries again after failures."""
         file = await self._encoded(active.job, pixels)
-        began = time.monotonic()
-        while True:
-            try:
-                saved = await self._save(active.job, file)
-                break
-            except (Full, Failed) as error:
-                is_away = isinstance(error, Failed)
-                gives_up = is_away and time.monotonic() - began > MAX_AWAY_S
-                if active.stopped or active.is_ending or gives_up:
-                    raise
-                active.note_wait_for_files(error.message)
-            await active.pause(AWAY_RETRY_S if is_away else POLL_INTERVAL_S)
-        active.waits_for_files = False
-        return saved
+        failures, is_waiting = 0, False
+        try:
+            while True:
+                try:
+                    return await self._save(active.job, file)
+                except (Full, Failed) as error:
+                    if not is_waiting:
+                        active.log(f"waits for the file storage: {error.message}")
+                        active.waiting += 1
+                    is_waiting = True
+                    failures = failures + 1 if isinstance(error, Failed) else 0
+                    pause_s = FAILURE_PAUSE_S if failures else POLL_INTERVAL_S
+                    if failures == MAX_FAILURES or not await active.pause(pause_s):
+                        raise
+        finally:
+            active.waiting -= is_waiting
 
     async def _save(self, job: Job, file: bytes) -> tuple[str, int]:
         """Keeps a file in the job's format; returns its name and its bytes."""

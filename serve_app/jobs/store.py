@@ -56,8 +56,11 @@ LEASE_S = 15
 """Seconds without a renewal after which another runner may take a job."""
 MAX_ATTEMPTS = 5
 """Most times that a job is begun. A job whose runners keep dying is given up."""
-ABANDONED_S = 60.0
-"""Seconds after the end of its lease from which a job of another model counts as abandoned."""
+ABANDONED_S = 600.0
+"""Seconds after the end of its lease from which a job of another model counts as abandoned.
+
+After an outage of the database, its own server may renew the lease later than another server looks.
+"""
 EXPIRED_AT_A_TIME = 200
 READ_AT_A_TIME = 500
 POLL_INTERVAL_S = 1.0
@@ -441,7 +444,7 @@ class JobStore:
         def call(session: Session) -> None:
             session.execute(
                 update_jobs(Job.worker == worker, Job.state == "running", ~Job.cancelling).values(
-                    **back_in_queue(), attempts=Job.attempts - 1
+                    **back_in_queue(self._ttl_s), attempts=Job.attempts - 1
                 )
             )
 
@@ -473,7 +476,7 @@ class JobStore:
             left = and_(orphaned(), Job.id.not_in(active))
             abandoned = and_(left, ~made_by(models), Job.lease_until + ABANDONED_S < now())
             to_repeat = and_(abandoned, ~Job.cancelling, Job.attempts < MAX_ATTEMPTS)
-            session.execute(update_jobs(to_repeat).values(back_in_queue()))
+            session.execute(update_jobs(to_repeat).values(back_in_queue(self._ttl_s)))
             ended: list[int] = []
             for ending, which in (
                 (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deployments.observability import tracing
 from serve_app.background import to_its_end
-from serve_app.errors import Busy, Conflict, InvalidParameter, RequestError
+from serve_app.errors import Busy, Conflict, InvalidParameter
 from serve_app.generation import codec
 from serve_app.generation.request import Encoding
 from serve_app.jobs.records import StoredEncoding, StoredRequest
@@ -136,21 +136,20 @@ class Submitter:
             await self._check_webhook(what.webhook_url)
         await self._files.check_room()
         await self._generator.charge(resolved)
-        # If the client hangs up now, its job is stored all the same, or nothing of it is left.
-        return await to_its_end(self._enqueue(job, pixels, request.start_within_s))
-
-    async def _enqueue(
-        self, job: Job, pixels: tuple[Pixels, ...], start_within_s: float | None
-    ) -> tuple[Job, bool]:
-        """Keeps the source images of a job, and stores it."""
         sources = job.sources = []
         try:
             for source in pixels:
                 file = await asyncio.to_thread(codec.encode, source, Encoding())
-                sources.append(await self._files.save(file, "png"))
-        except RequestError:
+                sources.append(self._files.new_name("png"))
+                await self._files.save_as(sources[-1], file)
+        except BaseException:  # the client may hang up
             await self._files.delete(sources)
             raise
+        # If the client hangs up now, its job is stored all the same, or nothing of it is left.
+        return await to_its_end(self._enqueue(job, request.start_within_s))
+
+    async def _enqueue(self, job: Job, start_within_s: float | None) -> tuple[Job, bool]:
+        sources = job.sources
         try:
             job, is_new = await self._store.submit(job, start_within_s)
         except (Busy, Conflict):  # after any other error the job may be stored all the same

@@ -97,7 +97,7 @@ class JobSummary(BaseModel):
     )
     waiting_for: str | None = Field(
         default=None,
-        description="Set while a queued job waits for its model, or for room for its files.",
+        description="Set while a queued job waits for its model, or for the file storage.",
     )
     progress: float = Field(description="0 to 1. Each stage is half of an image.")
     cancelling: bool | None = Field(default=None, description="Set while it runs and is being stopped.")

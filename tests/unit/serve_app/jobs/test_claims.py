@@ -214,7 +214,7 @@ def test_an_orphan_stays_with_the_servers_that_have_its_model(
     """After an outage of the database, its own server may renew its lease first."""
 
     async def main() -> None:
-        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S)
+        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S - 1)
         job = await submitted(store)
         await claimed(store)
         await store.end_overdue(MODELS)
@@ -223,11 +223,14 @@ def test_an_orphan_stays_with_the_servers_that_have_its_model(
         assert await store.renew("w", [job.id]) == {job.id}
         await store.end_overdue({"m": "another"})  # too early
         assert await store.renew("w", [job.id]) == {job.id}
-        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S)
+        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S - 1)
         assert await store.renew("w", [job.id]) == {job.id}
         await store.end_overdue({"m": "another"})
         assert (await store.get(OWNER, job.id)).state == "queued"
         assert await store.renew("w", [job.id]) == set()
+        # It has as much time again, although it was submitted with less.
+        assert await store.end_overdue(MODELS) == []
+        assert (await claimed(store)).id == job.id
 
     asyncio.run(main())
 

@@ -6,8 +6,7 @@ import base64
 import pytest
 
 from serve_app.generation.delivery import Delivery
-from serve_app.jobs import restoring as restoring_module
-from tests.unit.serve_app.jobs.server import FullFiles, Make
+from tests.unit.serve_app.jobs.server import Make
 from tests.unit.serve_app.jobs.stored import IMAGE, claimed, no_news, submitted
 
 
@@ -38,30 +37,5 @@ def test_a_result_that_was_restored_with_more_bytes_is_whole(make: Make) -> None
         await server.files.save_as(image.name, file)
         (kept,) = await Delivery(server.generator, server.files).kept([image], "png", None)
         assert base64.b64decode(kept.base64 or "") == file
-
-    asyncio.run(main())
-
-
-def test_results_are_restored_after_a_failure(
-    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(restoring_module, "RETRY_S", 0.01)
-
-    async def main() -> None:
-        before, after = make(ttl_s=1000), make(make_files=FullFiles, ttl_s=1000)
-        for server in (before, after):
-            server.stages.may_continue()
-        job_id = (await before.submit()).id
-        async with before.runner.run_in_background():
-            (image,) = (await before.ended(job_id)).images
-        await before.files.delete([image.name])
-        files = after.files
-        assert isinstance(files, FullFiles)
-        files.is_full = True
-        async with after.runner.run_in_background():
-            await after.until(lambda: "not restored" in caplog.text)
-            files.is_full = False
-            await after.until(lambda: after.kept == [image.name])
-        assert caplog.text.count("lacks results of 1 jobs") == 1
 
     asyncio.run(main())

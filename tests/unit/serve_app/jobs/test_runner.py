@@ -204,64 +204,58 @@ def test_no_job_begins_while_another_one_waits_with_its_image(
 
     async def main() -> None:
         server = make()
-        save_as, has_quota = server.files.save_as, False
+        save_as, quota = server.files.save_as, 1
 
         async def limited(name: str, data: bytes) -> None:
-            if not has_quota:
-                raise Full("There is no room.")  # which only a writer learns, as with a quota
+            nonlocal quota
+            if not quota:
+                raise Full("There is no room.")  # which only a writer learns
+            quota -= 1
             await save_as(name, data)
 
         monkeypatch.setattr(server.files, "save_as", limited)
-        first = (await server.submit()).id
+        first = (await server.submit(n=2)).id
         server.stages.may_continue()
         async with server.runner.run_in_background(), asyncio.timeout(20):
             async for job in server.store.watch(OWNER, first):
                 if any("waits for the file storage" in line.message for line in job.log):
                     break
+            assert len(server.kept) == 1  # the other image waits
             second = (await server.submit()).id
             await server.until(lambda: "begin jobs" in server.background.failing)
             assert (await server.job(second)).state == "queued"
-            has_quota = True
+            quota = 9
             for job_id in (first, second):
                 assert (await server.ended(job_id)).state == "succeeded"
 
     asyncio.run(main())
 
 
-def test_a_job_waits_for_its_source_and_its_room_while_the_file_store_is_away(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner_module, "AWAY_RETRY_S", 0.01)
+def test_a_job_waits_while_its_images_cannot_be_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "FAILURE_PAUSE_S", 0.01)
 
     async def main() -> None:
         server = make()
         server.stages.may_continue()
-        job_id = (await server.submit(sources=(SOURCE_FILE,))).id
-        fail_once(monkeypatch, server.files, "read_all")
+        job_id = (await server.submit()).id
         fail_once(monkeypatch, server.files, "_save")
         async with server.runner.run_in_background():
             job = await server.ended(job_id)
         assert (job.state, job.attempts) == ("succeeded", 1)
-        messages = [line.message for line in job.log]
-        assert [one for one in messages if one.startswith("waits")] == [
-            "waits for the file storage: It does not answer.",
-            "waits for the file storage: The file could not be kept; the server's log says why.",
-        ]
+        waits = "waits for the file storage: The file could not be kept; the server's log says why."
+        assert waits in [line.message for line in job.log]
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("method", ["read_all", "_save"])
-def test_a_job_fails_if_the_file_store_stays_away(
-    make: Make, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    monkeypatch.setattr(runner_module, "MAX_AWAY_S", -1)
+def test_a_job_fails_if_its_images_can_never_be_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "MAX_FAILURES", 1)
 
     async def main() -> None:
         server = make()
         server.stages.may_continue()
-        job_id = (await server.submit(sources=(SOURCE_FILE,))).id
-        fail_once(monkeypatch, server.files, method)
+        job_id = (await server.submit(n=2)).id
+        fail_once(monkeypatch, server.files, "_save")
         async with server.runner.run_in_background():
             assert (await server.ended(job_id)).state == "failed"
             await server.has_no_files()
@@ -378,7 +372,7 @@ def test_an_interrupted_job_without_its_model_waits_in_the_queue_and_fails(
         server = make()
         identity = "glm_image-0123456789abcdef"
         foreign = await submitted(server.store, identity=identity)
-        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S)
+        monkeypatch.setattr(store_module, "LEASE_S", -store_module.ABANDONED_S - 1)
         await server.store.claim("dead", {"m": identity})
         async with server.runner.run_in_background(), asyncio.timeout(20):
             async for job in server.store.watch(OWNER, foreign.id):
@@ -386,7 +380,6 @@ def test_an_interrupted_job_without_its_model_waits_in_the_queue_and_fails(
                     break
             assert identity in (server.runner.waits_for(job) or "")
             assert (await server.store.counts({"m": "another"})).foreign == {identity: 1}
-            # Its time is over: that for its first start, and as much again after it.
             longer_ago = {"start_by": 1, "started_at": 1}
             await server.database.write(lambda session: session.execute(update(Job).values(longer_ago)))
             job = await server.ended(foreign.id)

@@ -1,12 +1,15 @@
 """Submission of jobs: a rejected one leaves nothing behind."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
+from serve_app.background import end_calls
 from serve_app.errors import Busy, Conflict, Failed, Full, InvalidParameter, Unavailable
 from serve_app.generation.request import GenerationRequest
-from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, SlowFiles, SmallFiles
+from serve_app.jobs.tables import Job
+from tests.unit.serve_app.jobs.server import SOURCE_FILE, Make, SmallFiles
 from tests.unit.serve_app.jobs.stored import OWNER
 
 
@@ -91,15 +94,15 @@ def test_a_job_whose_sources_cannot_be_kept_leaves_no_file(
 ) -> None:
     async def main() -> None:
         server = make()
-        save, saved = server.files.save, list[str]()
+        save_as, saved = server.files.save_as, list[str]()
 
-        async def fail_at_the_second(data: bytes, suffix: str) -> str:
+        async def fail_at_the_second(name: str, data: bytes) -> None:
             if saved:
                 raise Failed("The file could not be kept.")
-            saved.append(await save(data, suffix))
-            return saved[0]
+            saved.append(name)
+            await save_as(name, data)
 
-        monkeypatch.setattr(server.files, "save", fail_at_the_second)
+        monkeypatch.setattr(server.files, "save_as", fail_at_the_second)
         with pytest.raises(Failed):
             await server.submit(sources=(SOURCE_FILE, SOURCE_FILE))
         assert server.kept == []
@@ -107,21 +110,57 @@ def test_a_job_whose_sources_cannot_be_kept_leaves_no_file(
     asyncio.run(main())
 
 
-def test_a_client_that_hangs_up_during_its_submission_leaves_a_whole_job_or_nothing(make: Make) -> None:
+def test_a_client_that_hangs_up_while_its_sources_are_kept_leaves_no_file(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
-        server = make(make_files=SlowFiles)
-        files = server.files
-        assert isinstance(files, SlowFiles)
+        server = make()
+        save_as, saved, is_saving = server.files.save_as, list[str](), asyncio.Event()
+
+        async def hang_at_the_second(name: str, data: bytes) -> None:
+            if saved:
+                is_saving.set()
+                await asyncio.Event().wait()
+            saved.append(name)
+            await save_as(name, data)
+
+        monkeypatch.setattr(server.files, "save_as", hang_at_the_second)
         submitting = asyncio.create_task(server.submit(sources=(SOURCE_FILE, SOURCE_FILE)))
-        await files.is_saving.wait()
+        await is_saving.wait()
+        assert server.kept == saved
         submitting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await submitting
-        files.may_save.set()
-        await server.until(server.submitted.is_set)
-        (job,) = await server.store.page(OWNER, limit=9)
-        assert sorted(job.sources) == server.kept
-        assert len(job.sources) == 2
+        assert server.kept == []
+
+    asyncio.run(main())
+
+
+def test_a_client_that_hangs_up_while_its_job_is_stored_leaves_a_whole_job(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        server = make()
+        submit, is_stored = server.store.submit, asyncio.Event()
+
+        async def submit_slowly(*args: Any) -> tuple[Job, bool]:
+            stored = await submit(*args)
+            is_stored.set()
+            await asyncio.sleep(0)
+            return stored
+
+        monkeypatch.setattr(server.store, "submit", submit_slowly)
+        first = await server.submit(sources=(SOURCE_FILE,), prompt="a boat")
+        is_stored.clear()
+        submitting = asyncio.create_task(server.try_to_submit("key", sources=(SOURCE_FILE,), prompt="a ship"))
+        await is_stored.wait()
+        submitting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submitting
+        await end_calls(20)
+        second, _ = await server.store.page(OWNER, limit=9)
+        assert sorted(first.sources + second.sources) == server.kept
+        assert server.submitted.is_set()
 
     asyncio.run(main())
 
