@@ -85,27 +85,14 @@ class JobRunner:
     @asynccontextmanager
     async def run_in_background(self) -> AsyncIterator[None]:
         """Runs jobs within the block. Jobs that still run at its end go back into the queue."""
-        away = (Unavailable,)  # the database logs that
-        away_or_full = (Unavailable, Full)
+        # The database logs that it is away. A full file store is shown by the jobs.
+        task = partial(Periodic, expected=(Unavailable, Full))
         self._tasks = self._background.start(
             [
-                Periodic(
-                    name="begin jobs",
-                    run=self._begin_jobs,
-                    interval_s=POLL_INTERVAL_S,
-                    wake=self._wake,
-                    expected=away_or_full,
-                ),
-                Periodic(name="renew leases", run=self._renew, interval_s=RENEW_INTERVAL_S, expected=away),
-                Periodic(
-                    name="end overdue jobs", run=self._end_overdue, interval_s=POLL_INTERVAL_S, expected=away
-                ),
-                Periodic(
-                    name="delete expired jobs",
-                    run=self._delete_expired,
-                    interval_s=DELETE_INTERVAL_S,
-                    expected=away,
-                ),
+                task(name="begin jobs", run=self._begin_jobs, interval_s=POLL_INTERVAL_S, wake=self._wake),
+                task(name="renew leases", run=self._renew, interval_s=RENEW_INTERVAL_S),
+                task(name="end overdue jobs", run=self._end_overdue, interval_s=POLL_INTERVAL_S),
+                task(name="delete expired jobs", run=self._delete_expired, interval_s=DELETE_INTERVAL_S),
                 self._restorer.restoring,
             ]
         )
