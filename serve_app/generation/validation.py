@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def validate(request: GenerationRequest, model: ModelConfig, limits: Limits, *, expands: bool) -> None:
-    """Checks everything except pixels × steps × images, which `check_work` bounds.
+    """Checks everything except pixels, and pixels × steps × images, which `check_work` bounds.
 
     Args:
         request: the request.
