@@ -23,7 +23,7 @@ SAMPLE_BYTES = 4096
 """Bytes read of each tensor. Training changes all of a tensor, and 34 GB would take minutes to read."""
 MAX_HEADER_BYTES = 100_000_000
 """https://huggingface.co/docs/safetensors/index#format"""
-FAMILIES = Path(__file__).parent / "families"
+FAMILIES_FOLDER = Path(__file__).parent / "families"
 
 
 def identity(model: ModelConfig) -> str:
@@ -56,8 +56,8 @@ def _content(model: ModelConfig) -> str:
     weights, or a folder that only the stages' machines have.
     """
     folder = Path(model.checkpoint).expanduser()
-    if model.checkpoint.isidentifier() and (FAMILIES / model.family / model.checkpoint).is_dir():
-        folder = FAMILIES / model.family / model.checkpoint / "checkpoint"  # it comes with the server
+    if model.checkpoint.isidentifier() and (FAMILIES_FOLDER / model.family / model.checkpoint).is_dir():
+        folder = FAMILIES_FOLDER / model.family / model.checkpoint / "checkpoint"  # it comes with the server
     return _digest(folder) if folder.is_dir() else model.revision or model.checkpoint
 
 

@@ -152,8 +152,8 @@ def _serve_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         http = file.http_options.model_copy(
             update={k: v for k in ("host", "port") if (v := getattr(arguments, k)) is not None}
         )
-        if not _is_local(http.host):
-            application.args = _closed(application.args)
+        if not is_local(http.host):
+            application.args = closed(application.args)
         if arguments.tls and not http.ssl_certfile:
             certificate, key = self_signed(TLS_FOLDER, _reached_by(http.host))
             http = http.model_copy(update={"ssl_certfile": str(certificate), "ssl_keyfile": str(key)})
@@ -177,7 +177,7 @@ def _serve_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
     return _serve(application, app, http, arguments.metrics_port)
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
     """Returns whether an address is reachable from this machine only."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
@@ -189,7 +189,7 @@ def _reached_by(host: str) -> str:
     return socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104 - compared, not bound
 
 
-def _closed(config: AppConfig) -> AppConfig:
+def closed(config: AppConfig) -> AppConfig:
     """Returns the configuration without `auth.open`.
 
     Raises:

@@ -91,7 +91,7 @@ def apply(pipeline: Pipeline, config: DecoderConfig, *, max_side: int) -> None:
     if chosen.vae_tiling:
         tile_vae(pipeline)
     device = torch.device(config.device)
-    working = _working_bytes(pipeline, max_side, device)
+    working = component_bytes(pipeline, max_side, device)
     for name, option, is_wanted in (
         ("quantization", quantize, chosen.quantization != "none"),
         ("step_cache", lambda pipeline: pipeline.cache_steps(chosen.step_cache), chosen.step_cache > 0),
@@ -260,7 +260,7 @@ def _weight_bytes(part: torch.nn.Module, *, on: torch.device | None = None) -> i
     return sum(tensor.nbytes for tensor in tensors if on is None or tensor.device.type == on.type)
 
 
-def _working_bytes(pipeline: Pipeline, side: int, device: torch.device) -> dict[str, int]:
+def component_bytes(pipeline: Pipeline, side: int, device: torch.device) -> dict[str, int]:
     """Returns the bytes that the two large components need for a square image, without their weights.
 
     On a GPU they include a margin, see `GPU_OVERHEAD`.

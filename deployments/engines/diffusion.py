@@ -35,20 +35,21 @@ class PipelineDecoder(ABC):
         pipeline: pipeline with a `scheduler`, a `vae` and a DiT that was trained by flow matching.
 
     Attributes:
+        pipeline: the pipeline.
         fault: fault that has stopped the decoder for good, or None while it works.
         done: number of denoising steps made so far.
         counts: what `done` counts: `steps`.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self._pipeline: Any = pipeline
+        self.pipeline: Any = pipeline
         self._call = Call()
         self.fault: EngineFault | None = None
         self.done = 0
         self.counts = "steps"
         # The VAE runs on source images, for previews and after the last step. It takes long and has no
         # callback, so hooks check for a cancelled call.
-        encoder, decoder = self._pipeline.vae.encoder, self._pipeline.vae.decoder
+        encoder, decoder = self.pipeline.vae.encoder, self.pipeline.vae.decoder
         for block in (*encoder.down_blocks, encoder.mid_block, decoder.mid_block, *decoder.up_blocks):
             block.register_forward_pre_hook(lambda *_: self._stop_if_cancelled())
 
@@ -78,7 +79,7 @@ class PipelineDecoder(ABC):
             "the decoder",
             request_id=call.request_id,
             too_large=too_large,
-            recover=self._pipeline.maybe_free_model_hooks,  # upstream's own last step
+            recover=self.pipeline.maybe_free_model_hooks,  # upstream's own last step
         ):
             return self._paint(request)
 
@@ -115,7 +116,7 @@ class PipelineDecoder(ABC):
     @property
     def _device(self) -> torch.device:
         """Device on which the pipeline computes; its weights may be elsewhere."""
-        device: torch.device = self._pipeline._execution_device
+        device: torch.device = self.pipeline._execution_device
         return device
 
     def _stop_if_cancelled(self) -> None:
@@ -124,12 +125,12 @@ class PipelineDecoder(ABC):
 
     def _preview(self, latents: torch.Tensor) -> Pixels:
         """Returns a small image of latents: shape (1, channels, height / 8, width / 8)."""
-        vae = self._pipeline.vae
+        vae = self.pipeline.vae
         height, width = latents.shape[-2:]
-        factor = max(2, -(-max(height, width) * self._pipeline.vae_scale_factor // PREVIEW_SIDE))
+        factor = max(2, -(-max(height, width) * self.pipeline.vae_scale_factor // PREVIEW_SIDE))
         small = interpolate(latents, (height // factor, width // factor), mode="area").to(vae.dtype)
         images = vae.decode(self._unscaled(small), return_dict=False)[0]
-        return _pixels(self._pipeline.image_processor.postprocess(images, output_type="pt")[0])
+        return _pixels(self.pipeline.image_processor.postprocess(images, output_type="pt")[0])
 
 
 def _preview_steps(steps: int, previews: int) -> list[int]:

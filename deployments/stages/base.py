@@ -37,6 +37,7 @@ class Stage(Generic[Engine]):
 
     Attributes:
         part: name of the stage's work in metrics, traces and logs.
+        loader: loads the engine.
     """
 
     part: ClassVar[str]
@@ -46,9 +47,9 @@ class Stage(Generic[Engine]):
         self._device = config.device
         self._running = self._counted_done = 0
         self._reporter = Reporter()
-        self._loader = Loader(self._load, cpu_threads=config.cpu_threads, report=self._reporter.report)
+        self.loader = Loader(self._load, cpu_threads=config.cpu_threads, report=self._reporter.report)
         self._reporter.measure = self._measure  # only now: it reads the loader
-        await self._loader.wait(self._reporter.has_ready_sibling)
+        await self.loader.wait(self._reporter.has_ready_sibling)
 
     def _load(self, report: Callable[[float], None]) -> Engine:
         """Loads the engine, in its thread.
@@ -71,7 +72,7 @@ class Stage(Generic[Engine]):
         came = began = time.time()
         has_begun, outcome = False, "cancelled"
         try:
-            engine = await self._loader.engine(request.submitted_at)
+            engine = await self.loader.engine(request.submitted_at)
             began = time.time()
             items = stream(lambda call: start(engine, call), request.request_id)
             async with aclosing(items):
@@ -96,12 +97,12 @@ class Stage(Generic[Engine]):
         Otherwise it would fail all requests that it gets.
         """
         # If a retry has succeeded meanwhile, the replica that is ready is this one.
-        if await asyncio.to_thread(self._reporter.has_ready_sibling) and self._loader.has_failed:
+        if await asyncio.to_thread(self._reporter.has_ready_sibling) and self.loader.has_failed:
             end_process(f"another replica can serve its requests: {error}")
 
     def _end_process_after_fault(self) -> None:
         """Ends the process if its engine has a fault. Otherwise it would fail all further requests."""
-        engine = self._loader.loaded
+        engine = self.loader.loaded
         if engine and engine.fault:
             end_process(f"its engine has a fault: {engine.fault}")
 
@@ -139,14 +140,14 @@ class Stage(Generic[Engine]):
         """Updates the replica's metrics. Called every few seconds, by the reporter's thread."""
         metrics.RUNNING.set(self._running)
         metrics.measure_memory(self._device)
-        if engine := self._loader.loaded:
+        if engine := self.loader.loaded:
             done = engine.done
             metrics.WORK.add(done - self._counted_done, unit=engine.counts)
             self._counted_done = done
 
     def __del__(self) -> None:
         """Cleans up. Serve calls this when it stops the replica."""
-        if self._loader.loaded:
+        if self.loader.loaded:
             metrics.UNLOADS.add()
             logger.info("unloaded", extra={"event": "unload"})
         self._reporter.leave()

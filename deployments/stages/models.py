@@ -35,7 +35,7 @@ class PriorStage(Stage[PriorEngine]):
 
     def _load(self, report: Callable[[float], None]) -> PriorEngine:
         engine = self._model.traits.prior_engine().load(self._model, report)
-        self._loader.thread.submit(engine.run)
+        self.loader.thread.submit(engine.run)
         return engine
 
     async def generate(
@@ -86,7 +86,7 @@ class DecoderStage(Stage[Decoder]):
             raise OtherWeights
         request = replace(request, sources=sources)
         items = self._answers(
-            request, lambda decoder, call: self._loader.thread.submit(decoder.decode, request, call)
+            request, lambda decoder, call: self.loader.thread.submit(decoder.decode, request, call)
         )
         async with aclosing(items):
             async for item in items:
@@ -115,7 +115,7 @@ class SafetyChecker(Stage["ImageClassifier"]):
         """Yields one item: the probability that an image is unsafe, 0 to 1."""
         items = self._answers(
             request,
-            lambda classifier, call: self._loader.thread.submit(classifier.score, request.pixels, call),
+            lambda classifier, call: self.loader.thread.submit(classifier.score, request.pixels, call),
         )
         async with aclosing(items):
             async for item in items:
@@ -143,7 +143,7 @@ class PromptExpander(Stage["ChatModel"]):
     async def expand(self, request: ExpansionRequest) -> AsyncIterator[Event | str]:
         """Yields one item: the chat model's answer to a prompt. A cancelled call stops within a token."""
         items = self._answers(
-            request, lambda model, call: self._loader.thread.submit(model.expand, request, call)
+            request, lambda model, call: self.loader.thread.submit(model.expand, request, call)
         )
         async with aclosing(items):
             async for item in items:

@@ -31,6 +31,7 @@ class Reporter:
 
     Attributes:
         measure: called by the thread after every report, at least every few seconds.
+        thread: the thread.
     """
 
     def __init__(self) -> None:
@@ -42,8 +43,8 @@ class Reporter:
         self._state: Callable[[], Report | None] = lambda: None
         self._changed = threading.Event()
         self._is_leaving = False
-        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self.thread.start()
 
     def report(self, state: Callable[[], Report]) -> None:
         """Sets what to report, now and repeatedly. May be called often and from any thread; does not block.

@@ -68,7 +68,7 @@ class Busy:
 
     def __init__(self, decoder: Decoder) -> None:
         self.spans: list[tuple[float, float]] = []
-        pipeline = decoder._pipeline
+        pipeline = decoder.pipeline
         for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae.decoder):
             part.register_forward_pre_hook(lambda *_: self.spans.append((time.perf_counter(), 0)))
             part.register_forward_hook(lambda *_: self._end())
@@ -112,7 +112,7 @@ def cancel(busy: Busy, decoder: Decoder) -> tuple[float, float]:
             call.cancelled.set()
             cancelled_at = time.perf_counter()
 
-    hook = decoder._pipeline.transformer.register_forward_hook(after_pass)
+    hook = decoder.pipeline.transformer.register_forward_hook(after_pass)
     try:
         decoder.decode(REQUEST, call)
     except Cancelled:

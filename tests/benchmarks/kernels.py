@@ -138,8 +138,8 @@ def vae_pass() -> Pass:
 
 
 PARTS: dict[str, Callable[[], Pass]] = {
-    "prior-prefill": lambda: prior()._run_slice,
-    "prior-decode": lambda: prior()._run_decoding,
+    "prior-prefill": lambda: prior().run_slice,
+    "prior-decode": lambda: prior().run_decoding,
     "dit-image": lambda: dit_pass(decoder().transformer),
     "dit-text": lambda: dit_pass(decoder().transformer, text=QUOTED_TOKENS),
     "dit-source": lambda: dit_pass(decoder().transformer, mode="write"),

@@ -33,6 +33,9 @@ class Client:
     def get(self, path: str) -> httpx.Response:
         return self._http.get(path)
 
+    def post(self, path: str) -> httpx.Response:
+        return self._http.post(path)
+
     def ask(
         self, *, timeout: httpx.Timeout | float = 300, request_id: str | None = None, **fields: Any
     ) -> httpx.Response:

@@ -96,7 +96,7 @@ def test_a_busy_model_is_unloaded_only_by_force(cold: Client) -> None:
         assert refused.status_code == 409
         assert "2 generations are running" in refused.json()["error"]["message"]
         assert cold.get("/v1/internal/unload?model=brief").status_code == 200
-        forced = cold._http.post("/v1/internal/unload?force=true")
+        forced = cold.post("/v1/internal/unload?force=true")
         assert forced.status_code == 200
         assert forced.json()["models"]["good"] == UNLOADED
         for answer in answers:

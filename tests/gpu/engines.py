@@ -128,8 +128,7 @@ def step_until(engine: PriorEngine, is_over: Callable[[], bool]) -> None:
     """
     while not is_over():
         if not engine.step() and not is_over():
-            engine._work.wait(MAX_SLEEP_S)
-            engine._work.clear()
+            engine.wait(MAX_SLEEP_S)
 
 
 @dataclass(kw_only=True)

@@ -48,9 +48,9 @@ def prior(
     """
     if tiny_size:
         torch.manual_seed(0)
-        processor = tiny._processor(tiny.TINY)
-        return tiny._prior(tiny.TINY, processor).to(device).eval(), processor
-    processor = tiny._processor(dataclasses.replace(tiny.TINY, codebook=CODEBOOK))
+        processor = tiny.processor_of(tiny.TINY)
+        return tiny.prior(tiny.TINY, processor).to(device).eval(), processor
+    processor = tiny.processor_of(dataclasses.replace(tiny.TINY, codebook=CODEBOOK))
     config = GlmImageConfig(
         image_token_id=processor.image_token_id,
         text_config={
@@ -152,7 +152,7 @@ def vae(device: torch.device, *, tiny_size: bool = False) -> AutoencoderKL:
 
 def _tiny(name: str) -> Any:
     """Returns a component of the tiny pipeline."""
-    return tiny._pipeline(tiny.TINY).components[name]
+    return tiny.pipeline(tiny.TINY).components[name]
 
 
 @contextmanager

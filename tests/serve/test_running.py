@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from serve_app.__main__ import _closed, _is_local
+from serve_app.__main__ import closed, is_local
 from serve_app.config import AppConfig
 from tests.http.test_bad_input import GROUPS, rejected
 from tests.serve.conftest import ROOT, Server
@@ -92,7 +92,7 @@ def test_a_public_host_in_the_configuration_requires_keys(tmp_path: Path) -> Non
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "there are no auth.api_keys" in run.stderr
-    assert not _is_local("")
+    assert not is_local("")
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_a_public_host_with_keys_ignores_auth_open() -> None:
     args["auth"]["api_keys"] = [{"id": "a", "sha256": "0" * 64}]
     config = AppConfig.model_validate(args)
     assert config.auth.open
-    assert not _closed(config).auth.open
+    assert not closed(config).auth.open
     for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"):
-        assert _is_local(host)
+        assert is_local(host)
 
 
 def test_every_openapi_reference_resolves(client: httpx.Client) -> None:

@@ -103,7 +103,7 @@ class FusedAttention(nn.Module):
         self._widths = [part.out_features for part in parts]
         self._channels = attention.head_dim
         self._scaling = attention.scaling
-        self.qkv_proj = _fused(parts)
+        self.qkv_proj = fused(parts)
         self.o_proj = attention.o_proj
 
     def forward(
@@ -143,7 +143,7 @@ def fuse_projections(model: GlmImageForConditionalGeneration) -> None:
 
 
 @torch.no_grad()
-def _fused(parts: Sequence[nn.Linear]) -> nn.Linear:
+def fused(parts: Sequence[nn.Linear]) -> nn.Linear:
     """Returns one layer whose output is the concatenated outputs of several layers."""
     biased = parts[0].bias is not None
     fused = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), biased, device="meta")

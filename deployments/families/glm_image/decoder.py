@@ -43,21 +43,21 @@ class Decoder(PipelineDecoder):
             "a source image of %dx%d takes %.1f GB", largest, largest, pipeline.source_bytes(largest) / 1e9
         )
         decoder = cls(pipeline)
-        units = _units_of_each_kind(*acceleration.warm_up_sizes(model))
+        units = units_of_each_kind(*acceleration.warm_up_sizes(model))
         acceleration.warm_up(model.decoder, decoder.decode, units, part_of(report, read, 1))
         return decoder
 
     def _run(self, request: ImageRequest, **arguments: Any) -> torch.Tensor:
-        images: torch.Tensor = self._pipeline(
+        images: torch.Tensor = self.pipeline(
             prompt=request.prompt,
             width=request.width,
             height=request.height,
-            **self._conditions(request),
+            **self.conditions(request),
             **arguments,
         ).images
         return images
 
-    def _conditions(self, request: ImageRequest) -> dict[str, Any]:
+    def conditions(self, request: ImageRequest) -> dict[str, Any]:
         """Returns the prior tokens and source images as arguments of the pipeline."""
         prior = request.prior
         assert isinstance(prior, PriorTokens)  # noqa: S101 - both stages are of one family
@@ -76,7 +76,7 @@ class Decoder(PipelineDecoder):
         return torch.from_numpy(grid.repeat(2, 0).repeat(2, 1).reshape(-1)).to(self._device)
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self._pipeline.vae.config
+        config = self.pipeline.vae.config
         mean, std = (
             torch.tensor(numbers, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
             for numbers in (config.latents_mean, config.latents_std)
@@ -84,7 +84,7 @@ class Decoder(PipelineDecoder):
         return latents * std + mean
 
 
-def _units_of_each_kind(first: Size, others: Size) -> list[ImageRequest]:
+def units_of_each_kind(first: Size, others: Size) -> list[ImageRequest]:
     """Returns units for all graphs of the DiT and all parts of the pipeline.
 
     They are an image without text, one with text, and an edit.

@@ -57,6 +57,7 @@ class LanguageModel:
         max_sequence_length: number of tokens that a row holds.
 
     Attributes:
+        caches: keys and values of each layer: shape (2, heads, rows, positions, channels).
         rows: number of concurrent requests.
         max_sequence_length: number of tokens that a row holds.
 
@@ -79,7 +80,7 @@ class LanguageModel:
         shape = (2, config.num_key_value_heads, rows, max_sequence_length, channels)
         _plan(shape, config.num_hidden_layers, model)
         # Zeros, because masked values are multiplied by zero too, and NaN times zero is NaN.
-        self._caches = [
+        self.caches = [
             torch.zeros(shape, dtype=model.dtype, device=model.device)
             for _ in range(config.num_hidden_layers)
         ]
@@ -130,7 +131,7 @@ class LanguageModel:
 
     def clear(self, row: int) -> None:
         """Sets the contents of a row to zero."""
-        for cache in self._caches:
+        for cache in self.caches:
             cache[:, :, row].zero_()
 
 

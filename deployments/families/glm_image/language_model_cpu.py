@@ -171,7 +171,7 @@ class CPULanguageModel(LanguageModel):
         """
         hidden = self._layers.embed_tokens(tokens)
         rotary = self._layers.rotary_emb(hidden, position_ids=positions)
-        for layer, (keys, values) in zip(self._layers.layers, self._caches, strict=True):
+        for layer, (keys, values) in zip(self._layers.layers, self.caches, strict=True):
             slots = CPUSlots(keys=keys, values=values, rows=rows, starts=starts)
             hidden = layer(hidden, position_embeddings=rotary, slots=slots, **{CACHE: slots})
         logits: torch.Tensor = self._head(self._layers.norm(hidden)[:, -1])

@@ -83,6 +83,12 @@ class GPULanguageModel(LanguageModel):
     Every decoding pass computes all rows at one shape, so that a row's arithmetic does not depend on the
     others in use. All passes read and write static buffers. The constructor compiles and captures the passes,
     so that no request waits for the compiler.
+
+    Attributes:
+        run_slice: runs the pass that reads a slice of a prompt.
+        run_decoding: runs the pass that draws a token in each row.
+        where: for each row, the index at which its last token is written, that token's position in time, row
+            and column, and whether the next token belongs to the target grid: shape (5, rows).
     """
 
     def __init__(
@@ -102,10 +108,8 @@ class GPULanguageModel(LanguageModel):
         def buffer(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        # A decoding pass has a line for each row. The five entries of a line are the index at which its token
-        # is written, that token's position in time, row and column, and whether the next token belongs to the
-        # target grid. On a CPU, the compiled attention of torch 2.11 requires a contiguous first entry.
-        self._where = buffer(5, rows)
+        # On a CPU, the compiled attention of torch 2.11 requires that the first entries are contiguous.
+        self.where = buffer(5, rows)
         self._noise = buffer(rows, len(self._sampler.special), dtype=torch.float32).fill_(1)
         self._blocks = torch.arange(blocks, dtype=torch.int32, device=self._device).repeat(rows, 1, 1, 1)
         # `_slice` holds tokens and their positions. `_slice_at` holds the row, the start, and the index of
@@ -118,8 +122,8 @@ class GPULanguageModel(LanguageModel):
 
         graphs = CUDAGraphs(self._device)
         with torch.inference_mode():
-            self._run_slice = graphs.capture(self._slice_pass)
-            self._run_decoding = graphs.capture(self._decoding_pass)
+            self.run_slice = graphs.capture(self._slice_pass)
+            self.run_decoding = graphs.capture(self.decoding_pass)
 
     def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Implements `LanguageModel.prefill`."""
@@ -130,7 +134,7 @@ class GPULanguageModel(LanguageModel):
         filled[1:, : last + 1] = positions
         self._set(self._slice, filled)
         self._set(self._slice_at, torch.tensor([row, start, last]))
-        return self._run_slice().clone()
+        return self.run_slice().clone()
 
     def decode(self, lines: Sequence[Line]) -> list[torch.Tensor]:
         """Implements `LanguageModel.decode`."""
@@ -139,18 +143,18 @@ class GPULanguageModel(LanguageModel):
             by_row[line.row] = line
         # A row that draws nothing is computed too. It writes at its next token's index, or at 0 if unused.
         where = [(one.start, *one.position.tolist(), one.in_target) if one else (0,) * 5 for one in by_row]
-        self._set(self._where, torch.tensor(where).T.contiguous())
+        self._set(self.where, torch.tensor(where).T.contiguous())
         drawing = [line for line in lines if line.generator]
         if self._candidate_sampler:
             # The noise is drawn in advance for the whole vocabulary. So each generator's stream is the same
             # as with `Sampler`.
             for line in drawing:
                 self._noise[line.row].exponential_(generator=line.generator)
-            self._run_decoding()
+            self.run_decoding()
         else:
             generators = [one.generator if one else None for one in by_row]
             in_target = [one.in_target if one else False for one in by_row]
-            self._tokens.copy_(self._sampler.draw(self._run_decoding(), generators, in_target))
+            self._tokens.copy_(self._sampler.draw(self.run_decoding(), generators, in_target))
         drawn = self._tokens.clone()  # the next pass overwrites it
         return [drawn[line.row] for line in drawing]
 
@@ -160,19 +164,19 @@ class GPULanguageModel(LanguageModel):
             torch.cuda.synchronize(self._device)  # a lost device raises the same error every time
             torch.cuda.empty_cache()
 
-    def _decoding_pass(self) -> torch.Tensor:
+    def decoding_pass(self) -> torch.Tensor:
         """Reads each row's last token and, if the sampler can be captured, draws the next one.
 
         Returns:
             The logits: shape (rows, vocabulary).
         """
-        caches = [cache.transpose(1, 2) for cache in self._caches]  # a line for each row
+        caches = [cache.transpose(1, 2) for cache in self.caches]  # a line for each row
         hidden = self._forward(
-            self._tokens[:, None], self._where[1:4, :, None], caches, None, self._where[0], self._blocks
+            self._tokens[:, None], self.where[1:4, :, None], caches, None, self.where[0], self._blocks
         )
         logits: torch.Tensor = self._exit(hidden)
         if self._candidate_sampler:
-            self._tokens.copy_(self._candidate_sampler(logits, self._noise, self._where[4]))
+            self._tokens.copy_(self._candidate_sampler(logits, self._noise, self.where[4]))
         return logits
 
     def _slice_pass(self) -> torch.Tensor:
@@ -182,7 +186,7 @@ class GPULanguageModel(LanguageModel):
             The logits after its last token: shape (1, vocabulary).
         """
         row, start, last = self._slice_at.split(1)
-        caches = [cache.flatten(2, 3)[:, None] for cache in self._caches]  # one line, all rows in sequence
+        caches = [cache.flatten(2, 3)[:, None] for cache in self.caches]  # one line, all rows in sequence
         indices = self._all_blocks.index_select(0, row)[:, None, None]
         hidden = self._forward(
             self._slice[:1], self._slice[1:, None], caches, row * self.max_sequence_length, start, indices

@@ -107,6 +107,15 @@ class PriorEngine:
     token is drawn here instead. The end token after the grid is not needed and not drawn.
 
     `submit` may be called from any thread, `step` from one.
+
+    Args:
+        model: upstream's model, which encodes source images.
+        processor: upstream's processor.
+        language_model: language model of the same weights.
+
+    Attributes:
+        model: upstream's model.
+        language_model: the language model.
     """
 
     def __init__(
@@ -115,8 +124,8 @@ class PriorEngine:
         processor: GlmImageProcessor,
         language_model: LanguageModel,
     ) -> None:
-        self._model = model
-        self._language_model = language_model
+        self.model = model
+        self.language_model = language_model
         self._sequencer = Sequencer(model, processor)
         self._preparing = _single_threaded_executor()
         self._waiting: deque[_RequestState] = deque()
@@ -154,8 +163,8 @@ class PriorEngine:
         """Tokenizes the prompt and cuts the source images into patches, while the device works."""
         try:
             sequence = self._sequencer.sequence(request)
-            if sequence.length > self._language_model.max_sequence_length:
-                raise RequestTooLong(sequence.length, self._language_model.max_sequence_length)  # noqa: TRY301 - all errors are caught in one place
+            if sequence.length > self.language_model.max_sequence_length:
+                raise RequestTooLong(sequence.length, self.language_model.max_sequence_length)  # noqa: TRY301 - all errors are caught in one place
         except Exception as error:  # noqa: BLE001 - the future passes it to the caller
             future.set_exception(error)
             return
@@ -165,11 +174,16 @@ class PriorEngine:
             future.set_exception(self.fault)
         self._work.set()
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits for a prepared request that no earlier call has waited for. Returns whether there is one."""
+        is_set = self._work.wait(timeout_s)
+        self._work.clear()
+        return is_set
+
     def run(self) -> None:
         """Processes requests until a fault, and sleeps while there are none."""
         while not self.fault:
-            self._work.wait()
-            self._work.clear()
+            self.wait()
             try:
                 while self.step():
                     pass
@@ -195,7 +209,7 @@ class PriorEngine:
                 self._read_slice(reading)
             except Exception as error:  # noqa: BLE001 - only this request fails with it
                 release(error, request_id=reading.call.request_id)
-                self._language_model.recover()  # raises an error if the device is lost
+                self.language_model.recover()  # raises an error if the device is lost
                 self._finish(reading, _as_model_error(error))
         if any(state.drawn for state in self._active):
             self._draw_next()
@@ -206,7 +220,7 @@ class PriorEngine:
             state = self._waiting.popleft()
             if state.future.set_running_or_notify_cancel():
                 state.row = self._free.pop()
-                state.generator = torch.Generator(self._model.device).manual_seed(state.seed)
+                state.generator = torch.Generator(self.model.device).manual_seed(state.seed)
                 state.prompt = state.sequence.prompt.clone()
                 state.started_at = time.monotonic()
                 state.report(state.started_at)
@@ -220,7 +234,7 @@ class PriorEngine:
         self._active.remove(state)
         self._free.append(state.row)
         if isinstance(outcome, Exception):
-            self._language_model.clear(state.row)  # it may hold NaN
+            self.language_model.clear(state.row)  # it may hold NaN
             state.future.set_exception(outcome)
         else:
             state.future.set_result(outcome)
@@ -232,12 +246,12 @@ class PriorEngine:
             self._encode_source(state)
             return
         end = min(state.read + SLICE_TOKENS, len(state.prompt))
-        logits = self._language_model.prefill(
+        logits = self.language_model.prefill(
             state.row, state.read, state.prompt[state.read : end], sequence.positions[:, state.read : end]
         )
         state.read = end
         if state.read == len(state.prompt):
-            token = self._language_model.draw_first(
+            token = self.language_model.draw_first(
                 state.row, logits, state.generator, in_target=state.in_target
             )
             self._append_tokens([state], [token])
@@ -246,17 +260,17 @@ class PriorEngine:
         sequence, done = state.sequence, len(state.image_tokens)
         assert sequence.pixel_values is not None  # noqa: S101 - there are sources
         sizes = [rows * columns for rows, columns in sequence.sources]
-        pixel_values = sequence.pixel_values.split(sizes)[done].to(self._model.device)
-        grid = torch.tensor([[1, *sequence.sources[done]]], device=self._model.device)
-        state.image_tokens.append(image_tokens(self._model, pixel_values, grid).cpu())
+        pixel_values = sequence.pixel_values.split(sizes)[done].to(self.model.device)
+        grid = torch.tensor([[1, *sequence.sources[done]]], device=self.model.device)
+        state.image_tokens.append(image_tokens(self.model, pixel_values, grid).cpu())
         if len(state.image_tokens) == len(sequence.sources):
-            placeholders = state.prompt == self._model.config.image_token_id
+            placeholders = state.prompt == self.model.config.image_token_id
             state.prompt[placeholders] = torch.cat(state.image_tokens)
 
     def _draw_next(self) -> None:
         """Draws a token for every request whose prompt has been read."""
         drawing = [state for state in self._active if state.drawn]
-        self._append_tokens(drawing, self._language_model.decode([state.line for state in self._active]))
+        self._append_tokens(drawing, self.language_model.decode([state.line for state in self._active]))
 
     def _append_tokens(self, states: list[_RequestState], tokens: list[torch.Tensor]) -> None:
         """Appends a token to each request, and finishes requests that have all their tokens."""

@@ -103,15 +103,16 @@ BENCHMARK = Sizes(
 PRESETS = {"tiny": TINY, "benchmark": BENCHMARK}
 
 
-def _pipeline(sizes: Sizes) -> GlmImagePipeline:
-    processor = _processor(sizes)
+def pipeline(sizes: Sizes) -> GlmImagePipeline:
+    """Returns the whole checkpoint with random weights."""
+    processor = processor_of(sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes.seed)
         return GlmImagePipeline(
             tokenizer=ByT5Tokenizer(),
             processor=processor,
             text_encoder=_glyph_encoder(sizes),
-            vision_language_encoder=_prior(sizes, processor),
+            vision_language_encoder=prior(sizes, processor),
             vae=_vae(sizes),
             transformer=_dit(sizes),
             scheduler=scheduler(),
@@ -129,7 +130,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def _processor(sizes: Sizes) -> GlmImageProcessor:
+def processor_of(sizes: Sizes) -> GlmImageProcessor:
     """Returns a processor whose ids are image tokens, single bytes (a BPE without merges), control tokens."""
     tokens = [*vision_tokens(sizes.codebook), *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(BPE({token: id_ for id_, token in enumerate(tokens)}, merges=[]))
@@ -174,7 +175,8 @@ def processor(tokenizer: Tokenizer, codebook: int) -> GlmImageProcessor:
     )
 
 
-def _prior(sizes: Sizes, processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
+def prior(sizes: Sizes, processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:
+    """Returns a prior model with random weights."""
     tokenizer = processor.tokenizer
     head = sizes.prior_width // sizes.prior_heads
     image_end = sizes.codebook + 1
@@ -276,7 +278,7 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
-RECIPE = TinyCheckpoint(__file__, PRESETS, lambda sizes: (_pipeline(sizes),))
+RECIPE = TinyCheckpoint(__file__, PRESETS, lambda sizes: (pipeline(sizes),))
 cached = RECIPE.cached
 write = RECIPE.write
 

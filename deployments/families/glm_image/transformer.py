@@ -93,12 +93,13 @@ class Transformer(GlmImageTransformer2DModel):  # type: ignore[misc]
 
     def _once(self, tensor: torch.Tensor, compute: Callable[[], Any]) -> Any:
         """Returns the result for this tensor object. Computes it the first time."""
-        if tensor not in self._kept:
-            self._kept[tensor] = compute()
-        return self._kept[tensor]
+        if tensor not in self.kept:
+            self.kept[tensor] = compute()
+        return self.kept[tensor]
 
     @cached_property
-    def _kept(self) -> WeakTensorKeyDictionary:
+    def kept(self) -> WeakTensorKeyDictionary:
+        """Results by the tensor that they were computed from. A result goes with its tensor."""
         return WeakTensorKeyDictionary()
 
     @cached_property

@@ -50,7 +50,7 @@ class Decoder(PipelineDecoder):
         acceleration.apply(pipeline, model.decoder, max_side=model.traits.max_side)
         decoder = cls(pipeline)
         channels = pipeline.transformer.config.cap_feat_dim
-        units = _units_of_each_kind(*acceleration.warm_up_sizes(model), channels)
+        units = units_of_each_kind(*acceleration.warm_up_sizes(model), channels)
         acceleration.warm_up(model.decoder, decoder.decode, units, part_of(report, read, 1))
         return decoder
 
@@ -65,27 +65,27 @@ class Decoder(PipelineDecoder):
             "height": request.height,
         }
         if not request.sources:
-            images: torch.Tensor = self._pipeline(**arguments).images
+            images: torch.Tensor = self.pipeline(**arguments).images
             return images
         size = (request.width, request.height)
         source = ImageOps.fit(Image.fromarray(request.sources[0]), size, Image.Resampling.LANCZOS)
         images = self._editing(image=source, strength=request.strength, **arguments).images
-        self._pipeline.maybe_free_model_hooks()  # the editing pipeline shares its hooks
+        self.pipeline.maybe_free_model_hooks()  # the editing pipeline shares its hooks
         return images
 
     def _embeds(self, text: Embedding | None) -> list[torch.Tensor]:
         """Returns an embedding as the pipelines take it: a list with a tensor for each image."""
         if text is None:
             return []
-        return [torch.tensor(text, dtype=self._pipeline.transformer.dtype, device=self._device)]
+        return [torch.tensor(text, dtype=self.pipeline.transformer.dtype, device=self._device)]
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self._pipeline.vae.config
+        config = self.pipeline.vae.config
         unscaled: torch.Tensor = latents / config.scaling_factor + config.shift_factor
         return unscaled
 
 
-def _units_of_each_kind(first: Size, others: Size, channels: int) -> list[ImageRequest]:
+def units_of_each_kind(first: Size, others: Size, channels: int) -> list[ImageRequest]:
     """Returns units for all graphs of the DiT: with guidance and without.
 
     Texts of different lengths need a graph of their own, because the shorter one is masked.

@@ -58,6 +58,10 @@ class PriorEngine:
         tokenizer: tokenizer of the checkpoint.
         max_batch_size: largest number of requests in a batch, and on a CPU also of texts in one pass.
         max_sequence_length: number of tokens of each text, chat template included. Shorter texts are padded.
+
+    Attributes:
+        text_encoder: the text encoder.
+        texts_a_pass: number of texts of every pass, some of them empty. None if it varies.
     """
 
     def __init__(
@@ -71,12 +75,11 @@ class PriorEngine:
         # Upstream reads the input of the last layer: `hidden_states[-2]`, before the norm.
         text_encoder.layers = text_encoder.layers[:-1]
         text_encoder.norm = nn.Identity()
-        self._text_encoder = text_encoder
+        self.text_encoder = text_encoder
         self._tokenizer = tokenizer
         self._max_batch_size = max_batch_size
         self._max_sequence_length = max_sequence_length
-        self._fixed_shape = text_encoder.device.type != "cpu"
-        self._encoder_batch_size = GPU_BATCH_SIZE if self._fixed_shape else max_batch_size
+        self.texts_a_pass = None if text_encoder.device.type == "cpu" else GPU_BATCH_SIZE
         self._queue: queue.SimpleQueue[_PendingRequest] = queue.SimpleQueue()
         self._embeddings: OrderedDict[Tokens, Embedding] = OrderedDict()
         self.fault: EngineFault | None = None
@@ -132,7 +135,7 @@ class PriorEngine:
             readable.append((pending, texts))
         request_ids = " ".join(pending.call.request_id for pending, _ in readable)
         try:
-            with guarded(self, self._text_encoder.device, "the text encoder", request_id=request_ids):
+            with guarded(self, self.text_encoder.device, "the text encoder", request_id=request_ids):
                 self._encode({text for _, texts in readable for text in texts})
                 for pending, texts in readable:
                     read = sum(map(len, texts))
@@ -179,17 +182,18 @@ class PriorEngine:
         for text in texts & self._embeddings.keys():
             self._embeddings.move_to_end(text)
         missing = sorted(texts - self._embeddings.keys())
-        for begin in range(0, len(missing), self._encoder_batch_size):
-            batch = missing[begin : begin + self._encoder_batch_size]
-            lines = self._encoder_batch_size if self._fixed_shape else len(batch)
+        most = self.texts_a_pass or self._max_batch_size
+        for begin in range(0, len(missing), most):
+            batch = missing[begin : begin + most]
+            lines = self.texts_a_pass or len(batch)
             ids = torch.full((lines, self._max_sequence_length), self._tokenizer.pad_token_id)
             mask = torch.zeros((lines, self._max_sequence_length), dtype=torch.bool)
             mask[:, 0] = True  # for lines that stay empty
             for line, text in enumerate(batch):
                 ids[line, : len(text)] = torch.tensor(text)
                 mask[line, : len(text)] = True
-            device = self._text_encoder.device
-            hidden = self._text_encoder(
+            device = self.text_encoder.device
+            hidden = self.text_encoder(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
             ).last_hidden_state
             if not torch.isfinite(hidden[: len(batch)][mask[: len(batch)].to(device)]).all():

@@ -34,14 +34,16 @@ class ChatModel:
         tokenizer: tokenizer of the model, with a chat template.
 
     Attributes:
+        model: the language model.
+        tokenizer: its tokenizer.
         fault: fault that has stopped the model for good, or None while it works.
         done: number of tokens generated so far.
         counts: what `done` counts: `tokens`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         # A checkpoint's sampling settings have no effect on the most probable tokens, but cause warnings.
         settings = model.generation_config
         settings.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None)
@@ -82,21 +84,21 @@ class ChatModel:
             OutOfMemoryError: the device has too little memory.
             EngineFault: the model has stopped for good.
         """
-        with guarded(self, self._model.device, "the chat model", request_id=call.request_id):
+        with guarded(self, self.model.device, "the chat model", request_id=call.request_id):
             return self._expand(request, call)
 
     @torch.inference_mode()
     def _expand(self, request: ExpansionRequest, call: Call) -> str:
-        read = self._tokenizer.apply_chat_template(
+        read = self.tokenizer.apply_chat_template(
             [
                 {"role": "system", "content": request.instruction},
-                {"role": "user", "content": plain_text(self._tokenizer, request.prompt)},
+                {"role": "user", "content": plain_text(self.tokenizer, request.prompt)},
             ],
             add_generation_prompt=True,
             enable_thinking=False,  # for models that can think; other templates ignore it
             return_dict=True,
             return_tensors="pt",
-        ).to(self._model.device)
+        ).to(self.model.device)
 
         def after_token(*_: object, **__: object) -> bool:
             self.done += 1
@@ -104,8 +106,8 @@ class ChatModel:
                 raise Cancelled
             return False
 
-        answer = self._model.generate(
+        answer = self.model.generate(
             **read, max_new_tokens=request.max_tokens, stopping_criteria=[after_token]
         )
-        text = self._tokenizer.decode(answer[0, read["input_ids"].shape[1] :], skip_special_tokens=True)
+        text = self.tokenizer.decode(answer[0, read["input_ids"].shape[1] :], skip_special_tokens=True)
         return str(text)

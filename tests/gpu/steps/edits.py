@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from deployments.engines import acceleration
-from deployments.families.glm_image.decoder import _units_of_each_kind
+from deployments.families.glm_image.decoder import units_of_each_kind
 from tests.gpu import engines, measure
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def edits(run: Run) -> None:
     loaded = engines.load_decoder(run, device, side=side)
     with run.figure("edits, warm-up of a stage", side=side) as values:
         ends = [time.perf_counter()]
-        units = _units_of_each_kind((side, side - 32), (side, side))
+        units = units_of_each_kind((side, side - 32), (side, side))
         acceleration.warm_up(
             loaded.config, loaded.engine.decode, units, lambda _: ends.append(time.perf_counter())
         )

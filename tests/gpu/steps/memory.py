@@ -29,7 +29,7 @@ def memory(run: Run) -> None:
         with run.figure("memory, an image", side=side, vae_tiling=tiled) as values:
             if tiled:
                 acceleration.tile_vae(loaded.pipeline)
-            predicted = acceleration._working_bytes(loaded.pipeline, side, device)
+            predicted = acceleration.component_bytes(loaded.pipeline, side, device)
             values["predicted_gb"] = {part: size / 1e9 for part, size in predicted.items()}
             values["measured_gb"] = parts_of(loaded, engines.unit(run, side, STEPS), device)
     for pixels in (1024, 2048):

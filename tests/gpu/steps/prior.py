@@ -71,9 +71,9 @@ def batches(run: Run) -> None:
             model, _ = models.prior(device, tiny_size=run.tiny)
             length = run.count(2 * WRITTEN, 1024)
             language_model = GPULanguageModel(model, rows=rows, max_sequence_length=length)
-            language_model._where[0] = written(language_model)
+            language_model.where[0] = written(language_model)
             with torch.inference_mode():
-                values["ms"] = ms = measure.milliseconds(language_model._run_decoding, device, runs=50)
+                values["ms"] = ms = measure.milliseconds(language_model.run_decoding, device, runs=50)
             values["tokens_s"] = 1e3 * rows / ms
 
 
@@ -113,8 +113,8 @@ def busy(loaded: Prior, requests: Sequence[ImageRequest]) -> Iterator[None]:
 def decoding_pass(run: Run, loaded: Prior, device: torch.device) -> None:
     """Writes the time of the captured pass, without the host's work."""
     with run.figure("prior, the decoding pass", rows=engines.ROWS) as values, torch.inference_mode():
-        loaded.language_model._where[0] = written(loaded.language_model)
-        values["ms"] = ms = measure.milliseconds(loaded.language_model._run_decoding, device, runs=50)
+        loaded.language_model.where[0] = written(loaded.language_model)
+        values["ms"] = ms = measure.milliseconds(loaded.language_model.run_decoding, device, runs=50)
         values["weights_tb_s"] = WEIGHT_GB / ms
 
 
@@ -151,12 +151,12 @@ def without_graph(run: Run, loaded: Prior, requests: Sequence[ImageRequest], dev
 
     for by in ("CUDA graph", "no graph"):
         with run.figure("prior, eight together, by steps", by=by) as values, busy(loaded, requests):
-            captured = language_model._run_decoding
+            captured = language_model.run_decoding
             try:
                 if by == "no graph":
-                    language_model._run_decoding = language_model._decoding_pass
+                    language_model.run_decoding = language_model.decoding_pass
                 _, seconds = measure.seconds(some_steps, device)
             finally:
-                language_model._run_decoding = captured
+                language_model.run_decoding = captured
             values["ms_a_pass"] = 1e3 * seconds / steps
             values["tokens_s"] = engines.ROWS * steps / seconds

@@ -128,7 +128,7 @@ def test_progress_is_reported_while_the_stage_compiles(
 
 def test_eight_bits_halve_the_memory_of_the_weights(load: Callable[..., Decoder]) -> None:
     def size(decoder: Decoder) -> int:
-        blocks = decoder._pipeline.transformer.transformer_blocks
+        blocks = decoder.pipeline.transformer.transformer_blocks
         return sum(weight.nbytes for block in blocks for weight in block.ff.parameters())
 
     assert size(load(quantization="fp8")) == size(load()) / 4  # of 32 bits
@@ -139,24 +139,24 @@ def test_tiles_of_the_vae_take_less_memory(
     model_config: Callable[..., ModelConfig], load: Callable[..., Decoder], plain: Pixels
 ) -> None:
     pipeline = checkpoint.load_decoder(model_config())
-    whole = acceleration._working_bytes(pipeline, 2048, CPU)["vae"]
+    whole = acceleration.component_bytes(pipeline, 2048, CPU)["vae"]
     acceleration.tile_vae(pipeline)
-    assert acceleration._working_bytes(pipeline, 2048, CPU)["vae"] < whole / 2
+    assert acceleration.component_bytes(pipeline, 2048, CPU)["vae"] < whole / 2
     # Tiles have sides of 1024 pixels here, so smaller images are decoded whole.
     assert np.array_equal(load(vae_tiling=True).decode(LONG, Call()), plain)
 
 
 def test_memory_of_a_gpu_includes_that_of_its_libraries(model_config: Callable[..., ModelConfig]) -> None:
     pipeline = checkpoint.load_decoder(model_config())
-    computed = acceleration._working_bytes(pipeline, 256, CPU)
-    on_gpu = acceleration._working_bytes(pipeline, 256, torch.device("cuda"))
+    computed = acceleration.component_bytes(pipeline, 256, CPU)
+    on_gpu = acceleration.component_bytes(pipeline, 256, torch.device("cuda"))
     assert all(on_gpu[part] == round(1.2 * size) > 0 for part, size in computed.items())
 
 
 def test_a_step_cache_skips_blocks_but_never_for_a_source_image(load: Callable[..., Decoder]) -> None:
     decoder = load(step_cache=0.9)
     marks: list[object] = []
-    last = decoder._pipeline.transformer.transformer_blocks[-1]
+    last = decoder.pipeline.transformer.transformer_blocks[-1]
     last.attn1.register_forward_hook(lambda *_: marks.append(0))
     decoder.decode(LONG, Call())
     assert 2 <= len(marks) < 2 * LONG.steps

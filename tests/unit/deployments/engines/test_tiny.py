@@ -97,7 +97,7 @@ def test_the_command_rejects_impossible_sizes(
 
 
 def test_the_benchmark_preset_has_the_size_that_timings_need() -> None:
-    pipeline = tiny._pipeline(tiny.BENCHMARK)
+    pipeline = tiny.pipeline(tiny.BENCHMARK)
     parameters = sum(
         weight.numel()
         for part in (pipeline.vision_language_encoder, pipeline.transformer)

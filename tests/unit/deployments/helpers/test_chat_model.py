@@ -81,7 +81,7 @@ def test_too_little_memory_is_an_error(model: ChatModel, monkeypatch: pytest.Mon
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(type(model._model), "forward", full)
+    monkeypatch.setattr(type(model.model), "forward", full)
     with pytest.raises(OutOfMemoryError):
         model.expand(request(), Call())
 
@@ -93,7 +93,7 @@ def test_on_a_gpu_cudnn_does_not_plan_its_attention_for_each_length(
     switched: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
     on_device = SimpleNamespace(device=torch.device(device), generation_config=GenerationConfig())
-    ChatModel(on_device, model._tokenizer)
+    ChatModel(on_device, model.tokenizer)
     assert switched == ([False] if device == "cuda" else [])
 
 

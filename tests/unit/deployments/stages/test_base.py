@@ -69,7 +69,7 @@ def test_a_replica_whose_retry_succeeds_meanwhile_stays(monkeypatch: pytest.Monk
         loop = asyncio.get_running_loop()
 
         def retry_first() -> bool:
-            retry = stage._loader.engine(time.time())
+            retry = stage.loader.engine(time.time())
             asyncio.run_coroutine_threadsafe(retry, loop).result(10)
             return True  # its own report, by now
 

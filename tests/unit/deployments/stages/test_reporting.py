@@ -53,8 +53,8 @@ def reporter(registry: Registry) -> Iterator[Reporter]:
     reporter = Reporter()
     yield reporter
     reporter.leave()
-    reporter._thread.join(10)
-    assert not reporter._thread.is_alive()
+    reporter.thread.join(10)
+    assert not reporter.thread.is_alive()
     assert registry.reports[-1] == ("m-prior", "r1", None)
 
 

@@ -67,7 +67,8 @@ class Loaded:
     def submit(self, request: ImageRequest, call: Call | None = None) -> Future[PriorTokens]:
         """Submits a request and waits until it is in the queue."""
         future = self.engine.submit(request, call or Call())
-        self.engine._preparing.submit(int).result()
+        while not future.done() and not self.engine.wait(0.01):  # a request that cannot be prepared is done
+            pass
         return future
 
     def ours(self, request: ImageRequest) -> PriorTokens:

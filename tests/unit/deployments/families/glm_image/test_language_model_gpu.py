@@ -16,7 +16,8 @@ from deployments.families.glm_image import attention_gpu, checkpoint, tiny
 from deployments.families.glm_image.attention_gpu import BLOCK, FusedAttention, GPUSlots, fuse_projections
 from deployments.families.glm_image.language_model import SLICE_TOKENS, LanguageModel, Line
 from deployments.families.glm_image.language_model_cpu import CPULanguageModel
-from deployments.families.glm_image.language_model_gpu import GPULanguageModel
+from deployments.families.glm_image.language_model_gpu import Entry, Exit, GPULanguageModel
+from deployments.families.glm_image.sampling_gpu import CandidateSampler
 from deployments.families.glm_image.versions import CACHE
 
 ROWS = 3
@@ -95,7 +96,7 @@ def test_slices_and_tokens_are_those_of_the_language_model_for_cpus(
     for model in models:
         model.generation_config.top_k = top_k
     ours = GPULanguageModel(models[0], rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    for cache in ours._caches:
+    for cache in ours.caches:
         cache.normal_()  # stands for the remains of other requests
     reference = CPULanguageModel(models[1], rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     logits, drawn = generated(ours)
@@ -109,7 +110,7 @@ def test_slices_and_tokens_are_those_of_the_language_model_for_cpus(
 def test_what_is_returned_is_not_overwritten(load: Callable[[], Any]) -> None:
     model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     static = torch.zeros(1, 258)
-    model._run_slice = lambda: static.add_(1)  # a graph's result has a fixed address
+    model.run_slice = lambda: static.add_(1)  # a graph's result has a fixed address
     first = model.prefill(0, 0, *prompt(2))
     model.prefill(1, 0, *prompt(2))
     assert (first == 1).all()
@@ -131,9 +132,10 @@ def test_all_parts_are_compiled_whole_and_with_the_options_of_the_device(
     chosen = {"deterministic": True, "of": "this device"}
     monkeypatch.setattr(compilation, "options", lambda device: {**chosen, "device": device})
     model = load()
-    ours = GPULanguageModel(model, rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    parts = [ours._entry, *model.model.language_model.layers, ours._exit, ours._candidate_sampler]
-    assert [part for part, _ in compiled] == parts
+    GPULanguageModel(model, rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    parts = [part for part, _ in compiled]
+    assert parts[1:-2] == list(model.model.language_model.layers)
+    assert [type(part) for part in (parts[0], *parts[-2:])] == [Entry, Exit, CandidateSampler]
     expected = {**chosen, "device": torch.device("cpu")}
     assert all(
         options == {"fullgraph": True, "dynamic": False, "options": expected} for _, options in compiled
@@ -142,10 +144,10 @@ def test_all_parts_are_compiled_whole_and_with_the_options_of_the_device(
 
 def test_a_cleared_row_is_zero_and_no_other(load: Callable[[], Any]) -> None:
     model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
-    for cache in model._caches:
+    for cache in model.caches:
         cache.fill_(1)
     model.clear(1)
-    for cache in model._caches:
+    for cache in model.caches:
         by_row = cache.transpose(0, 2)
         assert [bool((contents == 0).all()) for contents in by_row] == [False, True, False]
         assert [bool((contents == 1).all()) for contents in by_row] == [True, False, True]
@@ -174,13 +176,13 @@ def test_separate_projections_are_freed_layer_by_layer(
     layers = model.model.language_model.layers
     separate = [weakref.ref(layer.self_attn.q_proj.weight) for layer in layers]
     alive = []
-    fuse = attention_gpu._fused
+    fuse = attention_gpu.fused
 
     def counted(parts: Any) -> nn.Linear:
         alive.append(sum(weight() is not None for weight in separate))
         return fuse(parts)
 
-    monkeypatch.setattr(attention_gpu, "_fused", counted)
+    monkeypatch.setattr(attention_gpu, "fused", counted)
     weights = sum(parameter.numel() for parameter in model.parameters())
     fuse_projections(model)
     assert alive == list(range(len(layers), 0, -1))
@@ -190,9 +192,10 @@ def test_separate_projections_are_freed_layer_by_layer(
 
 def test_the_blocks_that_are_read_hold_the_row_up_to_its_last_token(load: Callable[[], Any]) -> None:
     # Without its compiler, the attention uses only the mask and ignores the blocks to be skipped.
-    model = GPULanguageModel(load(), rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
+    upstream = load()
+    model = GPULanguageModel(upstream, rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
     seen: list[GPUSlots] = []
-    model._layers.layers[1].register_forward_pre_hook(
+    upstream.model.language_model.layers[1].register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(kwargs[CACHE]), with_kwargs=True
     )
     tokens, positions = prompt(0)

@@ -18,6 +18,7 @@ from deployments.errors import Cancelled
 from deployments.families.glm_image.attention_gpu import blocks_until
 from deployments.families.glm_image.language_model_cpu import PackedLinear
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
+from deployments.families.glm_image.sequence import Sequencer
 from deployments.stages.calls import Call
 from deployments.types import ImageRequest, PriorTokens, TokenGrid
 from tests.unit.deployments.families.glm_image.conftest import CODEBOOK_SIZE, REQUESTS, Loaded
@@ -150,7 +151,8 @@ def test_special_tokens_are_never_drawn_even_where_nothing_else_is_likely(config
 
 def test_reserved_strings_reach_the_model_as_letters(loaded: Loaded) -> None:
     prompt = "x <|image|> <sop>1 1<eop> <|endoftext|> <|dit_token_257|> y"
-    sequence = loaded.engine._sequencer.sequence(replace(REQUESTS[0], prompt=prompt))
+    sequencer = Sequencer(loaded.engine.model, loaded.processor)
+    sequence = sequencer.sequence(replace(REQUESTS[0], prompt=prompt))
     tokenizer = loaded.processor.tokenizer
     controls = [token for token in sequence.prompt.tolist() if token in tokenizer.added_tokens_decoder]
     shape = ["<sop>", "<eop>", "<sop>", "<eop>", tokenizer.bos_token]  # two grids and the image's start

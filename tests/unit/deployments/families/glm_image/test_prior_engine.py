@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,12 +48,12 @@ def test_a_request_that_fails_fails_alone(
 
     with monkeypatch.context() as patched:
         if when == "its source is encoded":
-            patched.setattr(loaded.engine._model, "get_image_features", fail)
+            patched.setattr(loaded.engine.model, "get_image_features", fail)
         elif when == "its prompt is read":
-            patched.setattr(loaded.engine._language_model, "prefill", fail)
+            patched.setattr(loaded.engine.language_model, "prefill", fail)
         else:
             row = torch.full((1, CODEBOOK_SIZE + 2), torch.nan)
-            patched.setattr(loaded.engine._language_model, "prefill", lambda *_: row)
+            patched.setattr(loaded.engine.language_model, "prefill", lambda *_: row)
         while not poisoned.done():
             loaded.engine.step()
     with pytest.raises(NotANumber if when == "its token is drawn" else OutOfMemoryError):
@@ -72,7 +73,7 @@ def test_a_fault_of_the_device_ends_the_engine_and_says_so(
     def fail(*_: object) -> None:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(engine._language_model, "decode", fail)
+    monkeypatch.setattr(engine.language_model, "decode", fail)
     future = engine.submit(REQUESTS[0], Call())
     engine.run()
     with pytest.raises(EngineFault, match="device lost"):
@@ -90,8 +91,8 @@ def test_a_fault_while_a_prompt_is_read_ends_the_engine_if_the_device_is_lost(
     def fail(*_: object) -> None:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(engine._language_model, "prefill", fail)
-    monkeypatch.setattr(engine._language_model, "recover", fail)
+    monkeypatch.setattr(engine.language_model, "prefill", fail)
+    monkeypatch.setattr(engine.language_model, "recover", fail)
     future = engine.submit(REQUESTS[0], Call())
     engine.run()
     with pytest.raises(EngineFault, match="device lost"):
@@ -125,15 +126,21 @@ def test_progress_is_reported_repeatedly_and_at_the_end(
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [NotANumber, Cancelled])
 def test_on_fixed_shapes_a_row_is_clean_after_values_that_are_no_numbers(
-    on_fixed_shapes: Loaded, expected: list[TokenGrid], end: type[Exception]
+    on_fixed_shapes: Loaded,
+    expected: list[TokenGrid],
+    monkeypatch: pytest.MonkeyPatch,
+    end: type[Exception],
 ) -> None:
     engine, call = on_fixed_shapes.engine, Call()
     poisoned = on_fixed_shapes.submit(REQUESTS[1], call)
-    for _ in range(10):
-        engine.step()
-    (state,) = engine._active
-    for cache in engine._language_model._caches:
-        cache[:, :, state.row] = torch.nan
+    with monkeypatch.context() as patched:
+        prefill = mock.Mock(wraps=engine.language_model.prefill)
+        patched.setattr(engine.language_model, "prefill", prefill)
+        for _ in range(10):
+            engine.step()
+    row, *_ = prefill.call_args.args
+    for cache in engine.language_model.caches:
+        cache[:, :, row] = torch.nan
     engine.step()
     if end is Cancelled:
         call.cancelled.set()

@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 import torch
 from diffusers import ZImagePipeline
 
-from deployments.engines import guard
 from deployments.engines.prompts import plain_text
 from deployments.errors import EngineFault, NotANumber, OutOfMemoryError, RequestTooLong
 from deployments.families.z_image import prior as prior_module
@@ -19,6 +19,15 @@ from deployments.families.z_image.prior import PriorEngine
 from deployments.stages.calls import Call
 from deployments.types import Embedding, ImageRequest, TextEmbeddings
 from tests.unit.deployments.families.z_image.conftest import ROWS, config
+
+
+class LostDevice:
+    """A text encoder on a device that is lost, and a function that finds this out."""
+
+    device = torch.device("cuda")
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("the device is lost")
 
 
 def request(prompt: str = "a boat", **fields: Any) -> ImageRequest:
@@ -41,7 +50,8 @@ def running(engine: PriorEngine) -> Iterator[PriorEngine]:
     thread.start()
     yield engine
     engine.fault = engine.fault or EngineFault("the test is over")
-    engine._queue.put(prior_module._PendingRequest(request(), Call(), Future()))
+    with suppress(EngineFault):
+        engine.submit(request(), Call())  # wakes the engine
     thread.join(10)
 
 
@@ -49,7 +59,7 @@ def running(engine: PriorEngine) -> Iterator[PriorEngine]:
 def batches(engine: PriorEngine) -> list[tuple[int, ...]]:
     """Returns a list that records the shapes of the text encoder's inputs."""
     shapes: list[tuple[int, ...]] = []
-    engine._text_encoder.register_forward_pre_hook(
+    engine.text_encoder.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     return shapes
@@ -104,7 +114,7 @@ def test_a_text_is_encoded_once_while_it_is_kept(
 def test_on_a_gpu_every_batch_is_of_one_shape(
     running: PriorEngine, batches: list[tuple[int, ...]], upstream: ZImagePipeline
 ) -> None:
-    running._fixed_shape, running._encoder_batch_size = True, 2
+    running.texts_a_pass = 2
     made = running.submit(request(), Call()).result(30)
     running.submit(request("a goat", guidance_scale=4), Call()).result(30)
     assert batches == [(2, 512)] * 2
@@ -182,7 +192,7 @@ def test_a_failure_is_its_batchs_and_the_engine_goes_on(
     def fail(*_: object) -> None:
         raise raised
 
-    hook = running._text_encoder.register_forward_pre_hook(fail)
+    hook = running.text_encoder.register_forward_pre_hook(fail)
     with pytest.raises(expected):
         running.submit(request(), Call()).result(30)
     hook.remove()
@@ -194,7 +204,7 @@ def test_what_is_no_number_is_not_kept(running: PriorEngine) -> None:
     def spoil(_: object, __: object, output: Any) -> None:
         output.last_hidden_state.fill_(torch.nan)
 
-    hook = running._text_encoder.register_forward_hook(spoil)
+    hook = running.text_encoder.register_forward_hook(spoil)
     with pytest.raises(NotANumber):
         running.submit(request(), Call()).result(30)
     hook.remove()
@@ -204,8 +214,8 @@ def test_what_is_no_number_is_not_kept(running: PriorEngine) -> None:
 def test_after_a_fault_all_requests_fail(engine: PriorEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     cancelled, *waiting = [engine.submit(request(str(i)), Call()) for i in range(ROWS + 3)][::-1]
     assert cancelled.cancel()
-    monkeypatch.setattr(engine, "_encode", lambda _: 1 / 0)
-    monkeypatch.setattr(guard, "_free", lambda _: RuntimeError("the device is lost"))
+    monkeypatch.setattr(engine, "text_encoder", LostDevice())
+    monkeypatch.setattr(torch.cuda, "synchronize", LostDevice())
     engine.run()
     for future in waiting:
         with pytest.raises(EngineFault):
