@@ -1,4 +1,7 @@
-"""Errors of the model plane. They have no HTTP status: the API plane chooses it."""
+"""Errors of the model plane. `serve_app.generation.unit` words them for clients.
+
+Ray raises an error of another process as an instance of its own class.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ class OtherWeights(ModelError):
 
 
 class EngineFault(ModelError):
-    """An engine had a fault that it cannot recover from. Its process ends, and Serve replaces it."""
+    """An engine had a fault that it cannot recover from.
+
+    Its stage ends the process, which Serve replaces.
+    """
 
 
 class OutOfMemoryError(ModelError):

@@ -1,6 +1,7 @@
 """The kinds of errors that clients get. `serve_app.http.errors` maps them to status codes.
 
-A dialect whose API has other codes for some of them maps those again.
+A dialect may map some of them to other codes: fal's API has 422 for 400, and Z.ai's has 400 for an unknown
+model.
 """
 
 from __future__ import annotations
@@ -142,7 +143,11 @@ class Cancelled(RequestError):
 
 
 class ReplicaDied(Exception):
-    """A stage's replica has died with a unit. The unit can be made again, with the same bytes."""
+    """A replica of a stage or a helper has died with a unit, which can be made again with the same bytes.
+
+    Clients never get this error. `unit` and `safety` in `serve_app.generation` ask another replica once.
+    `prompt_expansion` leaves the prompt as it is.
+    """
 
 
 def server_error() -> Failed:

@@ -160,8 +160,8 @@ FAMILIES = {
         max_aspect=4,
         max_sources=4,
     ),
-    # The values are from the released models' page (total area of 512² to 2048² pixels) and from
-    # `ZImagePipeline` (diffusers 0.42).
+    # The values are from the released models' page and from `ZImagePipeline` (diffusers 0.42). The page
+    # bounds the total area, 512² to 2048² pixels; here each side has these bounds.
     "z_image": Family(
         package="deployments.families.z_image",
         parameters=frozenset({"negative_prompt", "cfg_normalization", "strength"}),

@@ -26,7 +26,8 @@ class Dialect:
         prefixes: what its paths begin with. The longest matching prefix decides whose a path is.
         routers: make its routes.
         error_response: words an error for a request.
-        webhooks: make the messages of its ended jobs, by the `api` of the jobs.
+        webhooks: make the messages of its ended jobs, by the `api` of the jobs; see
+            `serve_app.jobs.tables.Owner`.
         middleware: wraps the application, before the API key is checked; None without one.
     """
 

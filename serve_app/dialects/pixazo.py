@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from serve_app.dialects.base import Dialect, path_of
 from serve_app.dialects.bodies import JSONFields, document_body, document_errors, parse_json, read
-from serve_app.dialects.hosted import PARAMETERS, EditInput, ImageInput, InputReader
+from serve_app.dialects.fal_and_pixazo import NAMES, EditInput, ImageInput, InputReader
 from serve_app.errors import Busy, Invalid, NotFound, RequestError
 from serve_app.generation.safety import VIOLATION
 from serve_app.http.errors import headers_of, status_of
@@ -136,7 +136,7 @@ class Result(BaseModel):
 
 
 def _error(error: RequestError) -> Error:
-    error = error.for_api(PARAMETERS)
+    error = error.for_api(NAMES)
     status = status_of(error)
     message = MESSAGES.get(error.code, error.message)
     if isinstance(error, Busy) and error.retry_after_s is not None:
@@ -149,7 +149,7 @@ def _error(error: RequestError) -> Error:
 
 def error_response(error: RequestError, scope: Scope) -> JSONResponse:
     """Returns the answer to a request that fails. Routes of edits have an envelope of their own."""
-    error = error.for_api(PARAMETERS)
+    error = error.for_api(NAMES)
     shown = _error(error)
     body: dict[str, Any]
     if path_of(scope).startswith(FLAT_PATHS):
@@ -190,12 +190,14 @@ async def _view(services: Services, job: Job, base: str) -> Result:
     if job.state == "succeeded":
         where = None if job.answer["sync_mode"] else base
         made = await services.delivery.kept(job.images, job.encoding.format, where)
-    error = job.error.error if job.error else None
+    error = job.error.as_error() if job.error else None
     request_id = f"{job.answer['kind']}_{job.id}"
-    is_ours = job.error is not None and job.error.is_fault and job.error.code not in REQUESTS_FAULTS
+    server_is_at_fault = (
+        job.error is not None and job.error.is_fault and job.error.code not in REQUESTS_FAULTS
+    )
     return Result(
         request_id=request_id,
-        status="ERROR" if is_ours else STATUS[job.state],
+        status="ERROR" if server_is_at_fault else STATUS[job.state],
         polling_url=f"{base}/v2/requests/status/{request_id}",
         output=Media(media_url=[one.data_url for one in made]) if made else None,
         error=_error(error) if error else None,

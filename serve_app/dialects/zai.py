@@ -46,7 +46,7 @@ API = "zai"
 """The name of this dialect, and the `api` of its jobs."""
 SIZE = "1280x1280"
 STEPS = {"hd": 50, "standard": 30}
-PARAMETERS = {"steps": "num_inference_steps"}
+NAMES = {"steps": "num_inference_steps"}
 """This API's names of parameters that have other names here."""
 CODES = {
     "missing_api_key": "1001",
@@ -184,14 +184,14 @@ class ZaiError(BaseModel):
 
 def error_response(error: RequestError, _: Scope) -> JSONResponse:
     """Returns the answer to a request that fails."""
-    error = error.for_api(PARAMETERS)
+    error = error.for_api(NAMES)
     status = 400 if error.code == "model_not_found" else status_of(error)
     body = ZaiError(error=_error(error), content_filter=_withheld(error))
     return JSONResponse(body.model_dump(exclude_none=True), status, headers_of(error))
 
 
 def _error(error: RequestError) -> Error:
-    error = error.for_api(PARAMETERS)
+    error = error.for_api(NAMES)
     status = status_of(error)
     code = CODES.get(error.code) or CODES_BY_STATUS.get(status, str(status))
     return Error(code=code, message=error.message)
@@ -296,7 +296,7 @@ async def _task(services: Services, job: Job, base: str) -> Task:
     made = []
     if job.state == "succeeded":
         made = await services.delivery.kept(job.images, job.encoding.format, where)
-    error = job.error.error if job.error else None
+    error = job.error.as_error() if job.error else None
     return Task(
         id=job.id,
         model=job.answer["model"],

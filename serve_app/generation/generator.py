@@ -22,7 +22,7 @@ from serve_app.generation.prompt_expansion import Expansion
 from serve_app.generation.request import resolve
 from serve_app.generation.running import RunningRequests, merged
 from serve_app.generation.unit import TOO_LONG, Unit
-from serve_app.generation.validation import check_work, validate
+from serve_app.generation.validation import bounded_work, validate
 from serve_app.observability import metrics, telemetry
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ class Generator:
             raise stopping()
         model = self.model(request.model)
         validate(request, model, self._limits, expands=self.expands_prompts)
-        if request.size or not request.sources:
-            check_work(request, model, self._limits)
+        if request.size_is_known:
+            bounded_work(request, model, self._limits)
 
     async def decode_sources(self, sources: Sequence[Source], model: str | None) -> tuple[Pixels, ...]:
         """Returns source images as pixels for a model; see `SourceReader.decode`."""
@@ -175,7 +175,7 @@ class Generator:
             Busy: the key's rate is used up.
             InvalidParameter: it is more work than one request may ask for.
         """
-        work = check_work(request, self.model(request.model), self._limits)
+        work = bounded_work(request, self.model(request.model), self._limits)
         await self._admission.charge(work, request.key_id)
 
     @asynccontextmanager
@@ -199,11 +199,10 @@ class Generator:
             self._admission.permit(request.n, request.key_id),
             self._run_within(request, self._limits.deadline_s) as running,
         ):
-            size_is_known = not request.sources or request.size is not None
-            if size_is_known:
+            if request.size_is_known:
                 await self.charge(request)
             resolved = self.resolve(request, await self.decode_sources(request.sources, request.model))
-            if not size_is_known:
+            if not request.size_is_known:
                 await self.charge(resolved)
             telemetry.note_request(resolved)
             self._running.make_ready(running, resolved)

@@ -1,4 +1,4 @@
-"""The request: one record from a route to the stages."""
+"""The request of a client: as a route has parsed it, and with all parameters resolved."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ Source = bytes | str
 """A source image as the client sent it: a file, or a URL of one."""
 
 MAX_SEED = 2**63 - 1
-MAX_DRAWN_SEED = 2**52
-"""Bound of drawn seeds. With those of further images, they stay below 2**53: JavaScript has them exactly."""
+DRAWN_SEEDS = 2**52
+"""Number of seeds that are drawn from, beginning with 0. The seeds of further images stay below 2**53, so
+JavaScript has them exactly."""
 MAX_PARTIAL_IMAGES = 3
 MAX_ID_CHARS = 512
 """Longest request id and user id."""
@@ -90,6 +91,11 @@ class GenerationRequest:
     request_id: str = ""
     key_id: str = ""
 
+    @property
+    def size_is_known(self) -> bool:
+        """Whether the size is known before source images are decoded. Otherwise the first one gives it."""
+        return self.size is not None or not self.sources
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest(GenerationRequest):
@@ -143,7 +149,9 @@ class ResolvedRequest(GenerationRequest):
 def resolve(
     request: GenerationRequest, model: ModelConfig, pixels: tuple[Pixels, ...] = ()
 ) -> ResolvedRequest:
-    """Returns the request with the model's defaults and its decoded sources; draws a seed if it has none.
+    """Draws the seed if there is none, and sets the other parameters that are None to the model's defaults.
+
+    A job is resolved when it is submitted. So it has the same seed if it begins a second time.
 
     Args:
         request: the request.
@@ -161,7 +169,7 @@ def resolve(
         "negative_prompt": "",
         "cfg_normalization": False,
         "strength": defaults.strength,
-        "seed": secrets.randbelow(MAX_DRAWN_SEED),
+        "seed": secrets.randbelow(DRAWN_SEEDS),
     }
     filled_in = {name: value for name, value in fallbacks.items() if given[name] is None}
     return ResolvedRequest(**given | filled_in | {"model": model.name, "sources": (), "pixels": pixels})

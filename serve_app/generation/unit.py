@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
+from deployments.errors import LoadingFailed, NotANumber, OtherWeights, OutOfMemoryError, RequestTooLong
 from deployments.observability import log, tracing
 from deployments.types import Event as StageEvent
 from deployments.types import ImageRequest, Pixels, Preview, Prior, Progress
@@ -208,21 +208,24 @@ class Unit:
                 metrics.RETRIES.add(model=self.model, stage=stage)
                 self._log_retry(stage, "lost the replica that had the image")
             self.progress, called, result = None, time.time(), None
-            with suppress(ReplicaDied), tracing.span(stage, kind="client"):
-                sent = replace(request, traceparent=tracing.traceparent())
-                async with self._stages.gates[stage].enter(self._turn), aclosing(call(sent)) as events:
-                    async for event in events:
-                        if isinstance(event, Progress | Preview):
-                            if shown := await self._event(stage, event):
-                                yield shown
-                        else:
-                            result = event
-                if self.progress:
-                    self._seconds[stage] = time.monotonic() - self._working_since
-                    tracing.record("waiting", called, time.time() - self._seconds[stage])
-            if result is not None:  # otherwise the replica has died
-                yield result
-                return
+            try:
+                with tracing.span(stage, kind="client"):
+                    sent = replace(request, traceparent=tracing.traceparent())
+                    async with self._stages.gates[stage].enter(self._turn), aclosing(call(sent)) as events:
+                        async for event in events:
+                            if isinstance(event, Progress | Preview):
+                                if shown := await self._event(stage, event):
+                                    yield shown
+                            else:
+                                result = event
+                    if self.progress:
+                        self._seconds[stage] = time.monotonic() - self._working_since
+                        tracing.record("waiting", called, time.time() - self._seconds[stage])
+            except ReplicaDied:
+                continue
+            assert result is not None  # noqa: S101 - it is the last item of every call
+            yield result
+            return
         raise ReplicaDied
 
     async def _event(self, stage: Stage, event: Progress | Preview) -> StageProgress | PartialImage | None:
@@ -278,6 +281,11 @@ class Unit:
                 f"The device has too little memory for {width}x{height} with {len(self._request.pixels)} "
                 "source images. Choose a smaller size or fewer source images.",
                 code="out_of_memory",
+            ) from error
+        except NotANumber as error:
+            raise Failed(
+                "The model computed values that are not finite; use another seed, or other parameters.",
+                code="not_finite",
             ) from error
         except ReplicaDied as error:
             raise Failed(

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def validate(request: GenerationRequest, model: ModelConfig, limits: Limits, *, expands: bool) -> None:
-    """Checks everything except pixels, and pixels × steps × images, which `check_work` bounds.
+    """Checks every parameter, and that the model takes it.
+
+    Source images are checked where they are decoded (`serve_app.generation.sources`), and the amount of work
+    by `bounded_work`.
 
     Args:
         request: the request.
@@ -29,6 +32,7 @@ def validate(request: GenerationRequest, model: ModelConfig, limits: Limits, *, 
     """
     _check_texts(request, limits)
     family = model.traits
+    # An edit without a size gets a legal one when its source image is decoded.
     width, height = request.size or (model.defaults.width, model.defaults.height)
     if not family.is_legal_size(width, height):
         raise InvalidParameter("size", f"cannot be {width}x{height}; each side must be {family.legal_sides}")
@@ -89,11 +93,12 @@ def _check_effects(request: GenerationRequest, model: ModelConfig) -> None:
             raise InvalidParameter(param, reasons[param], code="unsupported_parameter")
 
 
-def check_work(request: GenerationRequest, model: ModelConfig, limits: Limits) -> float:
+def bounded_work(request: GenerationRequest, model: ModelConfig, limits: Limits) -> float:
     """Returns the work of a request in megapixels × denoising steps × images.
 
     Raises:
-        InvalidParameter: it is more than one request may ask for.
+        InvalidParameter: it is more than one request may ask for, or an image has more than
+            `limits.max_pixels`.
     """
     width, height = request.size or (model.defaults.width, model.defaults.height)
     steps = request.steps or model.defaults.steps

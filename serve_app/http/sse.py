@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE_S = 15.0
 """Seconds of silence after which a comment is sent. Proxies close silent connections after a minute or so."""
 
-Event = tuple[str, dict[str, Any]]
+SSEEvent = tuple[str, dict[str, Any]]
 """Name and data of an event."""
 
 
@@ -32,7 +32,7 @@ _END = _End()
 class EventStream(StreamingResponse):
     """Sends the events of a generator. The generator ends with the connection. Create it with `begin`."""
 
-    def __init__(self, items: asyncio.Queue[Event | _End | None], pump: asyncio.Task[None]) -> None:
+    def __init__(self, items: asyncio.Queue[SSEEvent | _End | None], pump: asyncio.Task[None]) -> None:
         super().__init__(
             self._chunks(),
             media_type="text/event-stream",
@@ -43,7 +43,7 @@ class EventStream(StreamingResponse):
 
     @classmethod
     async def begin(
-        cls, generate: Callable[[Callable[[], Awaitable[None]]], AsyncGenerator[Event | None, None]]
+        cls, generate: Callable[[Callable[[], Awaitable[None]]], AsyncGenerator[SSEEvent | None, None]]
     ) -> EventStream:
         """Starts a generator in a task of its own; returns when it has accepted the request.
 
@@ -52,7 +52,7 @@ class EventStream(StreamingResponse):
                 The generator yields None as soon as it has accepted the request, then the events. An error
                 before that is raised here.
         """
-        items: asyncio.Queue[Event | _End | None] = asyncio.Queue()
+        items: asyncio.Queue[SSEEvent | _End | None] = asyncio.Queue()
         events = generate(items.join)
 
         async def run() -> None:

@@ -1,8 +1,12 @@
 """Stored jobs: the typed records in the JSON columns of the tables.
 
 The records are an interface: a server reads what an older one has written, and servers of two versions may
-share a database while one replaces the other. So names and shapes in the database do not follow those in the
-code. A record without a `version` is of version 1.
+share a database while one replaces the other. A record without a `version` is of version 1, the only one so
+far.
+
+Stored names are those of `ResolvedRequest` and `ImageRecord`, except those in `_IMAGE_NAMES`. Whoever renames
+an attribute there adds its old name here. `tests/unit/serve_app/jobs/test_upgrade.py` reads a database of
+version 1. A new attribute needs a default. Older servers ignore it.
 """
 
 from dataclasses import fields
@@ -31,7 +35,7 @@ from serve_app.generation.request import Encoding, ImageFormat, Moderation, Reso
 class StoredRecord(BaseModel):
     """Base of the records. One without a version has version 1. One of an unknown version is an error.
 
-    To read a further version, convert its fields to the newest ones before validation, as `_image` does.
+    To read a further version, convert its fields to the newest ones before validation.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -85,9 +89,8 @@ class StoredEncoding(StoredRecord):
     format: ImageFormat = "png"
     quality: int = 100
 
-    @property
-    def encoding(self) -> Encoding:
-        """The file format."""
+    def as_encoding(self) -> Encoding:
+        """Returns the file format."""
         return Encoding(self.format, self.quality)
 
 
@@ -176,9 +179,8 @@ class StoredError(StoredRecord):
             return cls(status=status, code=error.code, param=error.param, problem=error.problem)
         return cls(status=status, code=error.code, param=error.param, message=error.message)
 
-    @property
-    def error(self) -> RequestError:
-        """The error. It is final: fetching the job again does not change it."""
+    def as_error(self) -> RequestError:
+        """Returns the error. It is final: fetching the job again does not change it."""
         if self.problem is not None:
             return InvalidParameter(self.param or "", self.problem, code=self.code)
         kind = _KINDS.get(self.status, Failed)

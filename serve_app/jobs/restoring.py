@@ -114,7 +114,7 @@ class Restorer:
             ):
                 made = in_order([event async for event in events if isinstance(event, GeneratedImage)])
             for image, record in zip(made, job.images, strict=True):
-                data = await asyncio.to_thread(codec.encode, image.pixels, job.encoding.encoding)
+                data = await asyncio.to_thread(codec.encode, image.pixels, job.encoding.as_encoding())
                 await self._files.save_as(record.name, data)
         except RequestError as error:
             facts = FAULT | {"job": job.id}

@@ -352,11 +352,11 @@ class JobRunner:
     async def _save(self, job: Job, file: bytes) -> tuple[str, int]:
         """Keeps a file in the job's format; returns its name and its bytes."""
         with metrics.part(job.model, "storing"):
-            return await self._files.save(file, job.encoding.encoding.format), len(file)
+            return await self._files.save(file, job.encoding.as_encoding().format), len(file)
 
     async def _encoded(self, job: Job, pixels: Pixels) -> bytes:
         """Returns an image as a file in the job's format."""
-        encoding = job.encoding.encoding
+        encoding = job.encoding.as_encoding()
         with metrics.part(job.model, "encoding"):
             return await asyncio.to_thread(codec.encode, pixels, encoding)
 

@@ -1,4 +1,7 @@
-"""The tables of jobs and signing keys. The migrations create them."""
+"""The tables of jobs and signing keys. The migrations create them.
+
+A new column needs a module in `migrations/additions`, and is nullable or has a server default.
+"""
 
 import secrets
 import time
@@ -93,7 +96,8 @@ class Owner(NamedTuple):
 
     Attributes:
         key_id: id of the API key; empty without one.
-        api: name of the API by which the job was submitted, and is answered. `Dialect.webhooks` has the same.
+        api: name of the API by which the job was submitted, and is answered: at most 16 characters. An API
+            that takes the URL of a webhook has it as a key of `Dialect.webhooks`.
     """
 
     key_id: str
@@ -119,7 +123,7 @@ class Job(Base, kw_only=True):
         request: the request.
         sources: names of the files of its source images.
         encoding: file format of its images.
-        answer: what the dialect needs to word its answers.
+        answer: what the dialect needs to word its answers. Jobs of older servers lack keys that are new.
         webhook_url: URL to call when the job has ended.
         state: where the job is.
         version: grows with every change.
@@ -206,7 +210,7 @@ class Job(Base, kw_only=True):
         """Returns the request, with its decoded source images."""
         return ResolvedRequest(
             **{name: getattr(self.request, name) for name in REQUEST_FIELDS},
-            encoding=self.encoding.encoding,
+            encoding=self.encoding.as_encoding(),
             api=self.api,
             request_id=self.id,
             key_id=self.key_id,

@@ -123,6 +123,7 @@ def test_the_readme_has_no_placeholders() -> None:
     "page",
     [
         "README.md",
+        "CONTRIBUTING.md",
         "docs/operate/security.md",
         "k8s/README.md",
         "tests/gpu/README.md",
@@ -136,12 +137,14 @@ def test_no_table_has_an_empty_last_cell(page: str) -> None:
     assert not [row for row in rows if re.search(r"\|\s*\|$", row)]
 
 
-def test_make_targets_and_paths_in_the_readme_exist() -> None:
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_make_targets_and_paths_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named_targets = set(re.findall(r"\bmake ([a-z]+)\b", README))
+    named_targets = set(re.findall(r"\bmake ([a-z]+)\b", text))
     assert named_targets - {"serve", "the"} <= targets  # "make the circle green" is a prompt
     assert "serve" in targets
-    named = re.findall(r"`((?:serve_app|deployments|configs|tests|dialects)/[\w./-]*)`", README)
+    named = re.findall(r"`((?:serve_app|deployments|configs|tests|dialects)/[\w./-]*)`", text)
     assert named
     for path in named:
         assert (ROOT / path).exists() or (ROOT / "serve_app" / path).exists(), path

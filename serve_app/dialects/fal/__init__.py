@@ -2,8 +2,8 @@
 
 from serve_app.dialects.base import Dialect
 from serve_app.dialects.fal import routes, views
-from serve_app.dialects.fal.addresses import PATHS, Addresses
 from serve_app.dialects.fal.errors import error_response
+from serve_app.dialects.fal.hosts import PATHS, Hosts
 
 FAL = Dialect(
     name=routes.API,
@@ -11,5 +11,5 @@ FAL = Dialect(
     routers=(routes.router,),
     error_response=error_response,
     webhooks={routes.API: views.compose},
-    middleware=Addresses,
+    middleware=Hosts,
 )

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse
 
+from serve_app.dialects import fal_and_pixazo
 from serve_app.dialects.bodies import document_errors
 from serve_app.dialects.fal.schemas import FalError
-from serve_app.dialects.hosted import PARAMETERS
 from serve_app.errors import Busy, TimedOut, Unavailable
 from serve_app.http.errors import headers_of, status_of
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RETRIED = (408, 409, 429, 502, 503)
 """Statuses that the clients retry whatever the headers say. They also retry 504, unless one header is set."""
-NAMES = PARAMETERS | {"webhook_url": "fal_webhook"}
+NAMES = fal_and_pixazo.NAMES | {"webhook_url": "fal_webhook"}
 """This API's names of parameters that have other names here."""
 PLACES = dict.fromkeys(("fal_webhook", "logs", "expires", "signature"), "query")
 """Places of parameters that are not in the body."""

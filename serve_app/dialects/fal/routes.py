@@ -13,8 +13,8 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from serve_app.dialects.bodies import document_body, document_errors, read_json
 from serve_app.dialects.fal import views
-from serve_app.dialects.fal.addresses import REQUEST_ID
 from serve_app.dialects.fal.errors import errors
+from serve_app.dialects.fal.hosts import REQUEST_ID
 from serve_app.dialects.fal.schemas import (
     Cancelling,
     ImageToImage,
@@ -25,7 +25,7 @@ from serve_app.dialects.fal.schemas import (
     Upload,
     UploadRequest,
 )
-from serve_app.dialects.hosted import InputReader
+from serve_app.dialects.fal_and_pixazo import InputReader
 from serve_app.errors import Conflict, NotFound, RequestError
 from serve_app.http.errors import CLIENT_CLOSED, status_of
 from serve_app.jobs.submission import Submission
@@ -33,7 +33,7 @@ from serve_app.jobs.tables import Job, Owner, Priority
 from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
-    from serve_app.dialects.hosted import ImageInput
+    from serve_app.dialects.fal_and_pixazo import ImageInput
     from serve_app.http.services import Services
 
 API = "fal"
@@ -120,7 +120,7 @@ def _add_app(
         )
         telemetry.note_job(job)
         response.headers[REQUEST_ID] = job.id
-        return Submitted(status="IN_QUEUE", gateway_request_id=job.id, **views.addresses(job, base))
+        return Submitted(status=views.STATUSES["queued"], gateway_request_id=job.id, **views.facts(job, base))
 
 
 async def _find(services: Services, app: str, request_id: str, request: Request) -> Job:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from serve_app.dialects.bodies import JSONFields
-from serve_app.dialects.hosted import EditInput, ImageInput
+from serve_app.dialects.fal_and_pixazo import EditInput, ImageInput
 
 
 class _Steps(JSONFields):
@@ -89,10 +89,13 @@ class Metrics(BaseModel):
     inference_time: float = Field(description="Seconds from the start to the end.")
 
 
+StatusName = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+
+
 class Queued(BaseModel):
     """State of a request."""
 
-    status: Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"] = "IN_QUEUE"
+    status: StatusName
     request_id: str
     response_url: str
     status_url: str

@@ -1,4 +1,8 @@
-"""Jobs in fal's words: their status, result and webhook."""
+"""Jobs in fal's words: their status, result and webhook.
+
+A failed job is `COMPLETED`, because the clients know no other end. Its result is the error, and its webhook
+has the status `ERROR`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.responses import JSONResponse
 
 from serve_app.dialects.fal.errors import NAMES, error_response, type_of
-from serve_app.dialects.fal.schemas import File, Log, Metrics, Output, Status, Timings
+from serve_app.dialects.fal.schemas import File, Log, Metrics, Output, Status, StatusName, Timings
 from serve_app.errors import Cancelled, RequestError
 from serve_app.http.errors import status_of
 from serve_app.jobs.webhooks import Message, Sign
@@ -22,8 +26,17 @@ if TYPE_CHECKING:
     from serve_app.generation.delivery import Delivered
     from serve_app.http.services import Services
     from serve_app.jobs.records import LogLine
-    from serve_app.jobs.tables import Job
+    from serve_app.jobs.tables import Job, State
     from serve_app.jobs.webhooks import Compose
+
+
+STATUSES: dict[State, StatusName] = {
+    "queued": "IN_QUEUE",
+    "running": "IN_PROGRESS",
+    "succeeded": "COMPLETED",
+    "failed": "COMPLETED",
+    "cancelled": "COMPLETED",
+}
 
 
 def output(made: Sequence[Delivered]) -> Output:
@@ -63,10 +76,10 @@ async def result(services: Services, job: Job, base: str) -> JSONResponse:
 
 def _error(job: Job) -> RequestError:
     """Returns why a job has no images."""
-    return job.error.error if job.error else Cancelled("The request was cancelled.")
+    return job.error.as_error() if job.error else Cancelled("The request was cancelled.")
 
 
-def addresses(job: Job, base: str) -> dict[str, Any]:
+def facts(job: Job, base: str) -> dict[str, Any]:
     """Returns the fields that all answers about a job have: its id, its URLs and its place in the queue."""
     url = f"{base}/queue/fal-ai/{job.answer['app']}/requests/{job.id}"
     return {
@@ -80,20 +93,15 @@ def addresses(job: Job, base: str) -> dict[str, Any]:
 
 def status(job: Job, base: str, logs: Sequence[LogLine]) -> Status:
     """Returns a job's status, with these lines of its log."""
-    facts = addresses(job, base)
+    shown = Status(status=STATUSES[job.state], **facts(job, base))
     if job.state == "queued":
-        return Status(status="IN_QUEUE", **facts)
-    lines = [
+        return shown
+    shown.logs = [
         Log(timestamp=datetime.fromtimestamp(line.at, UTC).isoformat(), message=line.message) for line in logs
     ]
     if not job.has_ended:
-        return Status(status="IN_PROGRESS", logs=lines, **facts)
-    shown = Status(
-        status="COMPLETED",
-        logs=lines,
-        metrics=Metrics(inference_time=(job.ended_at or 0) - (job.started_at or job.ended_at or 0)),
-        **facts,
-    )
+        return shown
+    shown.metrics = Metrics(inference_time=(job.ended_at or 0) - (job.started_at or job.ended_at or 0))
     if job.state != "succeeded":
         error = _error(job).for_api(NAMES)
         shown.error, shown.error_type = error.message, type_of(error)

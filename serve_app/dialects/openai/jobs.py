@@ -222,7 +222,7 @@ def summary(services: Services, job: Job) -> JobSummary:
         waiting_for=services.runner.waits_for(job),
         progress=_progress(job),
         cancelling=True if job.cancelling and job.state == "running" else None,
-        error=error_body(job.error.error) if job.error else None,
+        error=error_body(job.error.as_error()) if job.error else None,
         webhook=_webhook(job) if job.webhook_url else None,
         **{name: time and int(time) for name, time in times.items()},
     )

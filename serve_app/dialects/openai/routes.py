@@ -41,7 +41,7 @@ from serve_app.generation import codec
 from serve_app.generation.delivery import in_base64
 from serve_app.generation.events import GeneratedImage, PartialImage, StageProgress, in_order
 from serve_app.http.errors import status_of
-from serve_app.http.sse import Event, EventStream
+from serve_app.http.sse import EventStream, SSEEvent
 from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ async def _events(
     parsed: Parsed[Any],
     kind: str,
     all_sent: Callable[[], Awaitable[None]],
-) -> AsyncGenerator[Event | None, None]:
+) -> AsyncGenerator[SSEEvent | None, None]:
     """Yields the events of a stream; see `EventStream.begin`."""
     is_accepted = is_made = False
     try:
@@ -149,7 +149,7 @@ async def _events(
             yield _error_event(request, error)
 
 
-async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], kind: str) -> Event:
+async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], kind: str) -> SSEEvent:
     encoding = parsed.request.encoding
     height, width, _ = event.pixels.shape
     file = await asyncio.to_thread(codec.encode, event.pixels, encoding)
@@ -169,7 +169,7 @@ async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], k
     return name, {"type": name} | data | {"seed": event.facts.seed, "usage": tokens}
 
 
-def _error_event(request: Request, error: Exception) -> Event:
+def _error_event(request: Request, error: Exception) -> SSEEvent:
     if not isinstance(error, RequestError):
         logger.error("a stream failed", exc_info=error, extra=FAULT)
         error = server_error()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deployments.errors import LoadingFailed, OtherWeights, OutOfMemoryError, RequestTooLong
+from deployments.errors import LoadingFailed, NotANumber, OtherWeights, OutOfMemoryError, RequestTooLong
 from deployments.types import Event as StageEvent
 from deployments.types import ImageRequest, Pixels, Preview, PriorTokens, Progress
 from serve_app.errors import Failed, InvalidParameter, NotFound, ReplicaDied
@@ -235,6 +235,14 @@ def test_an_image_whose_replicas_keep_dying_fails(make: Make) -> None:
     with pytest.raises(Failed, match="died twice") as caught:
         asyncio.run(images_of(make(failing(ReplicaDied()))))
     assert (caught.value.code, caught.value.retryable) == ("replica_died", False)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decode"])
+def test_values_that_are_not_finite_are_no_reason_to_try_again(make: Make, stage: str) -> None:
+    calls: dict[str, Any] = {stage: failing(NotANumber("nan"))}
+    with pytest.raises(Failed, match="not finite; use another seed") as caught:
+        asyncio.run(images_of(make(**calls)))
+    assert (caught.value.code, caught.value.retryable) == ("not_finite", False)
 
 
 @pytest.mark.parametrize("stage", ["prior", "decode"])

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from serve_app.http import sse
-from serve_app.http.sse import Event, EventStream
+from serve_app.http.sse import EventStream, SSEEvent
 
 AllSent = Callable[[], Awaitable[None]]
-Events = AsyncGenerator[Event | None, None]
+Events = AsyncGenerator[SSEEvent | None, None]
 
 
-def event(text: str) -> Event:
+def event(text: str) -> SSEEvent:
     return "said", {"text": text}
 
 

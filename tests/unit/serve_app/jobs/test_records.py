@@ -161,15 +161,15 @@ def test_a_stored_error_keeps_its_kind_and_is_final(database: Database, kind: ty
         await store.finish("w", JobProgress(id=job.id), "failed", error=StoredError.of(error))
         stored = (await store.get(OWNER, job.id)).error
         assert stored == StoredError.of(error)
-        assert type(stored.error) is kind
-        assert vars(stored.error) == vars(error) | {"retryable": False}
+        assert type(stored.as_error()) is kind
+        assert vars(stored.as_error()) == vars(error) | {"retryable": False}
 
     asyncio.run(main())
 
 
 def test_an_error_of_a_parameter_keeps_its_problem() -> None:
     error = InvalidParameter("size", "must be smaller", code="too_many")
-    read = StoredError.model_validate(StoredError.of(error).model_dump(mode="json")).error
+    read = StoredError.model_validate(StoredError.of(error).model_dump(mode="json")).as_error()
     assert isinstance(read, InvalidParameter)
     assert vars(read) == vars(error)
     assert read.for_api({"size": "image_size"}).message == "image_size must be smaller."
@@ -199,7 +199,7 @@ def test_an_error_of_version_1_is_read(
         job = await job_with(database, error=stored | {"code": "no_boat", "param": None})
         assert job.error
         assert job.error.is_fault == is_fault
-        error = job.error.error
+        error = job.error.as_error()
         assert type(error) is kind
         assert (error.message, error.code, error.param) == ("No boat.", "no_boat", None)
         assert not error.retryable
@@ -212,7 +212,7 @@ def test_an_error_of_a_parameter_of_version_1_is_read(database: Database) -> Non
         stored = {"status": 400, "code": "too_long", "param": "prompt", "problem": "is too long"}
         job = await job_with(database, error=stored)
         assert job.error
-        error = job.error.error
+        error = job.error.as_error()
         assert isinstance(error, InvalidParameter)
         assert (error.message, error.code, error.param) == ("prompt is too long.", "too_long", "prompt")
         assert not error.retryable

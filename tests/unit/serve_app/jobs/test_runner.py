@@ -146,7 +146,7 @@ def test_a_fault_of_the_server_is_not_described_to_the_client(
             job = await server.ended(job_id)
         assert job.error
         assert (job.state, job.error.code) == ("failed", "server_error")
-        assert "secret" not in job.error.error.message
+        assert "secret" not in job.error.as_error().message
 
     asyncio.run(main())
 

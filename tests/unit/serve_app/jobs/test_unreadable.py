@@ -57,7 +57,7 @@ def test_a_runner_fails_an_unreadable_job_and_runs_the_others(
         await stored.break_request(first.id, new_job().request.model_dump(mode="json"))
         failed = await server.job(first.id)
         assert failed.error
-        assert (failed.error.code, failed.error.error.retryable) == ("unreadable_job", False)
+        assert (failed.error.code, failed.error.as_error().retryable) == ("unreadable_job", False)
         assert f"job {first.id} cannot be read and fails: prompt: Field required" in caplog.text
         for words in ("secret", "a boat"):
             assert words not in caplog.text

@@ -33,7 +33,7 @@ PRESETS = {
 """Width and height in pixels, from https://docs.fal.ai where it has them."""
 MAX_IMAGES = 4
 MAX_SOURCES = 4
-PARAMETERS = {
+NAMES = {
     "n": "num_images",
     "size": "image_size",
     "steps": "num_inference_steps",
@@ -46,6 +46,7 @@ PARAMETERS = {
 class ImageSize(JSONFields):
     """A size in pixels. The image is made at the next size that the model accepts, and cropped."""
 
+    # These are the documented bounds. `serve_app.generation.validation` checks those of the model.
     width: int = Field(ge=512, le=2048)
     height: int = Field(ge=512, le=2048)
 

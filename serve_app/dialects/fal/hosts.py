@@ -36,7 +36,7 @@ REQUEST = re.compile(r"/requests/([0-9a-f-]{36})(/|$)")
 REQUEST_ID = "x-fal-request-id"
 
 
-class Addresses:
+class Hosts:
     """Middleware that maps fal's other hosts, and its JavaScript client's proxy, to routes of this server.
 
     It never calls another server. Every answer of this API gets the id of its request, except that to a fault
