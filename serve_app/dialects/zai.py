@@ -75,7 +75,7 @@ class SensitiveWordCheck(JSONFields):
     status: Literal["ENABLE", "DISABLE"] | None = None
 
 
-class ImageRequest(JSONFields):
+class ImageInput(JSONFields):
     """Fields of a request. Null means that a field is unset."""
 
     model: str
@@ -225,7 +225,7 @@ def router(services: Services) -> APIRouter:
         name="zai_generations",
         response_model_exclude_none=True,
         responses=errors(400, 408, 413, 429, 500, 503, 504, 507),
-        openapi_extra=document_body(ImageRequest),
+        openapi_extra=document_body(ImageInput),
     )
     async def generations(request: Request) -> Images:
         """Makes images while the client waits."""
@@ -246,7 +246,7 @@ def router(services: Services) -> APIRouter:
         name="zai_async_generations",
         response_model_exclude_none=True,
         responses=errors(400, 408, 413, 429, 500, 503, 507),
-        openapi_extra=document_body(ImageRequest),
+        openapi_extra=document_body(ImageInput),
     )
     async def async_generations(request: Request) -> Task:
         """Enqueues a task that makes images."""
@@ -272,8 +272,8 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-async def _read(services: Services, request: Request) -> tuple[ImageRequest, GenerationRequest]:
-    fields = await read_json(request, ImageRequest, services.config.limits.max_json_bytes)
+async def _read(services: Services, request: Request) -> tuple[ImageInput, GenerationRequest]:
+    fields = await read_json(request, ImageInput, services.config.limits.max_json_bytes)
     steps = fields.num_inference_steps
     if steps is None and fields.quality:
         steps = STEPS[fields.quality]

@@ -12,10 +12,10 @@ from serve_app.dialects.openai.schemas import (
     UNSUPPORTED,
     EditByReference,
     EditForm,
+    EditInput,
     EditJobForm,
-    EditRequest,
-    GenerationRequest,
-    ImageRequest,
+    GenerationInput,
+    ImageInput,
     JobFields,
     JobRequest,
     errors,
@@ -56,7 +56,7 @@ GENERATION_EXAMPLES = {
 
 def generation_body(generator: Generator, limits: Limits) -> dict[str, Any]:
     """Returns the JSON body of a generation."""
-    schema = _schema(GenerationRequest, generator, limits, unset=(None, "", False))
+    schema = _schema(GenerationInput, generator, limits, unset=(None, "", False))
     return _body({"application/json": {"schema": schema, "examples": GENERATION_EXAMPLES}})
 
 
@@ -71,7 +71,7 @@ def job_body(generator: Generator, limits: Limits) -> dict[str, Any]:
 
 
 def _form_or_json(
-    form_type: type[ImageRequest], json_type: type[ImageRequest], generator: Generator, limits: Limits
+    form_type: type[ImageInput], json_type: type[ImageInput], generator: Generator, limits: Limits
 ) -> dict[str, Any]:
     several = {
         "type": "array",
@@ -109,7 +109,7 @@ def _body(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(
-    fields: type[ImageRequest], generator: Generator, limits: Limits, *, unset: Unset
+    fields: type[ImageInput], generator: Generator, limits: Limits, *, unset: Unset
 ) -> dict[str, Any]:
     """Returns the schema of a body, with this server's bounds."""
     schema, models = fields.model_json_schema(), generator.models()
@@ -126,7 +126,7 @@ def _schema(
     without |= {param: "No model supports it." for param in PARAMETERS if param not in taken}
     if not generator.expands_prompts:
         without["enable_prompt_expansion"] = "The server has no prompt expander."
-    if not issubclass(fields, EditRequest):
+    if not issubclass(fields, EditInput):
         without["strength"] = "For edits only."
     if issubclass(fields, JobFields):
         without["stream"] = "Follow the job's events."
@@ -156,7 +156,7 @@ def _bounds(models: list[ModelConfig], limits: Limits) -> dict[str, dict[str, An
 
 
 def _all_rules(
-    fields: type[ImageRequest],
+    fields: type[ImageInput],
     models: list[ModelConfig],
     taken: frozenset[Parameter],
     limits: Limits,

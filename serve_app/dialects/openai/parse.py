@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from serve_app.dialects.bodies import MAX_FIELDS, first_error, parsed_size, read_json, request_id, unknown
-from serve_app.dialects.openai.schemas import MAX_FILES, QUALITIES, ImageRequest, JobFields, Quality
+from serve_app.dialects.openai.schemas import MAX_FILES, QUALITIES, ImageInput, JobFields, Quality
 from serve_app.errors import Invalid, image_too_large
 from serve_app.generation import containers
 from serve_app.generation.request import Encoding, GenerationRequest
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from serve_app.config import Limits
     from serve_app.generation.request import Source
 
-Fields = TypeVar("Fields", bound=ImageRequest)
+Input = TypeVar("Input", bound=ImageInput)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parsed(Generic[Fields]):
+class Parsed(Generic[Input]):
     """A parsed body.
 
     Attributes:
@@ -33,14 +33,14 @@ class Parsed(Generic[Fields]):
         quality: the word that determined the steps; None if none did.
     """
 
-    fields: Fields
+    fields: Input
     request: GenerationRequest
     quality: Quality | None
 
 
 async def parse_json(
-    request: Request, fields_type: type[Fields], limits: Limits, max_bytes: int
-) -> Parsed[Fields]:
+    request: Request, fields_type: type[Input], limits: Limits, max_bytes: int
+) -> Parsed[Input]:
     """Parses a JSON body: of an edit, if it has `images`.
 
     Raises:
@@ -52,7 +52,7 @@ async def parse_json(
     return _parsed(request, fields, urls, limits)
 
 
-async def parse_form(request: Request, fields_type: type[Fields], limits: Limits) -> Parsed[Fields]:
+async def parse_form(request: Request, fields_type: type[Input], limits: Limits) -> Parsed[Input]:
     """Parses the form of an edit, with its files.
 
     Raises:
@@ -65,7 +65,7 @@ async def parse_form(request: Request, fields_type: type[Fields], limits: Limits
     return _parsed(request, fields, tuple(files), limits)
 
 
-def _parsed(request: Request, fields: Fields, sources: tuple[Source, ...], limits: Limits) -> Parsed[Fields]:
+def _parsed(request: Request, fields: Input, sources: tuple[Source, ...], limits: Limits) -> Parsed[Input]:
     compression = 100 if fields.output_compression is None else fields.output_compression
     encoding = Encoding(fields.output_format or "png", compression)
     if encoding.format == "png" and compression < 100:
@@ -102,7 +102,7 @@ def _parsed(request: Request, fields: Fields, sources: tuple[Source, ...], limit
     return Parsed(fields=fields, request=generation, quality=quality)
 
 
-async def _read_form(request: Request, fields: type[Fields], limits: Limits) -> tuple[Fields, list[bytes]]:
+async def _read_form(request: Request, fields: type[Input], limits: Limits) -> tuple[Input, list[bytes]]:
     """Returns the fields and the files of a multipart body."""
     texts: dict[str, str] = {}
     files: list[bytes] = []

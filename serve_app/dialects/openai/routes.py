@@ -27,7 +27,7 @@ from serve_app.dialects.openai.schemas import (
     Defaults,
     EditByReference,
     EditForm,
-    GenerationRequest,
+    GenerationInput,
     ImagesResponse,
     Model,
     Models,
@@ -72,7 +72,7 @@ def router(services: Services) -> APIRouter:
     )
     async def generations(request: Request) -> ImagesResponse | EventStream:
         """Makes images from text."""
-        parsed = await parse_json(request, GenerationRequest, limits, limits.max_json_bytes)
+        parsed = await parse_json(request, GenerationInput, limits, limits.max_json_bytes)
         return await _answer(services, request, parsed, "image_generation")
 
     @routes.post(
@@ -212,7 +212,7 @@ def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model
         guidance_off=family.guidance_off,
         parameters=[
             name
-            for name, field in GenerationRequest.model_fields.items()
+            for name, field in GenerationInput.model_fields.items()
             if field.description != HINT and name not in without
         ],
         safety_checker=generator.checks_images,

@@ -50,7 +50,7 @@ UNSUPPORTED = {  # fields of other servers that clients may send, and why they a
 }
 
 
-class ImageRequest(Fields):
+class ImageInput(Fields):
     """Fields of generations and edits. Null, an empty text and false mean unset."""
 
     UNSUPPORTED: ClassVar[Mapping[str, str]] = UNSUPPORTED
@@ -127,13 +127,13 @@ class _FromJSON(JSONFields):
     UNSET: ClassVar[tuple[bool | str | None, ...]] = (None, "", False)
 
 
-class GenerationRequest(_FromJSON, ImageRequest):
+class GenerationInput(_FromJSON, ImageInput):
     """The body of a generation."""
 
     moderation: Moderation | None = Field(default=None, description=MODERATION)
 
 
-class EditRequest(ImageRequest):
+class EditInput(ImageInput):
     """Fields of both kinds of edits."""
 
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description=HINT)
@@ -145,14 +145,14 @@ class ImageReference(JSONFields):
     image_url: str
 
 
-class EditByReference(_FromJSON, EditRequest):
+class EditByReference(_FromJSON, EditInput):
     """The body of an edit with source images by URL."""
 
     moderation: Moderation | None = Field(default=None, description=MODERATION)
     images: list[ImageReference] = Field(min_length=1, max_length=MAX_FILES)
 
 
-class EditForm(EditRequest):
+class EditForm(EditInput):
     """The fields of an edit's form, beside its files."""
 
     @field_validator("stream", "cfg_normalization", "enable_prompt_expansion", mode="before")
@@ -181,7 +181,7 @@ class JobFields(BaseModel):
     )
 
 
-class JobRequest(JobFields, _FromJSON, EditRequest):
+class JobRequest(JobFields, _FromJSON, EditInput):
     """The body of a job: of a generation or, with `images`, of an edit."""
 
     moderation: Moderation | None = Field(default=None, description=MODERATION)

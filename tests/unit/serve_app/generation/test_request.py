@@ -7,8 +7,7 @@ import pytest
 
 from deployments.families import PARAMETERS
 from deployments.types import ImageRequest
-from serve_app.dialects.openai.schemas import EditRequest
-from serve_app.dialects.openai.schemas import GenerationRequest as Body
+from serve_app.dialects.openai.schemas import EditInput, GenerationInput
 from serve_app.generation.request import Encoding, GenerationRequest, ResolvedRequest
 from serve_app.jobs.records import REQUEST_FIELDS
 from serve_app.jobs.submission import FINGERPRINTED
@@ -32,8 +31,8 @@ def test_jobs_keep_and_compare_all_parameters() -> None:
 def test_a_familys_parameter_is_on_the_whole_way(param: str) -> None:
     assert param in names(GenerationRequest)
     assert param in names(ImageRequest)
-    assert param in Body.model_fields
-    assert param in EditRequest.model_fields
+    assert param in GenerationInput.model_fields
+    assert param in EditInput.model_fields
 
 
 def test_the_stages_get_what_was_resolved() -> None:
