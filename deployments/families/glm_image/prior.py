@@ -177,7 +177,8 @@ class PriorEngine:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits for a prepared request that no earlier call has waited for. Returns whether there is one."""
         is_set = self._work.wait(timeout_s)
-        self._work.clear()
+        if is_set:  # otherwise it may be set just now, and must stay so
+            self._work.clear()
         return is_set
 
     def run(self) -> None:
