@@ -146,8 +146,8 @@ def fuse_projections(model: GlmImageForConditionalGeneration) -> None:
 def fused(parts: Sequence[nn.Linear]) -> nn.Linear:
     """Returns one layer whose output is the concatenated outputs of several layers."""
     biased = parts[0].bias is not None
-    fused = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), biased, device="meta")
-    fused.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+    joined = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), biased, device="meta")
+    joined.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
     if biased:
-        fused.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-    return fused
+        joined.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+    return joined
