@@ -511,7 +511,8 @@ def night(folder: Path, *, seconds: float, fault_every_s: float, seed: int) -> R
                 "min_free_bytes": shutil.disk_usage(folder).free - SPARE_BYTES,
             },
         )
-        with served(config) as running:
+        # By default Ray's GCS keeps 100,000 calls. It would grow for hours, and then no more.
+        with served(config, RAY_task_events_max_num_task_in_gcs="1000") as running:
             return Night(running, receiver, database, folder, seed).run(seconds, fault_every_s)
 
 
