@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -301,5 +302,6 @@ def test_a_second_stop_signal_aborts_running_requests(tmp_path: Path) -> None:
             until(lambda: any("Stopping" in line for line in running.log))
             running.send_signal(signal.SIGTERM)
             running.process.wait(30)
-            with pytest.raises(httpx.TransportError):
-                answer.result()
+            # A process of the stage may end first. The ingress can then still answer.
+            with suppress(httpx.TransportError):
+                assert answer.result().status_code >= 500
