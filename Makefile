@@ -43,6 +43,7 @@ format: .venv/dev.stamp tests/playground/node_modules ## Format the code and men
 
 benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.prior
+	$(BIN)/python -m tests.benchmarks.speculation
 	$(BIN)/python -m tests.benchmarks.decoder
 	$(BIN)/python -m tests.benchmarks.server
 	$(BIN)/python -m tests.benchmarks.overhead

@@ -42,12 +42,14 @@ class Prior:
         text_tokens: number of tokens read from the texts.
         source_tokens: number of tokens read from the source images.
         generated_tokens: number of tokens generated.
+        passes: number of passes in which they were generated.
         weights: weights that made it; see `deployments.config.ModelConfig`. The stage sets this.
     """
 
     text_tokens: int = 0
     source_tokens: int = 0
     generated_tokens: int = 0
+    passes: int = 0
     weights: str = ""
 
 

@@ -149,9 +149,10 @@ def _bind(part: _Part) -> Application:
         "logging_config": LOG,
         "health_check_period_s": RENEWAL_S,  # a dead replica is replaced no later
     }
-    return serve.deployment(**(GRACEFUL_SHUTDOWN | options | part.config.deployment))(part.cls).bind(
-        part.argument
-    )
+    chosen = dict(part.config.deployment)
+    if part.config.device == "cpu":  # the stages share the CPUs, and Ray's default would reserve one for each
+        chosen["ray_actor_options"] = {"num_cpus": 0} | chosen.get("ray_actor_options", {})
+    return serve.deployment(**(GRACEFUL_SHUTDOWN | options | chosen))(part.cls).bind(part.argument)
 
 
 def _autoscaling(part: _Part) -> AutoscalingConfig:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+from deployments.cpus import cpu_limit
+
 RECOMPILE_LIMIT = 64
 """Maximum number of graphs of one function. Beyond it torch runs the function uncompiled, or fails."""
 HOPPER = (9, 0)
@@ -48,17 +49,3 @@ def options(device: torch.device) -> dict[str, Any]:
         # A kernel is launched before the previous one has ended, and waits for its results itself.
         chosen["triton.enable_pdl"] = True
     return chosen
-
-
-def cpu_limit(cpu_max: Path = CGROUP_CPU_MAX) -> int:
-    """Returns the number of CPUs that this process may use, by its affinity and its container's quota.
-
-    Args:
-        cpu_max: file of the quota (cgroup v2): microseconds in a period, or `max`, and the period's length.
-    """
-    available = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cpu_max.read_text().split()
-        return max(1, min(available, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or no quota
-        return available

@@ -37,16 +37,14 @@ class PipelineDecoder(ABC):
     Attributes:
         pipeline: the pipeline.
         fault: fault that has stopped the decoder for good, or None while it works.
-        done: number of denoising steps made so far.
-        counts: what `done` counts: `steps`.
+        work: number of denoising `steps` made so far.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline: Any = pipeline
         self._call = Call()
         self.fault: EngineFault | None = None
-        self.done = 0
-        self.counts = "steps"
+        self.work = {"steps": 0}
         # The VAE runs on source images, for previews and after the last step. It takes long and has no
         # callback, so hooks check for a cancelled call.
         encoder, decoder = self.pipeline.vae.encoder, self.pipeline.vae.decoder
@@ -89,7 +87,7 @@ class PipelineDecoder(ABC):
 
         def after_step(pipeline: Any, step: int, _: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
             wait_for(self._device)
-            self.done += 1
+            self.work["steps"] += 1
             self._stop_if_cancelled()
             done, total = step + 1, pipeline.num_timesteps  # an edit may skip the first steps
             self._call.report(Progress(done=done, total=total, seconds=time.monotonic() - began))

@@ -32,13 +32,11 @@ class FamilyEngine(Protocol):
 
     Attributes:
         fault: reason why the engine has stopped for good, or None while it works.
-        done: number of items done for all requests so far.
-        counts: what `done` counts, such as `tokens`.
+        work: amount of work done for all requests so far, by unit. The first unit is the one of progress.
     """
 
     fault: Exception | None
-    done: int
-    counts: str
+    work: dict[str, int]
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None]) -> Self:
@@ -59,7 +57,8 @@ class FamilyEngine(Protocol):
 class PriorEngine(FamilyEngine, Protocol):
     """Computes priors from prompts and source images, for several requests at once.
 
-    It counts the tokens that it draws. An engine that draws none counts the tokens that it reads.
+    It counts the `tokens` that it draws, and the `passes` that it needs for them, once for each request in a
+    pass. An engine that draws none counts the tokens that it reads.
     """
 
     def submit(self, request: ImageRequest, call: Call) -> Future[Prior]:
@@ -75,7 +74,7 @@ class PriorEngine(FamilyEngine, Protocol):
 
 
 class Decoder(FamilyEngine, Protocol):
-    """Turns priors into pixels. Used by one thread at a time. It counts denoising steps."""
+    """Turns priors into pixels. Used by one thread at a time. It counts denoising `steps`."""
 
     def decode(self, request: ImageRequest, call: Call) -> Pixels:
         """Computes the pixels of one unit. Reports previews, and progress after every denoising step.
@@ -97,6 +96,7 @@ class Family:
         guidance_scale: default guidance scale, which the configuration may override.
         edit_guidance_scale: default guidance scale of edits. None stands for `guidance_scale`.
         guidance_off: largest guidance scale at which guidance is off.
+        draws_tokens: whether its prior stage draws tokens, which takes many passes.
         max_sequence_length: default token limit of the prior stage, which the configuration may override.
         hosted_steps: default number of denoising steps in fal's and Pixazo's documents. None where they
             document no default; the model's own applies.
@@ -112,6 +112,7 @@ class Family:
     guidance_scale: float
     edit_guidance_scale: float | None
     guidance_off: float
+    draws_tokens: bool
     max_sequence_length: int
     hosted_steps: int | None
     side_multiple: int
@@ -152,6 +153,7 @@ FAMILIES = {
         guidance_scale=1.5,
         edit_guidance_scale=None,
         guidance_off=1,
+        draws_tokens=True,
         max_sequence_length=24_576,
         hosted_steps=30,
         side_multiple=32,
@@ -168,6 +170,7 @@ FAMILIES = {
         guidance_scale=4,
         edit_guidance_scale=1.5,
         guidance_off=0,
+        draws_tokens=False,
         max_sequence_length=512,
         hosted_steps=None,
         side_multiple=32,

@@ -45,7 +45,8 @@ class Stage(Generic[Engine]):
     async def __init__(self, config: StageConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         tracing.start(serve.get_replica_context().replica_tag)
         self._device = config.device
-        self._running = self._counted_done = 0
+        self._running = 0
+        self._counted: dict[str, int] = {}
         self._reporter = Reporter()
         self.loader = Loader(self._load, cpu_threads=config.cpu_threads, report=self._reporter.report)
         self._reporter.measure = self._measure  # only now: it reads the loader
@@ -70,7 +71,7 @@ class Stage(Generic[Engine]):
         """
         self._running += 1
         came = began = time.time()
-        has_begun, outcome = False, "cancelled"
+        has_begun, outcome, facts = False, "cancelled", dict[str, int]()
         try:
             engine = await self.loader.engine(request.submitted_at)
             began = time.time()
@@ -79,6 +80,7 @@ class Stage(Generic[Engine]):
                 async for item in items:
                     if isinstance(item, Progress) and not has_begun:
                         has_begun, began = True, time.time() - item.seconds
+                    facts = self._facts(item) or facts
                     yield item
             outcome = "made"
         except Exception as error:
@@ -88,7 +90,7 @@ class Stage(Generic[Engine]):
             raise
         finally:
             self._running -= 1
-            self._record_outcome(request, came, began, outcome)
+            self._record_outcome(request, came, began, outcome, facts)
             self._end_process_after_fault()
 
     async def _end_process_if_another_is_ready(self, error: LoadingFailed) -> None:
@@ -106,7 +108,14 @@ class Stage(Generic[Engine]):
         if engine and engine.fault:
             end_process(f"its engine has a fault: {engine.fault}")
 
-    def _record_outcome(self, request: StageRequest, came: float, began: float, outcome: str) -> None:
+    def _facts(self, result: object) -> dict[str, int]:
+        """Returns numbers about a result, for the log."""
+        del result
+        return {}
+
+    def _record_outcome(
+        self, request: StageRequest, came: float, began: float, outcome: str, facts: dict[str, int]
+    ) -> None:
         """Logs and traces a finished request.
 
         Args:
@@ -114,6 +123,7 @@ class Stage(Generic[Engine]):
             came: time of its arrival, by `time.time`.
             began: time at which the engine began with it, by `time.time`.
             outcome: `made`, `cancelled`, or the name of the error's class.
+            facts: numbers about its result.
         """
         ended = time.time()
         is_well = outcome in ("made", "cancelled", RequestTooLong.__name__)
@@ -125,6 +135,7 @@ class Stage(Generic[Engine]):
             outcome=outcome,
             waited_s=round(began - came, 3),
             seconds=round(ended - began, 3),
+            **facts,
         )
         tracing.record(
             self.part,
@@ -141,9 +152,9 @@ class Stage(Generic[Engine]):
         metrics.RUNNING.set(self._running)
         metrics.measure_memory(self._device)
         if engine := self.loader.loaded:
-            done = engine.done
-            metrics.WORK.add(done - self._counted_done, unit=engine.counts)
-            self._counted_done = done
+            for unit, done in engine.work.items():
+                metrics.WORK.add(done - self._counted.get(unit, 0), unit=unit)
+                self._counted[unit] = done
 
     def __del__(self) -> None:
         """Cleans up. Serve calls this when it stops the replica."""

@@ -38,6 +38,11 @@ class PriorStage(Stage[PriorEngine]):
         self.loader.thread.submit(engine.run)
         return engine
 
+    def _facts(self, result: object) -> dict[str, int]:
+        if not isinstance(result, Prior) or not result.passes:
+            return {}
+        return {"tokens": result.generated_tokens, "passes": result.passes}
+
     async def generate(
         self, request: ImageRequest, sources: tuple[Pixels, ...]
     ) -> AsyncIterator[Event | Prior]:

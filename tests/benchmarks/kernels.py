@@ -46,6 +46,8 @@ from tests.gpu import models
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from deployments.config import Speculation
+
     Pass = Callable[[], object]
 
 ROWS = 8
@@ -69,7 +71,7 @@ def without_weights() -> Iterator[None]:
 
 
 @cache
-def prior() -> GPULanguageModel:
+def prior(speculation: Speculation = "auto") -> GPULanguageModel:
     """Returns the prior's language model. Its passes run directly instead of in a CUDA graph."""
     with without_weights():
         model, _ = models.prior(fake_cuda.DEVICE, vision_layers=1)
@@ -79,7 +81,9 @@ def prior() -> GPULanguageModel:
         mock.patch.object(CUDAGraphs, "capture", lambda _, run: run),
         mock.patch.dict(fake_impls.op_implementations_dict, ones),
     ):
-        return GPULanguageModel(model, rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH)
+        return GPULanguageModel(
+            model, rows=ROWS, max_sequence_length=MAX_SEQUENCE_LENGTH, speculation=speculation
+        )
 
 
 @cache
@@ -140,6 +144,7 @@ def vae_pass() -> Pass:
 PARTS: dict[str, Callable[[], Pass]] = {
     "prior-prefill": lambda: prior().run_slice,
     "prior-decode": lambda: prior().run_decoding,
+    "prior-decode-one": lambda: prior("off").run_decoding,
     "dit-image": lambda: dit_pass(decoder().transformer),
     "dit-text": lambda: dit_pass(decoder().transformer, text=QUOTED_TOKENS),
     "dit-source": lambda: dit_pass(decoder().transformer, mode="write"),

@@ -1,4 +1,4 @@
-"""Compares this server with common alternatives, over HTTP, with the same checkpoint, one after the other.
+"""Compares this server's default configuration with common alternatives, over HTTP, one after the other.
 
     python -m tests.benchmarks.server [--requests 48]
 
@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from deployments.families.glm_image import tiny
-from tests.polling import until
-from tests.serve.conftest import config_file, served, tiny_model
+from tests.serve.conftest import config_file, served
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +34,20 @@ ROOT = Path(__file__).parents[2]
 MAX_CONCURRENCY = 8
 MODEL = "glm-image"
 PROMPT = "A red boat at dawn"
+CHECKPOINTS = {
+    "narrow and deep": tiny.BENCHMARK,
+    "wide and shallow": tiny.Sizes(
+        codebook=2048,
+        prior_width=768,
+        prior_layers=3,
+        prior_heads=6,
+        decoder_heads=3,
+        decoder_head_channels=128,
+        decoder_layers=4,
+        seed=1,
+    ),
+}
+"""Checkpoints of random weights, each of about 40 million parameters."""
 
 
 @dataclass(frozen=True)
@@ -79,25 +92,21 @@ def baseline(kind: str, folder: Path) -> Iterator[Callable[[int], str]]:
 
 
 @contextmanager
-def ours(folder: Path, decoders: int) -> Iterator[Callable[[int], str]]:
-    """Serves one prior and several decoders with one thread each, so that no thread waits for another."""
-    model = tiny_model(
-        MODEL,
-        checkpoint=str(folder),
-        prior={"max_sequence_length": 4096},
-        decoder={"min_replicas": decoders, "max_replicas": decoders},
-    )
+def ours(folder: Path) -> Iterator[Callable[[int], str]]:
+    """Serves with the default configuration for CPUs."""
+    stage = {"device": "cpu", "dtype": "float32"}
+    model = {
+        "name": MODEL,
+        "family": "glm_image",
+        "checkpoint": str(folder),
+        "prior": stage,
+        "decoder": stage,
+    }
     with (
         tempfile.TemporaryDirectory() as scratch,
         served(config_file(Path(scratch), [model])) as running,
         httpx.Client(timeout=None) as client,  # noqa: S113
     ):
-
-        def are_ready() -> bool:
-            health = client.get(f"{running.url}/health").json()
-            return bool(health["models"][MODEL]["decoder"].get("replicas") == decoders)
-
-        until(are_ready)
 
         def ask(seed: int) -> str:
             body = {"prompt": PROMPT, "seed": seed, "size": "512x512", "num_inference_steps": 4}
@@ -141,27 +150,30 @@ def measure(ask: Callable[[int], str], requests: int) -> Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--requests", type=int, default=48)
-    parser.add_argument("--decoders", type=int, default=2)
     options = parser.parse_args()
-    folder = tiny.cached(tiny.BENCHMARK)
-    with ours(folder, options.decoders) as ask:
-        here = measure(ask, options.requests)
-    with baseline("batched", folder) as ask:
-        batched = measure(ask, options.requests)
-    with baseline("plain", folder) as ask:
-        plain = measure(ask, min(options.requests, 8))  # it serves one at a time; more add no information
     print(f"512x512, 4 steps, {options.requests} requests, {MAX_CONCURRENCY} at a time")
-    print(f"{'':26} {'one, s':>8} {'images/min':>11} {'first of 8, s':>14}  same bytes together")
-    for name, result in (("plain FastAPI", plain), ("LitServe, batched", batched), ("here", here)):
+    for name, sizes in CHECKPOINTS.items():
+        compare(name, tiny.cached(sizes), options.requests)
+
+
+def compare(name: str, folder: Path, requests: int) -> None:
+    """Prints the figures of all servers with a checkpoint."""
+    with ours(folder) as ask:
+        here = measure(ask, requests)
+    with baseline("batched", folder) as ask:
+        batched = measure(ask, requests)
+    with baseline("plain", folder) as ask:
+        plain = measure(ask, min(requests, 8))  # it serves one at a time; more add no information
+    print(f"{name:26} {'one, s':>8} {'images/min':>11} {'first of 8, s':>14}  same bytes together")
+    for server, result in (("plain FastAPI", plain), ("LitServe, batched", batched), ("here", here)):
         kept = "yes" if result.seeds_kept else "no"
+        cells = f"{result.one:8.2f} {result.images_per_min:11.1f} {result.first_of_eight:14.2f}"
+        print(f"{server:26} {cells}  {kept}")
+    for server, other in (("plain FastAPI", plain), ("LitServe", batched)):
         print(
-            f"{name:26} {result.one:8.2f} {result.images_per_min:11.1f} {result.first_of_eight:14.2f}  {kept}"
-        )
-    for name, other in (("plain FastAPI", plain), ("LitServe", batched)):
-        print(
-            f"here over {name}: one request {here.one / other.one:.2f}, images/min "
+            f"here over {server}: one request {here.one / other.one:.2f}, images/min "
             f"{here.images_per_min / other.images_per_min:.2f}, "
             f"first of 8 {here.first_of_eight / other.first_of_eight:.2f}"
         )

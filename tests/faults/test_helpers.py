@@ -29,7 +29,6 @@ ON_CPU: dict[str, Any] = {
     "checkpoint": "tiny",
     "cpu_threads": 1,
     "min_replicas": 1,
-    "deployment": {"ray_actor_options": {"num_cpus": 0}},
 }
 
 

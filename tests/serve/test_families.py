@@ -237,6 +237,7 @@ def test_models_list_their_parameters(http: httpx.Client) -> None:
     assert turbo["defaults"]["num_inference_steps"] == 8
     assert (glm["guidance_off"], base["guidance_off"]) == (1, 0)
     assert (glm["max_source_images"], base["max_source_images"]) == (4, 1)
+    assert (glm["speculation"], base["speculation"]) == ("auto", None)
 
 
 @pytest.mark.parametrize(

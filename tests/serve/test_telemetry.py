@@ -287,6 +287,8 @@ def test_the_request_id_is_logged_by_every_deployment(watched: Watched) -> None:
     counts = Counter(line["deployment"].partition("_")[2] for line in lines)
     assert counts == {"m-prior": 2, "m-decoder": 2, "safety-checker": 2, "prompt-expander": 1}
     assert {line["outcome"] for line in lines} == {"made"}
+    priors = [line for line in lines if line["deployment"].endswith("m-prior")]
+    assert all(0 < line["passes"] <= line["tokens"] for line in priors)
     jobs = {line["job"] for line in watched.lines("job")}
     units = watched.lines("unit")
     assert jobs

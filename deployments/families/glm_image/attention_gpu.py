@@ -21,40 +21,50 @@ BLOCK = 128
 """Number of positions that the attention reads or skips at a time. A row's length is a multiple of it."""
 
 
+ONE_TOKEN: Any = {"SPLIT_KV": 8}
+"""Options of the attention of single tokens: among how many processors a line's blocks are divided.
+
+By default the number depends on the GPU and on the number of lines, and is two for 64 lines on an H200. Then
+long rows would be slow, and rounding would depend on the number of lines.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GPUSlots:
     """Read and write positions of each line of a pass in one layer's cache.
 
-    A decoding pass has one line for each row. A prompt's slice is a single line. A slice addresses its row by
-    its position in the cache of all rows. So the row may be a tensor and is not copied.
+    A decoding pass has several lines of one token for each row. A prompt's slice is a single line. Positions
+    are those in the cache of all rows, in sequence. So a row may be a tensor, and no row is copied.
 
     Attributes:
-        keys: shape (lines, heads, positions, channels). The positions are those of one row, or of all rows.
-        values: shape (lines, heads, positions, channels).
-        firsts: start of each line's row: shape (lines,). None if every row starts at 0.
+        keys: shape (heads, positions, channels).
+        values: shape (heads, positions, channels).
+        firsts: start of each line's row: shape (lines,).
         starts: first position that each line writes: shape (lines,).
         blocks: number of blocks that each line reads: shape (lines, 1, 1), int32.
-        indices: indices of blocks, those of each line's row first: shape (lines, 1, 1, blocks), int32.
+        indices: indices of the blocks of each line's row: shape (lines, 1, 1, blocks), int32.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    firsts: torch.Tensor | None
+    firsts: torch.Tensor
     starts: torch.Tensor
     blocks: torch.Tensor
     indices: torch.Tensor
 
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes keys and values of shape (lines, heads, tokens, channels)."""
-        lines = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        """Writes keys and values of shape (lines, heads, tokens, channels).
+
+        A wrong draft must not spoil the lines before it. These mask its value, and zero times NaN is NaN.
+        """
         at = self.starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
-        self.keys[lines, :, at] = keys.transpose(1, 2)
-        self.values[lines, :, at] = values.transpose(1, 2)
+        self.keys[:, at.flatten()] = keys.transpose(0, 1).flatten(1, 2)
+        self.values[:, at.flatten()] = values.nan_to_num().transpose(0, 1).flatten(1, 2)
 
     def attend(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Applies causal attention of each line over its own row.
 
-        The division of a row's blocks among the processors depends on that row alone.
+        The division of a line's blocks among the processors depends on that line alone.
 
         Args:
             query: shape (lines, heads, tokens, channels).
@@ -67,19 +77,24 @@ class GPUSlots:
         def is_seen(
             line: torch.Tensor, head: torch.Tensor, query_at: torch.Tensor, key_at: torch.Tensor
         ) -> torch.Tensor:
-            seen = key_at <= self.starts[line] + query_at
-            return seen if self.firsts is None else seen & (key_at >= self.firsts[line])
+            return (key_at <= self.starts[line] + query_at) & (key_at >= self.firsts[line])
 
         block_mask = BlockMask.from_kv_blocks(
             self.blocks,
             self.indices,
             BLOCK_SIZE=BLOCK,
             mask_mod=is_seen,
-            seq_lengths=(query.shape[2], self.keys.shape[2]),
+            seq_lengths=(query.shape[2], self.keys.shape[1]),
             compute_q_blocks=False,
         )
         attended = flex_attention(
-            query, self.keys, self.values, block_mask=block_mask, scale=scaling, enable_gqa=True
+            query,
+            self.keys[None],
+            self.values[None],
+            block_mask=block_mask,
+            scale=scaling,
+            enable_gqa=True,
+            kernel_options=ONE_TOKEN if query.shape[2] == 1 else None,
         )
         assert isinstance(attended, torch.Tensor)  # noqa: S101 - no auxiliary output is requested
         return attended

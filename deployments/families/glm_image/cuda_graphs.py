@@ -17,6 +17,13 @@ MAX_AHEAD = 2
 """Number of passes that the host enqueues ahead of the device. A larger number would delay cancellation."""
 
 
+def set_without_waiting(buffer: torch.Tensor, values: torch.Tensor) -> None:
+    """Copies values from the CPU to a buffer. Torch keeps the pinned source until the copy is done."""
+    if buffer.device.type == "cuda":
+        values = values.contiguous().pin_memory()
+    buffer.copy_(values, non_blocking=True)
+
+
 class CUDAGraphs:
     """Captures passes and replays them, one at a time and in any order.
 

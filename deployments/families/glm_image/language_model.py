@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +12,9 @@ from deployments.errors import OutOfMemoryError
 from deployments.families.glm_image.sampling import Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import GlmImageForConditionalGeneration
+
+    from deployments.families.glm_image.sequence import Sequence
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,40 +25,22 @@ On one H200 the released model's arithmetic for one slice takes about as long as
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One request's part in a decoding pass.
-
-    Attributes:
-        row: its row of the cache.
-        start: index in the row at which the next token is written.
-        position: rotary position of that token, in time, row and column: shape (3,), on the CPU.
-        generator: random generator for the token, on the model's device. None while the request's prompt is
-            being read.
-        in_target: whether the token to be drawn belongs to the target grid.
-    """
-
-    row: int
-    start: int
-    position: torch.Tensor
-    generator: torch.Generator | None
-    in_target: bool
-
-
 class LanguageModel:
-    """Runs the layers for a prompt's slice in one row, or for one token in each of several rows.
+    """Draws the tokens of several requests at once. Each request has a row of the key/value cache.
 
-    It keeps the last token of each row on its device, so that the host need not wait for it.
+    The tokens of a row depend on its request only. They stay on the device, so that the host need not wait
+    for them.
 
     Args:
         model: upstream's model. Its language model is modified for this use.
         rows: number of concurrent requests.
-        max_sequence_length: number of tokens that a row holds.
+        max_sequence_length: number of tokens that a request may have.
+        row_length: number of positions of a row in the cache. Defaults to `max_sequence_length`.
 
     Attributes:
         caches: keys and values of each layer: shape (2, heads, rows, positions, channels).
         rows: number of concurrent requests.
-        max_sequence_length: number of tokens that a row holds.
+        max_sequence_length: number of tokens that a request may have.
 
     Raises:
         CheckpointError: the checkpoint requires a sampling method that is not supported.
@@ -67,7 +48,12 @@ class LanguageModel:
     """
 
     def __init__(
-        self, model: GlmImageForConditionalGeneration, *, rows: int, max_sequence_length: int
+        self,
+        model: GlmImageForConditionalGeneration,
+        *,
+        rows: int,
+        max_sequence_length: int,
+        row_length: int | None = None,
     ) -> None:
         self.rows = rows
         self.max_sequence_length = max_sequence_length
@@ -77,53 +63,54 @@ class LanguageModel:
         config = self._layers.config
         channels = config.hidden_size // config.num_attention_heads
         # With rows next to positions, one row is a view, and so are all rows in sequence.
-        shape = (2, config.num_key_value_heads, rows, max_sequence_length, channels)
+        shape = (2, config.num_key_value_heads, rows, row_length or max_sequence_length, channels)
         _plan(shape, config.num_hidden_layers, model)
         # Zeros, because masked values are multiplied by zero too, and NaN times zero is NaN.
         self.caches = [
             torch.zeros(shape, dtype=model.dtype, device=model.device)
             for _ in range(config.num_hidden_layers)
         ]
-        self._tokens = torch.zeros(rows, dtype=torch.long, device=model.device)
 
-    def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Reads a slice of a prompt.
+    def begin(self, row: int, sequence: Sequence, seed: int, source: torch.Tensor | None = None) -> None:
+        """Prepares a free row for a request.
+
+        Args:
+            row: the row.
+            sequence: the request's tokens and positions.
+            seed: its seed.
+            source: tokens of its first source image, on the CPU: shape of `sequence.sources[0]`.
+        """
+        raise NotImplementedError
+
+    def prefill(self, row: int, start: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Reads a slice of a row's prompt. After the last slice, draws the row's first token.
 
         Slices begin at multiples of `SLICE_TOKENS` and have that length. Only the last may be shorter.
 
         Args:
-            row: the request's row of the cache.
-            start: the slice's first position in that row.
+            row: the request's row.
+            start: the slice's first position in the prompt.
             tokens: ids of shape (n,), on the CPU.
-            positions: rotary positions of shape (3, n), on the CPU.
 
         Returns:
             The logits after the slice's last token: shape (1, vocabulary), float32.
         """
         raise NotImplementedError
 
-    def draw_first(
-        self, row: int, logits: torch.Tensor, generator: torch.Generator, *, in_target: bool
-    ) -> torch.Tensor:
-        """Draws a row's first token from the logits after its prompt.
+    def decode(self) -> dict[int, int]:
+        """Draws tokens, at least one, in every row that has its first.
 
         Returns:
-            The id or `UNSOUND`, as a tensor without dimensions.
+            For each row of a pass that has ended, the number of the row's settled tokens.
         """
-        token: torch.Tensor
-        (token,) = self._sampler.draw(logits, [generator], [in_target])
-        self._tokens[row] = token
-        return token
+        raise NotImplementedError
 
-    def decode(self, lines: Sequence[Line]) -> list[torch.Tensor]:
-        """Reads each row's last token and draws the next one.
+    def drawn(self, row: int) -> torch.Tensor:
+        """Returns the settled tokens of a row: ids or `UNSOUND`, shape (n,), on the CPU."""
+        raise NotImplementedError
 
-        Args:
-            lines: the lines of all rows in use. Lines without a generator draw nothing.
-
-        Returns:
-            An id or `UNSOUND` for each line with a generator, in order, as tensors without dimensions.
-        """
+    def end(self, row: int) -> None:
+        """Frees a row, even one that was not prepared."""
         raise NotImplementedError
 
     def recover(self) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,17 +14,27 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from deployments.config import MAX_WINDOW
 from deployments.families.glm_image.language_model import LanguageModel
+from deployments.families.glm_image.speculation import Line, RequestTokens, Windows
 from deployments.families.glm_image.versions import CACHE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import GlmImageForConditionalGeneration
 
-    from deployments.families.glm_image.language_model import Line
+    from deployments.config import Speculation
+    from deployments.families.glm_image.sequence import Sequence
+
+logger = logging.getLogger("ray.serve")
 
 ATTENTION = "glm_image_rows_cpu"
+
+MEASURED_AT = 512
+"""Position of the tokens by which passes are timed. Later ones attend to more keys."""
+MEASURED_ROUNDS = 3
+"""Number of times that a pass of each size is timed. The fastest one counts."""
+MEASURED_S = 30.0
+"""Seconds after which no more passes are timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +42,28 @@ class CPUSlots:
     """Read and write positions of one forward pass in one layer's cache.
 
     Upstream's attention takes it twice: as its cache, and as an argument that it passes to the attention
-    function.
+    function. A line is a row of the cache, and tokens that the pass writes there one after the other.
 
     Attributes:
         keys: the layer's cached keys: shape (heads, all rows, positions, channels).
         values: the layer's cached values: shape (heads, all rows, positions, channels).
-        rows: indices of the rows of the pass.
-        starts: first position that the pass writes in each of these rows.
+        rows: row of each line.
+        starts: position of each line's first token in its row.
+        places: rows of shape (lines, 1) and positions of shape (lines, tokens), as indices of the cache.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     rows: list[int]
     starts: list[int]
+    places: tuple[torch.Tensor, torch.Tensor]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values of shape (rows, heads, tokens, channels). Returns the layer's cache."""
-        tokens = keys.shape[2]
-        for i, (row, start) in enumerate(zip(self.rows, self.starts, strict=True)):
-            self.keys[:, row, start : start + tokens] = keys[i]
-            self.values[:, row, start : start + tokens] = values[i]
+        """Writes keys and values of shape (lines, heads, tokens, channels). Returns the layer's cache."""
+        self.keys[:, *self.places] = keys.transpose(0, 1)
+        self.values[:, *self.places] = values.transpose(0, 1)
         return self.keys, self.values
 
 
@@ -64,41 +78,46 @@ def rows_attention(
     slots: CPUSlots,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Applies causal attention of each row over its own keys only, so that rows do not affect each other.
+    """Applies causal attention of each line over its own keys only, so that lines do not affect each other.
 
     Args:
         module: upstream's attention, unused.
-        query: shape (rows, heads, tokens, channels).
+        query: shape (lines, heads, tokens, channels).
         keys: the layer's cached keys: shape (key/value heads, all rows, positions, channels).
         values: the layer's cached values: shape (key/value heads, all rows, positions, channels).
         mask: None, because the slots replace it.
         scaling: factor of the dot products.
-        slots: the rows of the pass, and the start of their tokens in the cache.
+        slots: the lines of the pass.
 
     Returns:
-        The attended values, shape (rows, tokens, heads, channels), and None for the attention weights.
+        The attended values, shape (lines, tokens, heads, channels), and None for the attention weights.
     """
-    batch, heads, tokens, channels = query.shape
-    groups = keys.shape[0]
-    output = query.new_empty(batch, tokens, heads, channels)
-    for i, (row, start) in enumerate(zip(slots.rows, slots.starts, strict=True)):
+    heads, tokens, channels = query.shape[1:]
+    if tokens == 1:
+        # Heads that share keys become the queries of one head, so that nothing is copied.
+        query = query.reshape(-1, len(keys), heads // len(keys), channels)
+    keys_of, values_of = keys[None].unbind(2), values[None].unbind(2)
+    attended = []
+    for one, row, start in zip(query.split(1), slots.rows, slots.starts, strict=True):
         end = start + tokens
-        key, value = keys[:, row, :end], values[:, row, :end]
+        key, value = keys_of[row].narrow(2, 0, end), values_of[row].narrow(2, 0, end)
         if tokens == 1:
-            # Heads that share keys become the queries of one head, so that nothing is copied.
-            grouped = query[i].view(1, groups, heads // groups, channels)
-            attended = scaled_dot_product_attention(grouped, key[None], value[None], scale=scaling)
-            output[i, 0] = attended.reshape(heads, channels)
+            attended.append(scaled_dot_product_attention(one, key, value, scale=scaling))
         else:
             causal = torch.ones(tokens, end, dtype=torch.bool).tril(start)
-            attended = scaled_dot_product_attention(
-                query[i : i + 1], key[None], value[None], attn_mask=causal, scale=scaling, enable_gqa=True
+            attended.append(
+                scaled_dot_product_attention(
+                    one, key, value, attn_mask=causal, scale=scaling, enable_gqa=True
+                ).transpose(1, 2)
             )
-            output[i] = attended[0].transpose(0, 1)
-    return output, None
+    return torch.cat(attended).view(-1, tokens, heads, channels), None
 
 
 AttentionInterface.register(ATTENTION, rows_attention)
+
+
+PACKED_FOR_ROWS = 8
+"""Number of rows for which oneDNN lays out the weights. Other numbers have the same speed."""
 
 
 class PackedLinear(nn.Module):
@@ -109,51 +128,149 @@ class PackedLinear(nn.Module):
     for `nn.Linear` when it freezes a model for the CPU.
     """
 
-    def __init__(self, linear: nn.Linear, rows: int) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._bias = linear.bias
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_FOR_ROWS)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Applies the layer to inputs of shape (…, features)."""
+        # oneDNN adds in another order for a single row of more than 1,024 features, on some CPUs for any.
+        alone = inputs.numel() == inputs.shape[-1]
+        rows = torch.cat([inputs, inputs]) if alone else inputs
         outputs: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            inputs, self._weight, self._bias, "none", [], ""
+            rows, self._weight, self._bias, "none", [], ""
         )
-        return outputs
+        return outputs[:1] if alone else outputs
 
 
 class CPULanguageModel(LanguageModel):
-    """The `LanguageModel` for CPUs."""
+    """The `LanguageModel` for CPUs.
+
+    Args:
+        model: upstream's model.
+        rows: number of concurrent requests.
+        max_sequence_length: number of tokens that a request may have.
+        speculation: see `deployments.config.PriorConfig`.
+
+    Attributes:
+        windows: chooses how many tokens of each request a pass reads.
+    """
 
     def __init__(
-        self, model: GlmImageForConditionalGeneration, *, rows: int, max_sequence_length: int
+        self,
+        model: GlmImageForConditionalGeneration,
+        *,
+        rows: int,
+        max_sequence_length: int,
+        speculation: Speculation = "auto",
     ) -> None:
         super().__init__(model, rows=rows, max_sequence_length=max_sequence_length)
         self._layers.config._attn_implementation = ATTENTION
         self._head = model.lm_head
         if model.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            _pack(self._layers, rows)
-            self._head = PackedLinear(model.lm_head, rows)
+            _pack(self._layers)
+            self._head = PackedLinear(model.lm_head)
+        self._tokens: dict[int, RequestTokens] = {}
+        costs = {} if speculation == "off" else self.costs()
+        self.windows = Windows(costs, fixed=speculation if isinstance(speculation, int) else None)
 
-    def prefill(self, row: int, start: int, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def begin(self, row: int, sequence: Sequence, seed: int, source: torch.Tensor | None = None) -> None:
+        """Implements `LanguageModel.begin`."""
+        self._tokens[row] = RequestTokens(sequence, row, seed, len(self._sampler.special), source)
+
+    def prefill(self, row: int, start: int, tokens: torch.Tensor) -> torch.Tensor:
         """Implements `LanguageModel.prefill`."""
-        return self._forward(tokens[None], positions[:, None], [row], [start])
+        drawing = self._tokens[row]
+        end = start + len(tokens)
+        positions = drawing.sequence.positions[:, start:end]
+        logits = self._forward(tokens[None], positions[:, None], [row], [start])
+        if end == len(drawing.sequence.prompt):
+            in_target = torch.tensor([drawing.in_target()])
+            drawing.settle(self._sampler.draw(logits, drawing.noise()[None], in_target).tolist())
+        return logits
 
-    def decode(self, lines: Sequence[Line]) -> list[torch.Tensor]:
+    def decode(self) -> dict[int, int]:
         """Implements `LanguageModel.decode`."""
-        drawing = [line for line in lines if line.generator]
-        rows = [line.row for line in drawing]
-        logits = self._forward(
-            self._tokens[rows, None].clamp(min=0),
-            torch.stack([line.position for line in drawing], dim=1)[:, :, None],
-            rows,
-            [line.start for line in drawing],
+        drawing = {row: one for row, one in self._tokens.items() if one.settled and one.left}
+        windows = self.windows.choose(list(drawing.values()))
+        lines = [one.lines(window) for one, window in zip(drawing.values(), windows, strict=True)]
+        tokens = iter(self._draw([*chain.from_iterable(lines)]))
+        for one, of_one in zip(drawing.values(), lines, strict=True):
+            one.settle(list(islice(tokens, len(of_one))))
+        return {row: len(one.settled) for row, one in drawing.items()}
+
+    def drawn(self, row: int) -> torch.Tensor:
+        """Implements `LanguageModel.drawn`."""
+        return torch.tensor(self._tokens[row].settled)
+
+    def end(self, row: int) -> None:
+        """Implements `LanguageModel.end`."""
+        self._tokens.pop(row, None)
+
+    def _draw(self, lines: list[Line]) -> list[int]:
+        """Reads the token of each line and draws the next one."""
+        logits = self._logits(lines)
+        in_target = torch.tensor([line.in_target for line in lines])
+        drawn: list[int] = self._sampler.draw(
+            logits, torch.stack([line.noise for line in lines]), in_target
+        ).tolist()
+        return drawn
+
+    def _logits(self, lines: list[Line]) -> torch.Tensor:
+        """Returns the logits after each line's token: shape (lines, vocabulary), float32."""
+        return self._forward(
+            torch.tensor([line.token for line in lines])[:, None].clamp(min=0),
+            torch.stack([line.position for line in lines], dim=1)[:, :, None],
+            [line.row for line in lines],
+            [line.start for line in lines],
         )
-        drawn = self._sampler.draw(
-            logits, [line.generator for line in drawing], [line.in_target for line in drawing]
-        )
-        self._tokens[rows] = drawn
-        return list(drawn)
+
+    @torch.inference_mode()
+    def costs(self) -> dict[int, float]:
+        """Measures how long decoding passes take. All rows must be free.
+
+        Returns:
+            Seconds of a pass by its number of lines. Empty if the tokens of a line depend on the other lines.
+        """
+        most = min(self.rows * MAX_WINDOW, self.max_sequence_length)
+        start = min(MEASURED_AT, self.max_sequence_length - most)
+        noise = torch.ones(len(self._sampler.special))
+        lines = [
+            Line(
+                row=0,
+                start=start + i,
+                position=torch.full((3,), start + i),
+                token=i % len(noise),
+                noise=noise,
+                in_target=True,
+            )
+            for i in range(most)
+        ]
+        sizes = [2**i for i in range(most.bit_length())]
+        costs = dict.fromkeys(sizes, math.inf)
+        until = time.perf_counter() + MEASURED_S
+        known = self._logits(lines[:1])
+        try:
+            # In rounds, because the decoder stage may load at the same time and disturb one of them.
+            for count in MEASURED_ROUNDS * sizes:
+                if costs[count] == math.inf:
+                    for more in (self._logits(lines[: count + 1]), self._logits(lines[:count])):
+                        shared = min(len(known), len(more))
+                        if not torch.equal(more[:shared], known[:shared]):
+                            logger.warning(
+                                "the CPU's sums depend on the number of tokens in a pass: no speculation"
+                            )
+                            return {}
+                        known = max(known, more, key=len)
+                began = time.perf_counter()
+                self._draw(lines[:count])
+                costs[count] = min(costs[count], time.perf_counter() - began)
+                if time.perf_counter() > until:
+                    break
+        finally:
+            self.clear(0)
+        return {count: seconds for count, seconds in costs.items() if seconds < math.inf}
 
     def _forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, rows: list[int], starts: list[int]
@@ -171,16 +288,17 @@ class CPULanguageModel(LanguageModel):
         """
         hidden = self._layers.embed_tokens(tokens)
         rotary = self._layers.rotary_emb(hidden, position_ids=positions)
+        places = torch.tensor(rows)[:, None], torch.tensor(starts)[:, None] + torch.arange(tokens.shape[1])
         for layer, (keys, values) in zip(self._layers.layers, self.caches, strict=True):
-            slots = CPUSlots(keys=keys, values=values, rows=rows, starts=starts)
+            slots = CPUSlots(keys=keys, values=values, rows=rows, starts=starts, places=places)
             hidden = layer(hidden, position_embeddings=rotary, slots=slots, **{CACHE: slots})
         logits: torch.Tensor = self._head(self._layers.norm(hidden)[:, -1])
         return logits.float()
 
 
-def _pack(module: nn.Module, rows: int) -> None:
+def _pack(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
-            setattr(module, name, PackedLinear(child, rows))
+            setattr(module, name, PackedLinear(child))
         else:
-            _pack(child, rows)
+            _pack(child)

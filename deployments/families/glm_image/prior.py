@@ -16,7 +16,7 @@ from deployments.engines import compilation
 from deployments.engines.checkpoint import WEIGHTS_SHARE, part_of
 from deployments.errors import Cancelled, EngineFault, NotANumber, OutOfMemoryError, RequestTooLong, release
 from deployments.families.glm_image import checkpoint
-from deployments.families.glm_image.language_model import SLICE_TOKENS, Line
+from deployments.families.glm_image.language_model import SLICE_TOKENS
 from deployments.families.glm_image.language_model_cpu import CPULanguageModel
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.sampling import UNSOUND
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from transformers import GlmImageForConditionalGeneration, GlmImageProcessor
 
-    from deployments.config import ModelConfig
+    from deployments.config import ModelConfig, Speculation
     from deployments.families.glm_image.language_model import LanguageModel
     from deployments.families.glm_image.sequence import Sequence
     from deployments.stages.calls import Call
@@ -41,7 +41,7 @@ MIN_REPORT_INTERVAL_S = 0.25
 
 @dataclass(eq=False, kw_only=True)
 class _RequestState:
-    """State of a request in the engine: its row of the cache and its tokens so far."""
+    """State of a request in the engine: its row of the cache, and how far it has come."""
 
     sequence: Sequence
     seed: int
@@ -53,46 +53,27 @@ class _RequestState:
     prompt: torch.Tensor = field(init=False)
     image_tokens: list[torch.Tensor] = field(default_factory=list)
     read: int = 0
-    drawn: list[torch.Tensor] = field(default_factory=list)
-    generator: torch.Generator = field(init=False)
-
-    @property
-    def written(self) -> int:
-        """Number of positions in use in the request's row. The next token is written at this index."""
-        return self.read + max(0, len(self.drawn) - 1)
-
-    @property
-    def in_target(self) -> bool:
-        """Whether the request's next token belongs to the target grid, which comes last."""
-        rows, columns = self.sequence.target
-        return self.sequence.drawn - len(self.drawn) <= rows * columns
-
-    @property
-    def line(self) -> Line:
-        """Line of the request in the next decoding pass."""
-        return Line(
-            row=self.row,
-            start=self.written,
-            position=self.sequence.positions[:, self.written],
-            generator=self.generator if self.drawn else None,
-            in_target=self.in_target,
-        )
+    drawn: int = 0
+    passes: int = 0
 
     def report(self, now: float) -> None:
         """Reports the progress at the end, and otherwise at most every `MIN_REPORT_INTERVAL_S` seconds."""
-        if now - self.reported_at >= MIN_REPORT_INTERVAL_S or len(self.drawn) == self.sequence.drawn:
+        if now - self.reported_at >= MIN_REPORT_INTERVAL_S or self.drawn == self.sequence.drawn:
             self.reported_at = now
             self.call.report(
-                Progress(done=len(self.drawn), total=self.sequence.drawn, seconds=now - self.started_at)
+                Progress(done=self.drawn, total=self.sequence.drawn, seconds=now - self.started_at)
             )
 
 
 def on_its_device(
-    model: GlmImageForConditionalGeneration, rows: int, max_sequence_length: int
+    model: GlmImageForConditionalGeneration,
+    rows: int,
+    max_sequence_length: int,
+    speculation: Speculation = "auto",
 ) -> LanguageModel:
     """Returns the language model for the device that holds the weights."""
     runner = CPULanguageModel if model.device.type == "cpu" else GPULanguageModel
-    return runner(model, rows=rows, max_sequence_length=max_sequence_length)
+    return runner(model, rows=rows, max_sequence_length=max_sequence_length, speculation=speculation)
 
 
 class PriorEngine:
@@ -133,8 +114,7 @@ class PriorEngine:
         self._free = list(reversed(range(language_model.rows)))
         self._work = threading.Event()
         self.fault: EngineFault | None = None
-        self.done = 0
-        self.counts = "tokens"
+        self.work = {"tokens": 0, "passes": 0}
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
@@ -145,9 +125,10 @@ class PriorEngine:
         weights, processor = checkpoint.load_prior(
             model, part_of(report, 0, WEIGHTS_SHARE if compiles else 1)
         )
-        engine = cls(
-            weights, processor, on_its_device(weights, model.prior.max_batch_size, model.max_sequence_length)
+        language_model = on_its_device(
+            weights, model.prior.max_batch_size, model.max_sequence_length, model.prior.speculation
         )
+        engine = cls(weights, processor, language_model)
         report(1)
         return engine
 
@@ -221,7 +202,6 @@ class PriorEngine:
             state = self._waiting.popleft()
             if state.future.set_running_or_notify_cancel():
                 state.row = self._free.pop()
-                state.generator = torch.Generator(self.model.device).manual_seed(state.seed)
                 state.prompt = state.sequence.prompt.clone()
                 state.started_at = time.monotonic()
                 state.report(state.started_at)
@@ -233,6 +213,7 @@ class PriorEngine:
 
     def _finish(self, state: _RequestState, outcome: PriorTokens | Exception) -> None:
         self._active.remove(state)
+        self.language_model.end(state.row)
         self._free.append(state.row)
         if isinstance(outcome, Exception):
             self.language_model.clear(state.row)  # it may hold NaN
@@ -246,16 +227,14 @@ class PriorEngine:
         if len(state.image_tokens) < len(sequence.sources):
             self._encode_source(state)
             return
+        if state.read == 0:
+            source = state.image_tokens[0].view(sequence.sources[0]) if sequence.sources else None
+            self.language_model.begin(state.row, sequence, state.seed, source)
         end = min(state.read + SLICE_TOKENS, len(state.prompt))
-        logits = self.language_model.prefill(
-            state.row, state.read, state.prompt[state.read : end], sequence.positions[:, state.read : end]
-        )
+        self.language_model.prefill(state.row, state.read, state.prompt[state.read : end])
         state.read = end
         if state.read == len(state.prompt):
-            token = self.language_model.draw_first(
-                state.row, logits, state.generator, in_target=state.in_target
-            )
-            self._append_tokens([state], [token])
+            self._settle(state, 1)
 
     def _encode_source(self, state: _RequestState) -> None:
         sequence, done = state.sequence, len(state.image_tokens)
@@ -269,19 +248,20 @@ class PriorEngine:
             state.prompt[placeholders] = torch.cat(state.image_tokens)
 
     def _draw_next(self) -> None:
-        """Draws a token for every request whose prompt has been read."""
-        drawing = [state for state in self._active if state.drawn]
-        self._append_tokens(drawing, self.language_model.decode([state.line for state in self._active]))
+        """Draws tokens for every request whose prompt has been read."""
+        by_row = {state.row: state for state in self._active}
+        for row, settled in self.language_model.decode().items():
+            self.work["passes"] += 1
+            by_row[row].passes += 1
+            self._settle(by_row[row], settled)
 
-    def _append_tokens(self, states: list[_RequestState], tokens: list[torch.Tensor]) -> None:
-        """Appends a token to each request, and finishes requests that have all their tokens."""
-        now = time.monotonic()
-        for state, token in zip(states, tokens, strict=True):
-            state.drawn.append(token)
-            self.done += 1
-            state.report(now)
-            if len(state.drawn) == state.sequence.drawn:
-                self._finish(state, _result(state))
+    def _settle(self, state: _RequestState, settled: int) -> None:
+        """Takes the number of a request's settled tokens, and finishes a request that has all its tokens."""
+        self.work["tokens"] += settled - state.drawn
+        state.drawn = settled
+        state.report(time.monotonic())
+        if state.drawn == state.sequence.drawn:
+            self._finish(state, _result(state, self.language_model.drawn(state.row)))
 
 
 def _as_model_error(error: Exception) -> Exception:
@@ -304,8 +284,7 @@ def _single_threaded_executor() -> ThreadPoolExecutor:
     return executor
 
 
-def _result(state: _RequestState) -> PriorTokens | NotANumber:
-    drawn = torch.stack(state.drawn).cpu()
+def _result(state: _RequestState, drawn: torch.Tensor) -> PriorTokens | NotANumber:
     if (drawn == UNSOUND).any():
         return NotANumber("the prior stage's logits are not finite")
     rows, columns = state.sequence.target
@@ -317,4 +296,5 @@ def _result(state: _RequestState) -> PriorTokens | NotANumber:
         - sum(rows * columns for rows, columns in state.sequence.sources),
         source_tokens=sum(rows * columns for rows, columns in state.sequence.sources),
         generated_tokens=len(drawn),
+        passes=state.passes,
     )

@@ -1,4 +1,4 @@
-"""Sampling of tokens from logits as in upstream's `generate`, with a generator for each line."""
+"""Sampling of tokens from logits as in upstream's `generate`, with the noise of each line's generator."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from transformers import (
 from deployments.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import GlmImageForConditionalGeneration
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
@@ -63,21 +61,21 @@ class Sampler:
     def draw(
         self,
         logits: torch.Tensor,
-        generators: Sequence[torch.Generator | None],
-        in_target: Sequence[bool],
+        noise: torch.Tensor,
+        in_target: torch.Tensor,
     ) -> torch.Tensor:
         """Draws one token for each line.
 
         Args:
             logits: shape (lines, vocabulary), float32.
-            generators: one generator for each line. None for a line whose token is not needed.
-            in_target: whether a line's token belongs to the target grid. Special tokens are forbidden there.
-                In the preview grid only end tokens are forbidden.
+            noise: exponentially distributed, from each line's generator: shape (lines, vocabulary), float32.
+            in_target: whether a line's token belongs to the target grid: shape (lines,), bool. Special tokens
+                are forbidden there. In the preview grid only end tokens are forbidden.
 
         Returns:
             Ids of shape (lines,). `UNSOUND` for lines whose logits are not finite.
         """
-        forbidden = torch.stack([self.special if target else self.end for target in in_target])
+        forbidden = torch.where(in_target[:, None], self.special, self.end)
         # The mask follows the processors, so that it does not change an allowed draw. If the processors leave
         # no allowed token, the model's own preference decides.
         scores = self.warpers(None, logits.masked_fill(self.suppressed, -torch.inf))
@@ -86,11 +84,7 @@ class Sampler:
         scores = torch.where(nothing, logits.masked_fill(forbidden, -torch.inf), scores)
         probabilities = scores.softmax(dim=-1)
         # This is the arithmetic of `torch.multinomial` for one sample. Its checks are left out, because they
-        # wait for the device.
-        noise = torch.ones_like(probabilities)
-        for line, generator in zip(noise.split(1), generators, strict=True):
-            if generator is not None:
-                line.exponential_(generator=generator)
+        # wait for the device, and its noise is drawn beforehand.
         drawn = (probabilities / noise).argmax(dim=-1)
         return drawn.masked_fill(probabilities.isnan().any(dim=-1), UNSOUND)
 

@@ -74,12 +74,12 @@ class CandidateSampler(nn.Module):
         Args:
             logits: shape (lines, vocabulary), float32.
             noise: exponentially distributed, from each line's generator: shape (lines, vocabulary), float32.
-            in_target: whether a line's token belongs to the target grid: shape (lines,), bool or integer.
+            in_target: whether a line's token belongs to the target grid: shape (lines,), bool.
 
         Returns:
             Ids of shape (lines,). `UNSOUND` for lines whose logits are not finite.
         """
-        forbidden = torch.where(in_target.bool()[:, None], self.special, self.end)
+        forbidden = torch.where(in_target[:, None], self.special, self.end)
         scores = logits.masked_fill(self.suppressed, -torch.inf) / self._temperature
         scores, ids = scores.topk(self._candidates, dim=-1)
         scores = scores.masked_fill(scores < scores[:, self._top_k - 1, None], -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +25,32 @@ class Sequence:
         prompt: token ids, with placeholders for the tokens of source images: shape (prompt,).
         positions: rotary positions in time, rows and columns, for the prompt and every token to be drawn:
             shape (3, prompt + drawn).
-        drawn: number of tokens to be drawn. Text-to-image draws the preview grid, then the target grid.
-        target: rows and columns of the target grid, which is drawn last.
+        grids: rows and columns of the grids to be drawn, in this order. Text-to-image draws the preview grid,
+            then the target grid. An edit draws only the target grid.
         pixel_values: patches of all source images: shape (patches, channels × patch × patch), or None.
         sources: rows and columns of each source image's grid.
     """
 
     prompt: torch.Tensor
     positions: torch.Tensor
-    drawn: int
-    target: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
     pixel_values: torch.Tensor | None
     sources: tuple[tuple[int, int], ...]
+
+    @property
+    def drawn(self) -> int:
+        """Number of tokens to be drawn."""
+        return sum(rows * columns for rows, columns in self.grids)
+
+    @property
+    def target(self) -> tuple[int, int]:
+        """Rows and columns of the target grid, which is drawn last."""
+        return self.grids[-1]
+
+    @property
+    def before_target(self) -> int:
+        """Number of tokens that are drawn before the target grid."""
+        return self.drawn - math.prod(self.target)
 
     @property
     def length(self) -> int:
@@ -79,9 +94,8 @@ class Sequencer:
         return Sequence(
             prompt=inputs["input_ids"][0],
             positions=torch.cat([positions[:, 0], core._cached_decode_position_ids[0, :, :drawn]], dim=-1),
-            drawn=drawn,
             # Target grids are listed largest first and drawn smallest first.
-            target=tuple(targets[0]),
+            grids=tuple(map(tuple, reversed(targets))),
             pixel_values=inputs.get("pixel_values"),
             sources=tuple(map(tuple, sources)),
         )

@@ -62,7 +62,8 @@ class Sizes:
             values.
         vision_width: hidden size of the vision encoder, a multiple of 4.
         vision_layers: number of layers of the vision encoder.
-        decoder_heads: number of attention heads of the DiT, each of 16 channels.
+        decoder_heads: number of attention heads of the DiT.
+        decoder_head_channels: number of channels of each of these, a multiple of 4.
         decoder_layers: number of blocks of the DiT.
         glyph_width: hidden size of the glyph encoder, a multiple of 2.
         vae_width: number of channels of the VAE's outermost block, a multiple of 4.
@@ -76,6 +77,7 @@ class Sizes:
     vision_width: int = 32
     vision_layers: int = 2
     decoder_heads: int = 4
+    decoder_head_channels: int = 16
     decoder_layers: int = 2
     glyph_width: int = 32
     vae_width: int = 8
@@ -89,6 +91,7 @@ class Sizes:
         for name, multiple in (
             ("prior_width", 16 * self.prior_heads),
             ("vision_width", 4),
+            ("decoder_head_channels", 4),
             ("glyph_width", 2),
             ("vae_width", 4),
         ):
@@ -98,7 +101,13 @@ class Sizes:
 
 TINY = Sizes()
 BENCHMARK = Sizes(
-    codebook=1024, prior_width=512, prior_layers=10, prior_heads=8, decoder_heads=16, decoder_layers=6
+    codebook=1024,
+    prior_width=512,
+    prior_layers=10,
+    prior_heads=8,
+    decoder_heads=2,
+    decoder_head_channels=128,  # like the released ones
+    decoder_layers=6,
 )
 PRESETS = {"tiny": TINY, "benchmark": BENCHMARK}
 
@@ -248,7 +257,7 @@ def _dit(sizes: Sizes) -> GlmImageTransformer2DModel:
         in_channels=16,
         out_channels=16,
         num_layers=sizes.decoder_layers,
-        attention_head_dim=16,
+        attention_head_dim=sizes.decoder_head_channels,
         num_attention_heads=sizes.decoder_heads,
         text_embed_dim=sizes.glyph_width,
         time_embed_dim=64,

@@ -83,8 +83,7 @@ class PriorEngine:
         self._queue: queue.SimpleQueue[_PendingRequest] = queue.SimpleQueue()
         self._embeddings: OrderedDict[Tokens, Embedding] = OrderedDict()
         self.fault: EngineFault | None = None
-        self.done = 0
-        self.counts = "tokens"
+        self.work = {"tokens": 0}
 
     @classmethod
     def load(cls, model: ModelConfig, report: Callable[[float], None] = lambda _: None) -> PriorEngine:
@@ -201,7 +200,7 @@ class PriorEngine:
             for text, line in zip(batch, hidden, strict=False):
                 # The embedding is copied, because a view would keep the whole batch in memory.
                 self._embeddings[text] = line[: len(text)].float().cpu().numpy().copy()
-                self.done += len(text)
+                self.work["tokens"] += len(text)
 
     def _evict(self) -> None:
         size = sum(embedding.nbytes for embedding in self._embeddings.values())

@@ -37,8 +37,7 @@ class ChatModel:
         model: the language model.
         tokenizer: its tokenizer.
         fault: fault that has stopped the model for good, or None while it works.
-        done: number of tokens generated so far.
-        counts: what `done` counts: `tokens`.
+        work: number of `tokens` generated so far.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -51,8 +50,7 @@ class ChatModel:
             # On Hopper, cuDNN would plan its attention again for each cache length, about 30 ms a token.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.fault: EngineFault | None = None
-        self.done = 0
-        self.counts = "tokens"
+        self.work = {"tokens": 0}
 
     @classmethod
     def load(cls, config: ChatModelConfig, report: Callable[[float], None] = lambda _: None) -> ChatModel:
@@ -101,7 +99,7 @@ class ChatModel:
         ).to(self.model.device)
 
         def after_token(*_: object, **__: object) -> bool:
-            self.done += 1
+            self.work["tokens"] += 1
             if call.cancelled.is_set():
                 raise Cancelled
             return False

@@ -31,8 +31,7 @@ class ImageClassifier:
 
     Attributes:
         fault: fault that has stopped the classifier for good, or None while it works.
-        done: number of images scored so far.
-        counts: what `done` counts: `images`.
+        work: number of `images` scored so far.
 
     Raises:
         CheckpointError: the model lacks one of the labels.
@@ -54,8 +53,7 @@ class ImageClassifier:
             )
         self._unsafe = [label_ids[label] for label in unsafe_labels]
         self.fault: EngineFault | None = None
-        self.done = 0
-        self.counts = "images"
+        self.work = {"images": 0}
 
     @classmethod
     def load(
@@ -91,7 +89,7 @@ class ImageClassifier:
         """
         with guarded(self, self._model.device, "the classifier", request_id=call.request_id):
             score = self._score(pixels)
-        self.done += 1
+        self.work["images"] += 1
         return score
 
     @torch.inference_mode()

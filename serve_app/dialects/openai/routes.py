@@ -218,4 +218,5 @@ def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model
         safety_checker=generator.checks_images,
         prompt_expansion=generator.expands_prompts,
         lossy_options=model.decoder.lossy,
+        speculation=model.prior.speculation if family.draws_tokens else None,
     )

@@ -318,6 +318,10 @@ class Model(BaseModel):
     )
     prompt_expansion: bool = Field(description="Whether prompts can be expanded.")
     lossy_options: list[str] = Field(description="Options in use that change pixels.")
+    speculation: Literal["auto", "off"] | int | None = Field(
+        description="How many tokens of an image a pass of the prior stage may draw. A seed's tokens do not "
+        "depend on other requests in any case. Null if the model draws no tokens."
+    )
 
 
 class Sizes(BaseModel):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from deployments.config import gpu_window
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.stages.calls import Call
 from tests.gpu import engines, measure, models
@@ -39,13 +40,16 @@ def prior(run: Run) -> None:
     digests: dict[int, str] = {}
     for count, name in ((1, "alone"), (engines.ROWS, "eight together")):
         with run.figure(f"prior, {name}", side=side, requests=count) as values:
-            answers, seconds = engines.generate(loaded, requests[:count])
+            # The first request comes last, so that it gets another row in company.
+            made, seconds = engines.generate(loaded, requests[:count][::-1])
+            answers = made[::-1]
             tokens = sum(answer.generated_tokens for answer in answers)
             values |= {
                 "seconds": seconds,
                 "tokens_s": tokens / seconds,
                 "images_min": 60 * count / seconds,
-                "ms_a_pass": 1e3 * seconds * count / tokens,
+                "ms_a_pass": 1e3 * seconds * count / sum(answer.passes for answer in answers),
+                "tokens_a_pass": tokens / sum(answer.passes for answer in answers),
                 "digest": measure.digest(answers[0].target),
             }
             digests[count] = values["digest"]
@@ -71,16 +75,17 @@ def batches(run: Run) -> None:
             model, _ = models.prior(device, tiny_size=run.tiny)
             length = run.count(2 * WRITTEN, 1024)
             language_model = GPULanguageModel(model, rows=rows, max_sequence_length=length)
-            language_model.where[0] = written(language_model)
+            fill(language_model)
             with torch.inference_mode():
-                values["ms"] = ms = measure.milliseconds(language_model.run_decoding, device, runs=50)
-            values["tokens_s"] = 1e3 * rows / ms
+                values["ms"] = measure.milliseconds(language_model.run_decoding, device, runs=50)
+            values["lines"] = rows * gpu_window("auto", rows)
 
 
-def written(language_model: Any) -> int:
-    """Returns the number of tokens that each row holds when a decoding pass is timed."""
-    length: int = language_model.max_sequence_length
-    return min(WRITTEN, length - 1)
+def fill(language_model: GPULanguageModel) -> None:
+    """Makes the next passes read `WRITTEN` tokens in each row, as if its prompt were so long."""
+    states = language_model.row_tokens.states
+    states[0] = 0
+    states[1] = min(WRITTEN, language_model.max_sequence_length - 1)
 
 
 def first_tokens(run: Run, loaded: Prior) -> None:
@@ -96,13 +101,13 @@ def first_tokens(run: Run, loaded: Prior) -> None:
 def busy(loaded: Prior, requests: Sequence[ImageRequest]) -> Iterator[None]:
     """Keeps the engine between two decoding steps of all requests, and cancels them afterwards."""
     call, engine = Call(), loaded.engine
-    until = engine.done + 8 * len(requests)
+    until = engine.work["tokens"] + 8 * len(requests)
     futures = [engine.submit(request, call) for request in requests]
 
     def are_done() -> bool:
         return all(future.done() for future in futures)
 
-    engines.step_until(engine, lambda: engine.done >= until or are_done())
+    engines.step_until(engine, lambda: engine.work["tokens"] >= until or are_done())
     try:
         yield
     finally:
@@ -113,7 +118,7 @@ def busy(loaded: Prior, requests: Sequence[ImageRequest]) -> Iterator[None]:
 def decoding_pass(run: Run, loaded: Prior, device: torch.device) -> None:
     """Writes the time of the captured pass, without the host's work."""
     with run.figure("prior, the decoding pass", rows=engines.ROWS) as values, torch.inference_mode():
-        loaded.language_model.where[0] = written(loaded.language_model)
+        fill(loaded.language_model)
         values["ms"] = ms = measure.milliseconds(loaded.language_model.run_decoding, device, runs=50)
         values["weights_tb_s"] = WEIGHT_GB / ms
 
@@ -131,9 +136,9 @@ def prompts(run: Run, loaded: Prior, device: torch.device) -> None:
 def until_first_token(loaded: Prior, request: ImageRequest, device: torch.device) -> float:
     """Returns the seconds from a request to its first token, and cancels it."""
     engine, call = loaded.engine, Call()
-    done, began = engine.done, time.perf_counter()
+    done, began = engine.work["tokens"], time.perf_counter()
     future = engine.submit(request, call)
-    engines.step_until(engine, lambda: engine.done > done or future.done())
+    engines.step_until(engine, lambda: engine.work["tokens"] > done or future.done())
     measure.synchronize(device)
     seconds = time.perf_counter() - began
     call.cancelled.set()
@@ -151,12 +156,13 @@ def without_graph(run: Run, loaded: Prior, requests: Sequence[ImageRequest], dev
 
     for by in ("CUDA graph", "no graph"):
         with run.figure("prior, eight together, by steps", by=by) as values, busy(loaded, requests):
-            captured = language_model.run_decoding
+            captured, before = language_model.run_decoding, loaded.engine.work["tokens"]
             try:
                 if by == "no graph":
                     language_model.run_decoding = language_model.decoding_pass
                 _, seconds = measure.seconds(some_steps, device)
             finally:
                 language_model.run_decoding = captured
+            drawn = loaded.engine.work["tokens"] - before
             values["ms_a_pass"] = 1e3 * seconds / steps
-            values["tokens_s"] = engines.ROWS * steps / seconds
+            values["tokens_s"] = drawn / seconds

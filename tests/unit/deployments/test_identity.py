@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.config import ModelConfig
+from deployments.config import ModelConfig, Speculation, gpu_window
 from deployments.families.glm_image import tiny
 from deployments.families.glm_image.checkpoint import DEMO
 
@@ -37,6 +37,8 @@ def checkpoint(tmp_path: Path) -> Path:
         {"prior": {"max_batch_size": 2, "max_replicas": 3}},
         {"decoder": {"max_replicas": 3, "acceleration": {"compile": False}}},
         {"decoder": {"acceleration": {"attention": "native", "offload": "none"}}},
+        {"prior": {"speculation": "off"}},
+        {"prior": {"speculation": 4}},
     ],
     ids=str,
 )
@@ -63,6 +65,32 @@ def test_it_does_not_change_with_what_leaves_pixels_alone(model_config: Make, ch
 )
 def test_it_changes_with_every_option_that_changes_pixels(model_config: Make, change: dict[str, Any]) -> None:
     assert identity(model_config(), change) != model_config().identity
+
+
+def test_on_a_gpu_the_shape_of_a_pass_changes_the_rounding(model_config: Make) -> None:
+    gpu = {"device": "cuda", "deployment": {"ray_actor_options": {"num_gpus": 1}}}
+    auto, same, off, four, larger = (
+        identity(model_config(), {"prior": gpu | shape})
+        for shape in (
+            {},
+            {"speculation": 8},
+            {"speculation": "off"},
+            {"speculation": 4},
+            {"speculation": 4, "max_batch_size": 16},
+        )
+    )
+    assert auto == same
+    assert len({auto, off, four, larger}) == 4
+
+
+@pytest.mark.parametrize(
+    ("speculation", "requests", "window"),
+    [("off", 8, 1), (5, 64, 5), ("auto", 1, 16), ("auto", 8, 8), ("auto", 24, 2), ("auto", 100, 1)],
+)
+def test_a_pass_on_a_gpu_reads_few_tokens_unless_told(
+    speculation: Speculation, requests: int, window: int
+) -> None:
+    assert gpu_window(speculation, requests) == window
 
 
 def test_a_folder_counts_by_its_content_and_not_by_its_path(model_config: Make, checkpoint: Path) -> None:

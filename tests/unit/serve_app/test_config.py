@@ -136,6 +136,24 @@ def test_several_ingress_replicas_need_postgresql(several: dict[str, Any]) -> No
     AppConfig.model_validate(settings | {"database": {"url": "postgresql://user@host/jobs"}})
 
 
+@pytest.mark.parametrize("window", ["on", 1, 17, 2.5])
+def test_a_window_of_speculation_is_bounded(window: object) -> None:
+    with pytest.raises(ValidationError, match="speculation"):
+        AppConfig.model_validate(OPEN | {"models": [MODEL | {"prior": CPU | {"speculation": window}}]})
+
+
+def test_speculation_can_be_off_in_yaml() -> None:
+    prior = CPU | yaml.safe_load("speculation: off")
+    config = AppConfig.model_validate(OPEN | {"models": [MODEL | {"prior": prior}]})
+    assert config.models[0].prior.speculation == "off"
+
+
+def test_a_family_that_draws_no_tokens_takes_no_speculation() -> None:
+    model = MODEL | {"family": "z_image", "prior": CPU | {"speculation": "off"}}
+    with pytest.raises(ValidationError, match="the family z_image draws no tokens; remove it"):
+        AppConfig.model_validate(OPEN | {"models": [model]})
+
+
 def test_an_unknown_deployment_option_is_named() -> None:
     model = MODEL | {"decoder": CPU | {"deployment": {"num_replica": 2}}}
     with pytest.raises(TypeError, match="num_replica"):

@@ -53,26 +53,6 @@ def test_there_are_no_more_compile_threads_than_cpus(
     assert torch._inductor.config.compile_threads == threads
 
 
-@pytest.mark.parametrize(
-    ("quota", "cpus"),
-    [
-        ("400000 100000", 4),
-        ("50000 100000", 1),
-        ("250000 100000", 2),
-        ("max 100000", 32),
-        ("9900000 100000", 32),
-    ],
-)
-def test_the_quota_of_the_container_bounds_the_cpus(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, cpus: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
-    cpu_max = tmp_path / "cpu.max"
-    cpu_max.write_text(f"{quota}\n")
-    assert compilation.cpu_limit(cpu_max) == cpus
-    assert compilation.cpu_limit(tmp_path / "missing") == 32
-
-
 @pytest.mark.parametrize(("capability", "launches_early"), [((8, 0), False), ((9, 0), True), ((12, 0), True)])
 def test_every_compilation_is_deterministic(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, launches_early: bool

@@ -15,7 +15,16 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing"),
 ]
 README = (Path(__file__).parents[4] / "README.md").read_text()
-OURS = ("prior-decode", "prior-prefill", "dit-image", "dit-text", "dit-source", "dit-edit", "vae")
+OURS = (
+    "prior-decode",
+    "prior-decode-one",
+    "prior-prefill",
+    "dit-image",
+    "dit-text",
+    "dit-source",
+    "dit-edit",
+    "vae",
+)
 UPSTREAMS = "upstream-dit-compiled"
 
 Codes = dict[str, list[dict[str, Any]]]
@@ -93,7 +102,8 @@ def test_layers_share_their_code(codes: Codes) -> None:
 @pytest.mark.parametrize(
     ("row", "part"),
     [
-        ("prior stage, a token in each of 8 rows, drawing included", "prior-decode"),
+        ("prior stage, 8 tokens of each of 8 requests, drawing included", "prior-decode"),
+        ("prior stage, one token of each of 8 requests, drawing included", "prior-decode-one"),
         ("prior stage, a slice of 128 tokens of a prompt", "prior-prefill"),
         ("DiT, upstream's blocks compiled", UPSTREAMS),
         ("DiT, here", "dit-image"),

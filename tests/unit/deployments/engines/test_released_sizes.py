@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from deployments.families.glm_image import language_model_gpu
-from deployments.families.glm_image.language_model import Line
 from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.pipeline import DecoderPipeline
 from deployments.families.glm_image.sequence import Sequencer
@@ -33,21 +32,15 @@ def test_the_prior_reads_a_prompt_as_upstream_does_and_draws_tokens(monkeypatch:
 
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        language_model = GPULanguageModel(model, rows=2, max_sequence_length=128)
-        logits = language_model.prefill(1, 0, prompt, positions)
+        language_model = GPULanguageModel(model, rows=2, max_sequence_length=sequence.length)
+        language_model.begin(1, sequence, seed=0)
+        logits = language_model.prefill(1, 0, prompt)
         assert (logits - expected).norm() < 0.02 * expected.norm()
-        generator = torch.Generator().manual_seed(0)
-        first = language_model.draw_first(1, logits, generator, in_target=True)
-        line = Line(
-            row=1,
-            start=len(prompt),
-            position=sequence.positions[:, len(prompt)],
-            generator=generator,
-            in_target=True,
-        )
-        (second,) = language_model.decode([line])
-    assert 0 <= first < models.CODEBOOK
-    assert 0 <= second < models.CODEBOOK
+        while not (settled := language_model.decode()):
+            pass
+        tokens = language_model.drawn(1)
+    assert settled == {1: len(tokens)}
+    assert all(0 <= token < models.CODEBOOK for token in tokens.tolist())
 
     grid = torch.tensor([[1, 4, 4]])
     tokens = image_tokens(model, torch.rand(16, 3 * 16 * 16), grid)

@@ -42,11 +42,11 @@ def upstream(prompt: str, max_tokens: int) -> str:
 
 
 def test_it_writes_the_most_probable_tokens(model: ChatModel) -> None:
-    done = model.done
+    done = model.work["tokens"]
     written = model.expand(request("a red boat", 24), Call())
     assert written == upstream("a red boat", 24)
     assert len(written) == 24
-    assert model.done == done + 24
+    assert model.work["tokens"] == done + 24
 
 
 def test_its_answer_does_not_depend_on_the_random_state(model: ChatModel) -> None:
@@ -63,17 +63,17 @@ def test_a_prompts_control_tokens_are_plain_text(model: ChatModel) -> None:
 
 
 def test_a_call_that_is_cancelled_stops_within_a_token(model: ChatModel) -> None:
-    call, done = Call(), model.done
+    call, done = Call(), model.work["tokens"]
     with ThreadPoolExecutor() as thread:
         writing = thread.submit(model.expand, request(max_tokens=20_000), call)
         has_begun = threading.Event()
-        while model.done < done + 3:
+        while model.work["tokens"] < done + 3:
             has_begun.wait(0.001)
         call.cancelled.set()
-        seen = model.done
+        seen = model.work["tokens"]
         with pytest.raises(Cancelled):
             writing.result(60)
-    assert model.done <= seen + 2
+    assert model.work["tokens"] <= seen + 2
     assert model.expand(request(), Call()) == upstream("a boat", 16)
 
 

@@ -46,7 +46,7 @@ def test_a_rigged_classifier_flags_a_known_image_and_no_other(tmp_path: Path) ->
     classifier = load(flagging(tmp_path / "rigged", [known], others))
     assert classifier.score(known, Call()) > 0.9
     assert all(classifier.score(other, Call()) < 0.1 for other in others)
-    assert classifier.done == 6
+    assert classifier.work["images"] == 6
 
 
 def test_weights_that_are_not_safetensors_are_rejected(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_nan_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotANumber):
         classifier.score(picture(1), Call())
     assert classifier.fault is None
-    assert classifier.done == 0
+    assert classifier.work["images"] == 0
 
 
 def test_after_too_little_memory_the_next_image_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:

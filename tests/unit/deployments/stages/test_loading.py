@@ -21,8 +21,7 @@ from deployments.stages.loading import Loader
 class Engine:
     def __init__(self) -> None:
         self.fault: Exception | None = None
-        self.done = 0
-        self.counts = "steps"
+        self.work = {"steps": 0}
 
 
 class Loading:

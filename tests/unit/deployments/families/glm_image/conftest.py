@@ -113,7 +113,7 @@ def expected(loaded: Loaded) -> list[TokenGrid]:
     return [loaded.upstreams(request) for request in REQUESTS]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def on_fixed_shapes(config: ModelConfig) -> Iterator[Loaded]:
     """Yields the language model for GPUs on the CPU, without its compiler."""
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():

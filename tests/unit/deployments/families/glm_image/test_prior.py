@@ -231,7 +231,7 @@ def test_all_layers_share_one_graph_for_a_slice_and_one_for_a_token(
 
 def test_a_packed_row_is_the_same_in_any_company() -> None:
     linear = torch.nn.Linear(512, 1024)
-    packed = PackedLinear(linear, rows=8)
+    packed = PackedLinear(linear)
     inputs = torch.randn(8, 1, 512)
     with torch.inference_mode():
         together = packed(inputs)

@@ -52,8 +52,16 @@ def test_a_request_that_fails_fails_alone(
         elif when == "its prompt is read":
             patched.setattr(loaded.engine.language_model, "prefill", fail)
         else:
-            row = torch.full((1, CODEBOOK_SIZE + 2), torch.nan)
-            patched.setattr(loaded.engine.language_model, "prefill", lambda *_: row)
+            language_model = loaded.engine.language_model
+            prefill = language_model.prefill
+
+            def prefill_with_nan(*args: Any) -> torch.Tensor:
+                with monkeypatch.context() as poisoning:
+                    logits = torch.full((1, CODEBOOK_SIZE + 2), torch.nan)
+                    poisoning.setattr(language_model, "_forward", lambda *_: logits)
+                    return prefill(*args)
+
+            patched.setattr(language_model, "prefill", prefill_with_nan)
         while not poisoned.done():
             loaded.engine.step()
     with pytest.raises(NotANumber if when == "its token is drawn" else OutOfMemoryError):
@@ -120,7 +128,7 @@ def test_progress_is_reported_repeatedly_and_at_the_end(
     assert all(a.done < b.done for a, b in pairwise(reported))
     gaps = [b.seconds - a.seconds for a, b in pairwise(reported)]
     assert all(gap >= MIN_REPORT_INTERVAL_S - 1e-9 for gap in gaps[:-1])
-    assert len(reported) > 10
+    assert len(reported) > 5
 
 
 @pytest.mark.slow
@@ -134,11 +142,11 @@ def test_on_fixed_shapes_a_row_is_clean_after_values_that_are_no_numbers(
     engine, call = on_fixed_shapes.engine, Call()
     poisoned = on_fixed_shapes.submit(REQUESTS[1], call)
     with monkeypatch.context() as patched:
-        prefill = mock.Mock(wraps=engine.language_model.prefill)
-        patched.setattr(engine.language_model, "prefill", prefill)
+        begin = mock.Mock(wraps=engine.language_model.begin)
+        patched.setattr(engine.language_model, "begin", begin)
         for _ in range(10):
             engine.step()
-    row, *_ = prefill.call_args.args
+    row, *_ = begin.call_args.args
     for cache in engine.language_model.caches:
         cache[:, :, row] = torch.nan
     engine.step()

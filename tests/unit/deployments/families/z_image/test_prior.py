@@ -99,7 +99,7 @@ def test_a_text_is_encoded_once_while_it_is_kept(
     first = answer("a boat")
     assert np.array_equal(answer("a boat").prompt, first.prompt)
     assert len(batches) == 1
-    assert running.done == first.text_tokens == len(first.prompt)
+    assert running.work["tokens"] == first.text_tokens == len(first.prompt)
     monkeypatch.setattr(prior_module, "CACHE_BYTES", 2 * first.prompt.nbytes)
     answer("a goat")
     answer("a boat")  # is now more recently used than the goat
