@@ -114,7 +114,7 @@ def test_progress_is_reported_repeatedly_and_at_the_end(
 
     def clock() -> float:
         nonlocal now
-        now += 0.01
+        now += 0.1
         return now
 
     monkeypatch.setattr(time, "monotonic", clock)
