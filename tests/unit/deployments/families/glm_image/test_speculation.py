@@ -346,7 +346,23 @@ def test_slow_passes_are_not_measured(loaded: Loaded, monkeypatch: pytest.Monkey
     assert isinstance(model, CPULanguageModel)
     clock = count(step=4)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert model.costs() == {1: 4, 2: 4}
+    assert model.costs() == {1: 4, 2: 4, 4: 4}
+
+
+def test_the_fastest_round_counts(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded.engine.language_model
+    assert isinstance(model, CPULanguageModel)
+    now, passes = 0.0, 0
+
+    def draw(lines: list[Line]) -> None:
+        nonlocal now, passes
+        now += 1 if passes // 6 == 1 else 2  # there are six sizes
+        passes += 1
+
+    monkeypatch.setattr(model, "_draw", draw)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert model.costs() == dict.fromkeys([1, 2, 4, 8, 16, 32], 1)
+    assert passes == 3 * 6
 
 
 def test_costs_are_measured_and_leave_no_trace(loaded: Loaded) -> None:
