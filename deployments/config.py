@@ -25,7 +25,8 @@ MAX_WINDOW = 16
 MAX_GPU_LINES = 64
 """Number of tokens of all requests that a pass on a GPU reads at most, unless the configuration says more.
 
-On an H200, a pass of 64 tokens took 1.12 times as long as one of 8.
+On an H200, a pass of 64 requests with a token each took 1.1 to 1.2 times as long as one of 8
+(`tests/gpu/figures/nvidia-h200.jsonl`).
 """
 
 # YAML reads `off` as false.
@@ -74,8 +75,9 @@ class StageConfig(Config):
     deployment: dict[str, Any] = Field(
         default_factory=dict,
         description="Options passed to the stage's Ray Serve deployment: `ray_actor_options` (`num_gpus`, "
-        "`num_cpus`, …), `max_ongoing_requests`, …. With `device: cpu`, `num_cpus` defaults to 0: the stages "
-        "share the machine's CPUs, and none waits until another one stops.",
+        "`num_cpus`, …), `max_ongoing_requests`, …. With `device: cpu`, `num_cpus` defaults to 0, unless "
+        "`cluster.autoscaling` is on: the stages share the machine's CPUs, and none waits until another one "
+        "stops.",
     )
     min_replicas: int = Field(
         default=0,
@@ -103,15 +105,19 @@ class StageConfig(Config):
         default=None,
         ge=1,
         validate_default=True,
-        description="Threads for one replica's arithmetic on CPUs. With `device: cpu`, defaults to the CPUs "
-        "of the machine that reads the configuration. There, the same seed gives the same bytes only with "
-        "the same number of threads.",
+        description="Threads for one replica's arithmetic on CPUs. With `device: cpu`, defaults to the "
+        "replica's `num_cpus` or, without it, to all CPUs of the machine that reads the configuration. On a "
+        "CPU, the same seed gives the same bytes only with the same number of threads. So set it where "
+        "machines differ.",
     )
 
     @field_validator("cpu_threads")
     @classmethod
-    def _all_cpus(cls, chosen: int | None, info: ValidationInfo) -> int | None:
-        return cpu_limit() if chosen is None and info.data.get("device") == "cpu" else chosen
+    def _default_threads(cls, chosen: int | None, info: ValidationInfo) -> int | None:
+        if chosen is not None or info.data.get("device") != "cpu":
+            return chosen
+        options = info.data.get("deployment", {}).get("ray_actor_options") or {}
+        return int(options.get("num_cpus") or 0) or cpu_limit()
 
     @property
     def num_gpus(self) -> float:
@@ -162,15 +168,15 @@ class PriorConfig(StageConfig):
         default="auto",
         description="Number of tokens of a request that a pass may draw. `auto`: chosen from measured times "
         f"on a CPU; on a GPU {MAX_GPU_LINES} divided by `max_batch_size`, at most {MAX_WINDOW}. `off`: one. "
-        "The seed decides each token as before; on a GPU, another number rounds differently.",
+        f"A number: 2 to {MAX_WINDOW}. On a CPU the tokens are the same for every value, and only "
+        "`dtype: float32` has several. On a GPU another value changes pixels by rounding, and so the model's "
+        "identity.",
     )
 
     @property
-    def options_that_change_pixels(self) -> dict[str, Any]:
-        """Options in use that change pixels: on a GPU, the rounding depends on the shape of a pass."""
-        if self.device == "cpu":
-            return {}
-        return {"pass": [self.max_batch_size, gpu_window(self.speculation, self.max_batch_size)]}
+    def may_speculate(self) -> bool:
+        """Whether a token's arithmetic does not depend on the other tokens of its pass."""
+        return self.device == "cuda" or self.dtype == "float32"
 
     @model_validator(mode="before")
     @classmethod
@@ -425,6 +431,11 @@ class ModelConfig(Config):
     def _speculates_on_tokens(self) -> Self:
         if self.prior.speculation != "auto" and not self.traits.draws_tokens:
             raise ValueError(f"prior.speculation: the family {self.family} draws no tokens; remove it")
+        if isinstance(self.prior.speculation, int) and not self.prior.may_speculate:
+            raise ValueError(
+                "prior.speculation: on a CPU, several tokens in a pass need dtype: float32; set that, or "
+                "remove speculation"
+            )
         return self
 
     @property
@@ -436,6 +447,14 @@ class ModelConfig(Config):
     def identity(self) -> str:
         """Text that is equal for equal pixels; see `deployments.identity`."""
         return identity(self)
+
+    @property
+    def gpu_pass(self) -> tuple[int, int] | None:
+        """Shape of a drawing pass on a GPU: requests, and tokens of each. None where no such pass is made."""
+        if self.prior.device == "cpu" or not self.traits.draws_tokens:
+            return None
+        requests = self.prior.max_batch_size
+        return requests, gpu_window(self.prior.speculation, requests)
 
     @property
     def weights(self) -> str:

@@ -37,7 +37,7 @@ def identity(model: ModelConfig) -> str:
     """
     facts = {
         "checkpoint": _content(model),
-        "prior": _arithmetic(model.prior) | model.prior.options_that_change_pixels,
+        "prior": _arithmetic(model.prior) | ({"pass": model.gpu_pass} if model.gpu_pass else {}),
         "decoder": _arithmetic(model.decoder) | model.decoder.options_that_change_pixels,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -42,7 +42,8 @@ class Prior:
         text_tokens: number of tokens read from the texts.
         source_tokens: number of tokens read from the source images.
         generated_tokens: number of tokens generated.
-        passes: number of passes in which they were generated.
+        passes: number of passes in which they were generated, without the one that read the prompt and
+            generated the first.
         weights: weights that made it; see `deployments.config.ModelConfig`. The stage sets this.
     """
 

@@ -25,7 +25,7 @@ from serve_app.cluster.actors import ActorClient
 from serve_app.cluster.fleet import Fleet, FleetClient
 from serve_app.cluster.lifecycle import Lifecycle
 from serve_app.cluster.status import HELPER, Deployment, StatusReader
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, ClusterConfig
 from serve_app.errors import Busy, ReplicaDied, Unavailable
 from serve_app.files.store import FileStore
 from serve_app.generation import prompt_expansion, safety
@@ -62,7 +62,10 @@ def build_app(args: AppConfig) -> Application:
     """
     if ray.is_initialized() and (problem := lacking_gpus(args)):
         raise ValueError(problem)
-    stages = {name: {key: _bind(part) for key, part in parts.items()} for name, parts in _parts(args).items()}
+    stages = {
+        name: {key: _bind(part, args.cluster) for key, part in parts.items()}
+        for name, parts in _parts(args).items()
+    }
     # Requests wait here for images, so Ray's default of 5 at a time would be a limit.
     options = GRACEFUL_SHUTDOWN | {"max_ongoing_requests": 10_000, "logging_config": LOG}
     ingress = serve.deployment(**(options | args.ingress.deployment))(serve.ingress()(Ingress))
@@ -140,7 +143,7 @@ def lacking_gpus(config: AppConfig) -> str | None:
     )
 
 
-def _bind(part: _Part) -> Application:
+def _bind(part: _Part, cluster: ClusterConfig) -> Application:
     options: dict[str, Any] = {
         "name": part.name,
         # One request more than a replica runs: it begins without a pause when another one ends.
@@ -150,7 +153,9 @@ def _bind(part: _Part) -> Application:
         "health_check_period_s": RENEWAL_S,  # a dead replica is replaced no later
     }
     chosen = dict(part.config.deployment)
-    if part.config.device == "cpu":  # the stages share the CPUs, and Ray's default would reserve one for each
+    # The stages share the CPUs, and Ray's default would reserve one for each. Nodes that come on demand come
+    # for what is reserved.
+    if part.config.device == "cpu" and not cluster.autoscaling:
         chosen["ray_actor_options"] = {"num_cpus": 0} | chosen.get("ray_actor_options", {})
     return serve.deployment(**(GRACEFUL_SHUTDOWN | options | chosen))(part.cls).bind(part.argument)
 

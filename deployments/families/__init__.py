@@ -65,7 +65,7 @@ class PriorEngine(FamilyEngine, Protocol):
         """Enqueues one unit and returns the future of its prior. May be called from any thread.
 
         Progress is reported a few times a second at most. An engine that draws tokens fails the future with
-        `Cancelled` within a token after the call is cancelled. The future fails with `RequestTooLong` if the
+        `Cancelled` within a pass after the call is cancelled. The future fails with `RequestTooLong` if the
         request exceeds `max_sequence_length`.
         """
 

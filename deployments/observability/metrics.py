@@ -100,8 +100,8 @@ UNLOADS = Counter("unloads", "Engines unloaded, when idle or by hand.")
 WORK = Counter(
     "work",
     "Work done by an engine, including work for cancelled images. `unit` is `tokens` (prior tokens generated "
-    "or read, or tokens of prompts written), `passes` (in which prior tokens are generated, once for each "
-    "request in a pass), `steps` (denoising steps) or `images` (images checked).",
+    "or read, or tokens of prompts written), `passes` (runs of the prior model that generate tokens, once "
+    "for each request in the run), `steps` (denoising steps) or `images` (images checked).",
     "unit",
 )
 RUNNING = Gauge(

@@ -71,7 +71,8 @@ class Stage(Generic[Engine]):
         """
         self._running += 1
         came = began = time.time()
-        has_begun, outcome, facts = False, "cancelled", dict[str, int]()
+        has_begun, outcome = False, "cancelled"
+        item: Event | Result | None = None
         try:
             engine = await self.loader.engine(request.submitted_at)
             began = time.time()
@@ -80,7 +81,6 @@ class Stage(Generic[Engine]):
                 async for item in items:
                     if isinstance(item, Progress) and not has_begun:
                         has_begun, began = True, time.time() - item.seconds
-                    facts = self._facts(item) or facts
                     yield item
             outcome = "made"
         except Exception as error:
@@ -90,7 +90,7 @@ class Stage(Generic[Engine]):
             raise
         finally:
             self._running -= 1
-            self._record_outcome(request, came, began, outcome, facts)
+            self._record_outcome(request, came, began, outcome, self._facts(item))
             self._end_process_after_fault()
 
     async def _end_process_if_another_is_ready(self, error: LoadingFailed) -> None:
@@ -108,9 +108,9 @@ class Stage(Generic[Engine]):
         if engine and engine.fault:
             end_process(f"its engine has a fault: {engine.fault}")
 
-    def _facts(self, result: object) -> dict[str, int]:
-        """Returns numbers about a result, for the log."""
-        del result
+    def _facts(self, item: object) -> dict[str, int]:
+        """Returns numbers for the log about the last item of an answer: the result, if there is one."""
+        del item
         return {}
 
     def _record_outcome(

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 SPINS = "1000"
-"""Times that a thread of PyTorch's looks for work before it sleeps. Spinning, it keeps a CPU from others.
+"""How often an idle thread of PyTorch looks for work before it sleeps.
 
-By default it spins for some milliseconds. If both stages then work on all CPUs, they are twice as slow.
+A spinning thread occupies a CPU. By default it spins for milliseconds. With both stages on all CPUs, that
+halved their speed.
 """
 
 

@@ -38,10 +38,10 @@ class PriorStage(Stage[PriorEngine]):
         self.loader.thread.submit(engine.run)
         return engine
 
-    def _facts(self, result: object) -> dict[str, int]:
-        if not isinstance(result, Prior) or not result.passes:
+    def _facts(self, item: object) -> dict[str, int]:
+        if not isinstance(item, Prior) or not item.passes:
             return {}
-        return {"tokens": result.generated_tokens, "passes": result.passes}
+        return {"tokens": item.generated_tokens, "passes": item.passes}
 
     async def generate(
         self, request: ImageRequest, sources: tuple[Pixels, ...]

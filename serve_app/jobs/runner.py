@@ -114,7 +114,7 @@ class JobRunner:
         self._store.stop_watching()
 
     async def cancel(self, owner: Owner, job_id: str) -> Job:
-        """Cancels a job; see `JobStore.cancel`. One that runs here stops within a token or a step."""
+        """Cancels a job; see `JobStore.cancel`. One that runs here stops within a pass or a step."""
         return await to_its_end(self._cancel(owner, job_id))
 
     async def _cancel(self, owner: Owner, job_id: str) -> Job:

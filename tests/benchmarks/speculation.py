@@ -1,8 +1,9 @@
 """Compares drawing several tokens in a pass with drawing one by one, in one run, with the same weights.
 
-    python -m tests.benchmarks.speculation [--runs 5] [--threads 1]
+    python -m tests.benchmarks.speculation [--runs 5]
 
-`make benchmark` runs this. The tokens must be the same; otherwise it fails.
+`make benchmark` runs this. The tokens must be the same; otherwise it fails. The benchmark checkpoint has all
+CPUs, as by default, and the demo one thread, as in `configs/demo.yaml`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from deployments.config import DecoderConfig, ModelConfig, PriorConfig
+from deployments.cpus import cpu_limit
 from deployments.families.glm_image import tiny
 from deployments.families.glm_image.prior import PriorEngine
 from deployments.families.glm_image.speculation import RequestTokens
@@ -29,11 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from deployments.config import Speculation
-    from deployments.types import PriorTokens
+    from deployments.types import Pixels, PriorTokens
 
 ROWS = 8
+THREADS = {"benchmark": cpu_limit(), "demo": 1}
 PROMPT = "a red circle on a blue background"
-SOURCE = np.full((512, 512, 3), (20, 60, 200), dtype=np.uint8)
+EDIT = "make the circle green"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +59,10 @@ class Load:
     @property
     def requests(self) -> list[ImageRequest]:
         """The requests, with the seeds 0, 1, …"""
-        sources = (SOURCE,) if self.edits else ()
+        sources = (drawing(),) if self.edits else ()
+        prompt = EDIT if self.edits else PROMPT
         return [
-            ImageRequest(prompt=PROMPT, width=self.side, height=self.side, seed=seed, sources=sources)
+            ImageRequest(prompt=prompt, width=self.side, height=self.side, seed=seed, sources=sources)
             for seed in range(self.count)
         ]
 
@@ -72,6 +77,13 @@ LOADS = (
     Load(checkpoint="demo", count=1, side=1024),
     Load(checkpoint="demo", count=1, edits=True),
 )
+
+
+def drawing() -> Pixels:
+    """Returns the picture that `PROMPT` describes: shape (512, 512, 3)."""
+    picture = Image.new("RGB", (512, 512), "blue")
+    ImageDraw.Draw(picture).ellipse((160, 160, 352, 352), "red")
+    return np.asarray(picture)
 
 
 class Engine:
@@ -142,17 +154,16 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="alternating pairs of runs")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    engines = {
-        name: (Engine(name, "off"), Engine(name, "auto"))
-        for name in dict.fromkeys(load.checkpoint for load in LOADS)
-    }
-    print(f"{options.threads} threads, medians of {options.runs} alternating pairs")
+    engines = {}
+    for name, threads in THREADS.items():
+        torch.set_num_threads(threads)
+        engines[name] = Engine(name, "off"), Engine(name, "auto")
+    print(f"threads: {THREADS}; medians of {options.runs} alternating pairs")
     print(f"| {'':38} | one by one, s | here, s | times as fast | tokens of a request in a pass |")
     print("|---|---:|---:|---:|---:|")
     for load in LOADS:
+        torch.set_num_threads(THREADS[load.checkpoint])
         taken: tuple[list[float], list[float]] = ([], [])
         for _ in range(options.runs + 1):  # the first pair is a warm-up
             priors = []

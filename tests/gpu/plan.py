@@ -53,7 +53,7 @@ STEPS = (
     _step("exact_decoder", 100, of="exact", fresh_cache=True, beside="exact_prior"),
     _step("vae", 80),
     _step("options", 80),
-    _step("batches", 80, of="prior"),
+    _step("passes", 140, of="prior"),
     _step("upstream", 60),
     _step("offload", 80, of="memory"),
     _step("server", 170),

@@ -55,7 +55,8 @@ class GPUSlots:
     def write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes keys and values of shape (lines, heads, tokens, channels).
 
-        A wrong draft must not spoil the lines before it. These mask its value, and zero times NaN is NaN.
+        Values that are not finite are replaced, so that a wrong draft does not spoil the lines before it:
+        they mask its value, and zero times NaN is NaN. The line itself still ends in NaN, by its query.
         """
         at = self.starts[:, None] + torch.arange(keys.shape[2], device=keys.device)
         self.keys[:, at.flatten()] = keys.transpose(0, 1).flatten(1, 2)

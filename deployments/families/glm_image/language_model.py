@@ -98,10 +98,11 @@ class LanguageModel:
         raise NotImplementedError
 
     def decode(self) -> dict[int, int]:
-        """Draws tokens, at least one, in every row that has its first.
+        """Goes on drawing in every row that has its first token. There must be such a row.
 
         Returns:
-            For each row of a pass that has ended, the number of the row's settled tokens.
+            For each row of a pass that has ended, the number of the row's settled tokens. Empty while all
+            passes are under way.
         """
         raise NotImplementedError
 

@@ -34,7 +34,7 @@ MEASURED_AT = 512
 MEASURED_ROUNDS = 3
 """Number of times that a pass of each size is timed. The fastest one counts."""
 MEASURED_S = 30.0
-"""Seconds after which no more passes are timed."""
+"""Seconds that all this takes at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class CPUSlots:
     """Read and write positions of one forward pass in one layer's cache.
 
     Upstream's attention takes it twice: as its cache, and as an argument that it passes to the attention
-    function. A line is a row of the cache, and tokens that the pass writes there one after the other.
+    function. A line is one or more tokens that the pass writes one after the other in a row of the cache.
 
     Attributes:
         keys: the layer's cached keys: shape (heads, all rows, positions, channels).
@@ -168,12 +168,15 @@ class CPULanguageModel(LanguageModel):
         super().__init__(model, rows=rows, max_sequence_length=max_sequence_length)
         self._layers.config._attn_implementation = ATTENTION
         self._head = model.lm_head
+        fixed = speculation if isinstance(speculation, int) else None
+        costs: dict[int, float] = {}
         if model.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             _pack(self._layers)
             self._head = PackedLinear(model.lm_head)
+            # Without packed weights, a token's sums depend on the other tokens in its pass.
+            costs = {} if speculation == "off" else self.costs(fixed or MAX_WINDOW)
+        self.windows = Windows(costs, fixed)
         self._tokens: dict[int, RequestTokens] = {}
-        costs = {} if speculation == "off" else self.costs()
-        self.windows = Windows(costs, fixed=speculation if isinstance(speculation, int) else None)
 
     def begin(self, row: int, sequence: Sequence, seed: int, source: torch.Tensor | None = None) -> None:
         """Implements `LanguageModel.begin`."""
@@ -227,13 +230,16 @@ class CPULanguageModel(LanguageModel):
         )
 
     @torch.inference_mode()
-    def costs(self) -> dict[int, float]:
+    def costs(self, window: int = MAX_WINDOW) -> dict[int, float]:
         """Measures how long decoding passes take. All rows must be free.
 
+        Args:
+            window: largest number of lines of a request.
+
         Returns:
-            Seconds of a pass by its number of lines. Empty if the tokens of a line depend on the other lines.
+            Seconds of a pass by its number of lines. Empty if the logits of a line depend on the other lines.
         """
-        most = min(self.rows * MAX_WINDOW, self.max_sequence_length)
+        most = min(self.rows * window, self.max_sequence_length)
         start = min(MEASURED_AT, self.max_sequence_length - most)
         noise = torch.ones(len(self._sampler.special))
         lines = [
@@ -254,6 +260,7 @@ class CPULanguageModel(LanguageModel):
         try:
             # In rounds, because the decoder stage may load at the same time and disturb one of them.
             for count in MEASURED_ROUNDS * sizes:
+                came = time.perf_counter()
                 if costs[count] == math.inf:
                     for more in (self._logits(lines[: count + 1]), self._logits(lines[:count])):
                         shared = min(len(known), len(more))
@@ -266,7 +273,8 @@ class CPULanguageModel(LanguageModel):
                 began = time.perf_counter()
                 self._draw(lines[:count])
                 costs[count] = min(costs[count], time.perf_counter() - began)
-                if time.perf_counter() > until:
+                ended = time.perf_counter()
+                if ended + 2 * (ended - came) > until:  # the next size has at most twice as many lines
                     break
         finally:
             self.clear(0)
@@ -278,13 +286,13 @@ class CPULanguageModel(LanguageModel):
         """Runs the layers.
 
         Args:
-            tokens: ids of shape (rows, n).
-            positions: rotary positions of shape (3, rows, n).
-            rows: indices of the rows of the cache.
-            starts: start of the tokens in each of these rows.
+            tokens: ids of shape (lines, n).
+            positions: rotary positions of shape (3, lines, n).
+            rows: row of each line.
+            starts: position of each line's first token in its row.
 
         Returns:
-            The logits after each row's last token: shape (rows, vocabulary), float32.
+            The logits after each line's last token: shape (lines, vocabulary), float32.
         """
         hidden = self._layers.embed_tokens(tokens)
         rotary = self._layers.rotary_emb(hidden, position_ids=positions)

@@ -204,6 +204,8 @@ class GPULanguageModel(LanguageModel):
 
         self._in_use: dict[int, _Row] = {}
         self._under_way: deque[_Pass] = deque()
+        # Lines of the last pass. A captured pass writes them to the same memory each time.
+        self._lines_read: Lines
         graphs = CUDAGraphs(self._device)
         with torch.inference_mode():
             self.run_slice = graphs.capture(self._slice_pass)
@@ -234,7 +236,7 @@ class GPULanguageModel(LanguageModel):
         return logits
 
     def decode(self) -> dict[int, int]:
-        """Implements `LanguageModel.decode`. It returns what the pass before the last `MAX_AHEAD` settled."""
+        """Implements `LanguageModel.decode`. At most `MAX_AHEAD` passes are under way."""
         if self._may_all_be_settled():
             return self._learn()
         learned = self._learn() if len(self._under_way) == MAX_AHEAD else {}
@@ -243,7 +245,7 @@ class GPULanguageModel(LanguageModel):
 
     def drawn(self, row: int) -> torch.Tensor:
         """Implements `LanguageModel.drawn`."""
-        return self.row_tokens.tokens[row, : self._in_use[row].settled].cpu()
+        return self.row_tokens.tokens[row, : self._in_use[row].settled].to("cpu", copy=True)
 
     def end(self, row: int) -> None:
         """Implements `LanguageModel.end`."""
@@ -281,7 +283,7 @@ class GPULanguageModel(LanguageModel):
         """Runs a decoding pass, and the checkpoint's sampler if that is not captured."""
         logits = self.run_decoding()
         if not self._candidate_sampler:
-            self._draw(logits, self._captured)
+            self._draw(logits, self._lines_read)
 
     def _learn(self) -> dict[int, int]:
         """Waits for the oldest pass under way. Returns the number of settled tokens of each row in it."""
@@ -298,7 +300,7 @@ class GPULanguageModel(LanguageModel):
         Returns:
             The logits: shape (lines, vocabulary).
         """
-        lines = self._captured = self._lines()
+        lines = self._lines_read = self._lines()
         hidden = self._forward(
             lines.tokens.view(-1, 1),
             lines.positions.view(3, -1, 1),

@@ -77,7 +77,7 @@ def on_its_device(
 
 
 class PriorEngine:
-    """Samples prior tokens for several requests at once. Requests join and leave the batch at any token.
+    """Samples prior tokens for several requests at once. They join and leave the batch between two passes.
 
     The tokens of a seed do not depend on other running requests. On a CPU they are identical to those of
     `GlmImagePipeline.generate_prior_tokens` (diffusers 0.42), with rare exceptions. For one seed in several
@@ -112,7 +112,7 @@ class PriorEngine:
         self._waiting: deque[_RequestState] = deque()
         self._active: list[_RequestState] = []
         self._free = list(reversed(range(language_model.rows)))
-        self._work = threading.Event()
+        self._arrived = threading.Event()
         self.fault: EngineFault | None = None
         self.work = {"tokens": 0, "passes": 0}
 
@@ -153,13 +153,13 @@ class PriorEngine:
         self._waiting.append(state)
         if self.fault:  # the fault is newer than `submit`, and the queue is no longer read
             future.set_exception(self.fault)
-        self._work.set()
+        self._arrived.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits for a prepared request that no earlier call has waited for. Returns whether there is one."""
-        is_set = self._work.wait(timeout_s)
+        is_set = self._arrived.wait(timeout_s)
         if is_set:  # otherwise it may be set just now, and must stay so
-            self._work.clear()
+            self._arrived.clear()
         return is_set
 
     def run(self) -> None:
@@ -178,7 +178,7 @@ class PriorEngine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Reads a slice of one new prompt and draws a token for every running request.
+        """Reads a slice of one new prompt and runs a pass that draws tokens for every other request.
 
         Returns:
             Whether any request is unfinished.

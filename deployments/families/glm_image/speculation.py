@@ -4,8 +4,8 @@ Each token has its own random noise, which does not depend on the tokens before 
 guesses of the next tokens ("drafts") and draw the token after each of them. While the drawn tokens equal the
 drafts, everything that was read was right, and the tokens are settled. The first token that differs from its
 draft is settled too, because all tokens before it were right. Those after it become the next drafts, and
-their noise is kept. This is a Jacobi iteration: https://arxiv.org/abs/2305.10427 and, for image models,
-https://arxiv.org/abs/2410.01699, which draws new noise and so changes the tokens of a seed.
+their noise is kept. This is a Jacobi iteration: https://arxiv.org/abs/2305.10427. For image models it is
+described in https://arxiv.org/abs/2410.01699, which draws new noise and so changes the tokens of a seed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from deployments.families.glm_image.sequence import Sequence
 
 INITIAL_GROWTH = 0.6
-"""See `RequestTokens.growth`. Measured were 0.5 with random weights, and 0.6 to 0.85 with the demo."""
+"""See `RequestTokens.growth`. It was 0.5 with random weights, and 0.6 to 0.85 with the demo checkpoint."""
 
 LEARNING_RATE = 0.03
 """How much of a pass's relative error is added to `RequestTokens.growth`."""
@@ -39,7 +39,7 @@ RATE_DECAY = 0.9
 """Weight of the past in a rule's rate. Each token that is settled has the rest of the weight."""
 
 WORTHWHILE = 1.1
-"""How many times as many tokens a second drafts must promise. Predictions are not more exact than that."""
+"""Drafts are read if they promise this many times the tokens a second. Predictions are not more exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,10 @@ class RequestTokens:
         ]
 
     def settle(self, drawn: list[int]) -> None:
-        """Takes the tokens drawn after each line, and settles the first and each that follows a right one."""
+        """Takes the tokens drawn after each line, and settles the first and each that follows a right draft.
+
+        The lines, or for the first token its noise, must have been read before.
+        """
         right = 1
         for token, draft in zip(drawn, self._drafts, strict=False):
             if token != draft:

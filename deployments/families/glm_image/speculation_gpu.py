@@ -1,7 +1,7 @@
 """Speculation on an accelerator: drafts, noise and the comparison stay on the device, at fixed shapes.
 
-It is the iteration of `speculation`, with a window of one size. The host never waits for a pass to learn how
-many tokens it has settled.
+It is the iteration of `speculation`, with a window of one size. The host learns later how many tokens a pass
+has settled.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def _add_cancel(routes: APIRouter, services: Services) -> None:
         responses=errors(503) | document_errors(Cancelling, 400, 404),
     )
     async def cancel(app: str, request_id: str, request: Request) -> JSONResponse:
-        """Cancels a request: a queued one at once, one in progress within a token or a step."""
+        """Cancels a request: a queued one at once, one in progress within a pass or a step."""
         try:
             job = await _find(services, app, request_id, request)
             if job.has_ended:

@@ -364,7 +364,7 @@ def _add_reading(routes: APIRouter, services: Services) -> None:
 def _add_ending(routes: APIRouter, services: Services) -> None:
     @routes.delete(PATH + "/{job_id}", response_model_exclude_none=True, responses=errors(404, 409, 503))
     async def cancel_job(job_id: str, request: Request) -> JobView:
-        """Cancels a job: a queued one at once, a running one within a token or a step."""
+        """Cancels a job: a queued one at once, a running one within a pass or a step."""
         job = await services.runner.cancel(_owner(request), job_id)
         return await view(services, job, services.base(request))
 

@@ -1,4 +1,4 @@
-"""The prior stage at the released size: speed of one and eight requests, larger batches, prompts, kernels."""
+"""The prior stage at the released size: one and eight requests, prompts, passes of other shapes, kernels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from tests.gpu import engines, measure, models
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from deployments.config import Speculation
     from deployments.types import ImageRequest
     from tests.gpu.engines import Prior
     from tests.gpu.rows import Run
 
 SOURCES = (0, 1, 4)
-BATCHES = (16, 64)
+PASSES: tuple[tuple[int, Speculation], ...] = ((1, "off"), (1, 16), (8, "off"), (8, 16), (64, "off"))
+"""Rows of a decoding pass, and the tokens of each. The step `prior` measures 8 rows with 8 tokens each."""
 WRITTEN = 1024
 """Number of tokens that each row holds when a decoding pass is timed."""
 WEIGHT_GB = 16.453
@@ -66,19 +68,21 @@ def prior(run: Run) -> None:
         values |= measure.kernels(captured.engine.step, device)
 
 
-def batches(run: Run) -> None:
-    """Writes the time of the decoding pass with more rows."""
+def passes(run: Run) -> None:
+    """Writes the time of decoding passes of other shapes."""
     device = measure.prepare(run)
-    for rows in BATCHES:
+    for rows, speculation in PASSES:
         measure.free(device)
-        with run.figure("prior, the decoding pass of a larger batch", rows=rows) as values:
+        window = gpu_window(speculation, rows)
+        with run.figure("prior, a decoding pass of another shape", rows=rows, window=window) as values:
             model, _ = models.prior(device, tiny_size=run.tiny)
             length = run.count(2 * WRITTEN, 1024)
-            language_model = GPULanguageModel(model, rows=rows, max_sequence_length=length)
+            language_model = GPULanguageModel(
+                model, rows=rows, max_sequence_length=length, speculation=speculation
+            )
             fill(language_model)
             with torch.inference_mode():
                 values["ms"] = measure.milliseconds(language_model.run_decoding, device, runs=50)
-            values["lines"] = rows * gpu_window("auto", rows)
 
 
 def fill(language_model: GPULanguageModel) -> None:

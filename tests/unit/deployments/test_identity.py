@@ -83,6 +83,15 @@ def test_on_a_gpu_the_shape_of_a_pass_changes_the_rounding(model_config: Make) -
     assert len({auto, off, four, larger}) == 4
 
 
+def test_without_drawn_tokens_no_pass_changes_the_rounding(model_config: Make) -> None:
+    prior = {"device": "cuda", "deployment": {"ray_actor_options": {"num_gpus": 1}}}
+    of_eight, of_four = (
+        identity(model_config(), {"family": "z_image", "prior": prior | {"max_batch_size": size}})
+        for size in (8, 4)
+    )
+    assert of_eight == of_four
+
+
 @pytest.mark.parametrize(
     ("speculation", "requests", "window"),
     [("off", 8, 1), (5, 64, 5), ("auto", 1, 16), ("auto", 8, 8), ("auto", 24, 2), ("auto", 100, 1)],

@@ -154,6 +154,44 @@ def test_a_family_that_draws_no_tokens_takes_no_speculation() -> None:
         AppConfig.model_validate(OPEN | {"models": [model]})
 
 
+def test_on_a_cpu_several_tokens_in_a_pass_need_weights_that_are_packed() -> None:
+    model = MODEL | {"prior": CPU | {"dtype": "bfloat16", "speculation": 4}}
+    with pytest.raises(ValidationError, match="need dtype: float32; set that, or remove speculation"):
+        AppConfig.model_validate(OPEN | {"models": [model]})
+
+
+@pytest.mark.parametrize(
+    ("stage", "threads"),
+    [
+        ({"device": "cpu"}, 5),
+        ({"device": "cpu", "cpu_threads": 2}, 2),
+        ({"device": "cpu", "deployment": {"ray_actor_options": {"num_cpus": 3}}}, 3),
+        ({"device": "cpu", "deployment": {"ray_actor_options": {"num_cpus": 0.5}}}, 5),
+        ({"device": "cuda", "deployment": {"ray_actor_options": {"num_gpus": 1}}}, None),
+    ],
+    ids=str,
+)
+def test_a_stage_on_a_cpu_has_all_cpus_unless_told(
+    monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], threads: int | None
+) -> None:
+    monkeypatch.setattr("deployments.config.cpu_limit", lambda: 5)
+    assert StageConfig.model_validate(stage).cpu_threads == threads
+
+
+@pytest.mark.parametrize(
+    ("options", "autoscaling", "num_cpus"),
+    [({}, False, 0), ({"resources": {"a": 1}}, False, 0), ({"num_cpus": 2}, False, 2), ({}, True, 1)],
+)
+def test_stages_on_a_cpu_reserve_none_unless_nodes_come_for_them(
+    options: dict[str, Any], autoscaling: bool, num_cpus: float
+) -> None:
+    stage = CPU | {"deployment": {"ray_actor_options": options}}
+    changed = {"models": [MODEL | {"prior": stage}], "cluster": {"autoscaling": autoscaling}}
+    app = build_app(AppConfig.model_validate(OPEN | changed))
+    bound = app._bound_deployment.init_args[1]["m"]["prior"]._bound_deployment  # type: ignore[misc]
+    assert bound.ray_actor_options == {"num_cpus": num_cpus} | options
+
+
 def test_an_unknown_deployment_option_is_named() -> None:
     model = MODEL | {"decoder": CPU | {"deployment": {"num_replica": 2}}}
     with pytest.raises(TypeError, match="num_replica"):

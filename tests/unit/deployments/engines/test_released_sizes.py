@@ -40,6 +40,7 @@ def test_the_prior_reads_a_prompt_as_upstream_does_and_draws_tokens(monkeypatch:
             pass
         tokens = language_model.drawn(1)
     assert settled == {1: len(tokens)}
+    assert len(tokens) > 1
     assert all(0 <= token < models.CODEBOOK for token in tokens.tolist())
 
     grid = torch.tensor([[1, 4, 4]])

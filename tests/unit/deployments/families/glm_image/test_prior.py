@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -214,18 +214,20 @@ def test_all_layers_share_one_graph_for_a_slice_and_one_for_a_token(
         return aot_eager(graph, inputs)
 
     # The graphs are traced whole and made functional, as for the GPU. Only the code generation is omitted.
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=traced))
-    loaded = Loaded(config, runner=GPULanguageModel)
-    compiled_while_loading = len(graphs)
-    futures = [(i, loaded.submit(REQUESTS[i])) for i in (0, 3)]
-    while loaded.engine.step():
-        pass
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=traced))
+    with torch.compiler.set_stance("default"):  # other tests of this module set another one
+        loaded = Loaded(config, runner=GPULanguageModel)
+        compiled_while_loading = len(graphs)
+        futures = [(i, loaded.submit(REQUESTS[i])) for i in (0, 3)]
+        while loaded.engine.step():
+            pass
     for i, future in futures:
         assert np.array_equal(future.result(timeout=0).target, expected[i])
     of_layers = [graph for graph in graphs if "flex_attention" in graph]
     assert len(of_layers) == 2
-    # The other graphs are the part before the layers and the part after them, each twice, and the sampler.
-    assert len(graphs) == len(of_layers) + 2 * 2 + 1
+    # The others are the part before the layers and the part after them, each twice, the sampler, and what
+    # comes before and after a decoding pass.
+    assert len(graphs) == len(of_layers) + 2 * 2 + 1 + 2
     assert len(graphs) == compiled_while_loading
 
 

@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.config import MAX_WINDOW, ModelConfig
+from deployments.config import MAX_WINDOW, ModelConfig, Speculation
 from deployments.errors import Cancelled, OutOfMemoryError
 from deployments.families.glm_image.language_model_cpu import CPULanguageModel, PackedLinear
+from deployments.families.glm_image.prior import PriorEngine
+from deployments.families.glm_image.sampling import UNSOUND
 from deployments.families.glm_image.sequence import Sequence as SequenceOfTokens
 from deployments.families.glm_image.speculation import Line, RequestTokens, Windows
 from deployments.families.glm_image.speculation_gpu import RowTokens
@@ -68,10 +70,10 @@ def assert_tokens_are_expected(
 
     def advance() -> bool:
         nonlocal step
-        step += 1
         for at, call in cancellations:
             if at == step:
                 call.cancelled.set()
+        step += 1
         return loaded.engine.step()
 
     with mock.patch.object(language_model, "prefill", read):
@@ -160,7 +162,51 @@ def test_nothing_is_speculated_where_sums_depend_on_the_company(
     monkeypatch.setattr(PackedLinear, "forward", dependent)
     loaded = Loaded(config)
     assert "no speculation" in caplog.text
+    made = loaded.ours(REQUESTS[0])
+    assert made.passes == made.generated_tokens - 1
+    assert np.array_equal(made.target, expected[0])
+
+
+@pytest.mark.parametrize(("speculation", "most"), [("off", 1), (3, 3)])
+def test_the_configuration_sets_the_number_of_tokens(
+    config: ModelConfig, expected: list[TokenGrid], speculation: Speculation, most: int
+) -> None:
+    prior = config.prior.model_copy(update={"speculation": speculation})
+    engine = PriorEngine.load(config.model_copy(update={"prior": prior}))
+    future = engine.submit(REQUESTS[0], Call())
+    engine.wait()
+    while engine.step():
+        pass
+    made = future.result(timeout=0)
+    assert np.array_equal(made.target, expected[0])
+    tokens_a_pass = (made.generated_tokens - 1) / made.passes
+    assert tokens_a_pass == 1 if most == 1 else 1 < tokens_a_pass <= most
+
+
+def test_values_after_a_wrong_draft_may_be_no_numbers(
+    loaded: Loaded, expected: list[TokenGrid], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, settle = RequestTokens.lines, RequestTokens.settle
+    drafts: list[int] = []
+    spoiled = 0
+
+    def noted(one: RequestTokens, window: int) -> list[Line]:
+        found = lines(one, window)
+        drafts[:] = tokens(found)[1:]
+        return found
+
+    def settle_spoiled(one: RequestTokens, drawn: list[int]) -> None:
+        nonlocal spoiled
+        are_right = [token == draft for token, draft in zip(drawn, drafts, strict=False)]
+        right = 1 + (are_right.index(False) if False in are_right else len(drawn) - 1)
+        spoiled += len(drawn) - right
+        settle(one, drawn[:right] + (len(drawn) - right) * [UNSOUND])
+
+    monkeypatch.setattr(RequestTokens, "lines", noted)
+    monkeypatch.setattr(RequestTokens, "settle", settle_spoiled)
+    monkeypatch.setattr(loaded.engine.language_model, "windows", Windows({4: 1}, fixed=4))
     assert np.array_equal(loaded.ours(REQUESTS[0]).target, expected[0])
+    assert spoiled > 100
 
 
 def sequence(*grids: tuple[int, int]) -> SequenceOfTokens:
@@ -344,9 +390,9 @@ def test_a_window_that_has_shrunk_grows_again() -> None:
 def test_slow_passes_are_not_measured(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded.engine.language_model
     assert isinstance(model, CPULanguageModel)
-    clock = count(step=4)
+    clock = count(step=2)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert model.costs() == {1: 4, 2: 4, 4: 4}
+    assert model.costs() == {1: 2, 2: 2, 4: 2}
 
 
 def test_the_fastest_round_counts(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,5 +416,6 @@ def test_costs_are_measured_and_leave_no_trace(loaded: Loaded) -> None:
     assert isinstance(model, CPULanguageModel)
     costs = model.costs()
     assert list(costs) == [1, 2, 4, 8, 16, 32]  # of three rows
+    assert list(model.costs(window=2)) == [1, 2, 4]
     assert all(one > 0 for one in costs.values())
     assert all(not cache[:, :, 0].any() for cache in model.caches)
