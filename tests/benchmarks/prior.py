@@ -23,6 +23,7 @@ from deployments.families.glm_image import checkpoint, tiny
 from deployments.families.glm_image.prior import PriorEngine
 from deployments.stages.calls import Call
 from deployments.types import ImageRequest
+from tests.upstream import mended
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +61,7 @@ def seconds(call: Callable[[], object]) -> float:
 class Upstream:
     def __init__(self, model: ModelConfig) -> None:
         weights, processor = checkpoint.load_prior(model)
-        self._pipeline = GlmImagePipeline(None, processor, None, weights, None, None, None)
+        self._pipeline = mended(GlmImagePipeline(None, processor, None, weights, None, None, None))
 
     def __call__(self, *requests: ImageRequest) -> None:
         """Runs one request, or a batch of requests of one size, which upstream pads."""
