@@ -17,11 +17,10 @@ from deployments.engines.prompts import plain_text
 from deployments.errors import Cancelled
 from deployments.families.glm_image.attention_gpu import blocks_until
 from deployments.families.glm_image.language_model_cpu import PackedLinear
-from deployments.families.glm_image.language_model_gpu import GPULanguageModel
 from deployments.families.glm_image.sequence import Sequencer
 from deployments.stages.calls import Call
 from deployments.types import ImageRequest, PriorTokens, TokenGrid
-from tests.unit.deployments.families.glm_image.conftest import CODEBOOK_SIZE, REQUESTS, Loaded
+from tests.unit.deployments.families.glm_image.conftest import CODEBOOK_SIZE, REQUESTS, Loaded, on_few_lines
 
 
 def draws_special_tokens(model: Any) -> None:
@@ -216,7 +215,7 @@ def test_all_layers_share_one_graph_for_a_slice_and_one_for_a_token(
     # The graphs are traced whole and made functional, as for the GPU. Only the code generation is omitted.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=traced))
     with torch.compiler.set_stance("default"):  # other tests of this module set another one
-        loaded = Loaded(config, runner=GPULanguageModel)
+        loaded = Loaded(config, runner=on_few_lines)
         compiled_while_loading = len(graphs)
         futures = [(i, loaded.submit(REQUESTS[i])) for i in (0, 3)]
         while loaded.engine.step():
