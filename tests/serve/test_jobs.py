@@ -35,7 +35,8 @@ def test_a_job_returns_the_images_of_the_same_synchronous_request(
 def test_events_report_progress_and_can_be_resumed(
     client: httpx.Client,
 ) -> None:
-    job = submit(client, num_inference_steps=100, partial_images=2)  # enough for two previews
+    # Large enough to be seen in the prior stage, and enough steps for two previews.
+    job = submit(client, size="1024x1024", num_inference_steps=20, partial_images=2)
     received = []
     previews = set()
     for event in events(client, job):
