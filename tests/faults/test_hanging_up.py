@@ -40,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Client]:
-    model = tiny_model("m", prior={"max_batch_size": 2, "min_replicas": 1}, decoder={"min_replicas": 1})
+    # Tokens are drawn one by one, so that the prior stage takes long enough to leave it.
+    prior = {"max_batch_size": 2, "min_replicas": 1, "speculation": "off"}
+    model = tiny_model("m", prior=prior, decoder={"min_replicas": 1})
     with served(config_file(folder, [model])) as running, Client(running) as client:
         assert client.ask().status_code == 200
         yield client
