@@ -38,7 +38,7 @@ def v1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, receiver: Receiver) -> Callable[..., Path]:
     """Makes a configuration of version 0.1.0: `rows` has another name now, and each stage reserved a CPU."""
-    no_cpu = {"deployment": {"ray_actor_options": {"num_cpus": 0}}}
+    no_cpu: dict[str, Any] = {"deployment": {"ray_actor_options": {"num_cpus": 0}}}
     models = [tiny_model("glm-image", prior=no_cpu | {"rows": 2}, decoder=no_cpu)]
     return lambda **args: config_file(tmp_path, models, outbound={"allow": [receiver.place]}, **args)
 
