@@ -95,7 +95,7 @@ class Ours:
             while len(futures) < len(requests) and time.perf_counter() - began >= len(futures) * every_s:
                 futures.append(self._engine.submit(requests[len(futures)], Call()))
             if not self._engine.step():
-                time.sleep(0.001)  # the requests are being prepared, in another thread
+                self._engine.wait(0.001)  # the requests are being prepared, in another thread
             if not first and futures[0].done():
                 first = time.perf_counter() - began
         return first, time.perf_counter() - began

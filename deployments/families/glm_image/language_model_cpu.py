@@ -175,6 +175,8 @@ class CPULanguageModel(LanguageModel):
             self._head = PackedLinear(model.lm_head)
             # Without packed weights, a token's sums depend on the other tokens in its pass.
             costs = {} if speculation == "off" else self.costs(fixed or MAX_WINDOW)
+        elif fixed:
+            logger.warning("this build of PyTorch has no oneDNN: no speculation")
         self.windows = Windows(costs, fixed)
         self._tokens: dict[int, RequestTokens] = {}
 

@@ -271,7 +271,7 @@ def test_no_pass_is_made_for_nothing(load: Callable[[], Any]) -> None:
 
 
 def test_a_row_may_be_filled_to_its_end(load: Callable[[], Any]) -> None:
-    """What a window draws beyond the last token is not written into the next row."""
+    """Tokens that a window draws beyond the last one are not written into the next row."""
     models = [load(), load()]
     full = replace(sequence(1), prompt=torch.arange(2 * BLOCK - sequence(1).drawn + 1) % VOCABULARY)
     full = replace(full, positions=torch.arange(2 * BLOCK + 1).expand(3, -1))

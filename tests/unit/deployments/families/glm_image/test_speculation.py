@@ -180,6 +180,17 @@ def test_the_configuration_sets_the_number_of_tokens(
     assert tokens_a_pass == 1 if most == 1 else 1 < tokens_a_pass <= most
 
 
+def test_a_number_of_tokens_that_cannot_be_had_is_reported(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    prior = config.prior.model_copy(update={"speculation": 3})
+    model = PriorEngine.load(config.model_copy(update={"prior": prior})).language_model
+    assert "no speculation" in caplog.text
+    assert isinstance(model, CPULanguageModel)
+    assert model.windows.choose([drawing()]) == [1]
+
+
 def test_values_after_a_wrong_draft_may_be_no_numbers(
     loaded: Loaded, expected: list[TokenGrid], monkeypatch: pytest.MonkeyPatch
 ) -> None:
