@@ -31,8 +31,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a server without keys. Its model `glm-image` is loaded, and its model `z-image` is not."""
     folder = tmp_path_factory.mktemp("playground")
     stay = {"min_replicas": 1}
+    # Token by token, so that even this small prior runs long enough for its progress to be seen.
+    prior = stay | {"speculation": "off"}
     models = [
-        tiny_model("glm-image", checkpoint=str(tiny.cached(SMALL_SIZES)), prior=stay, decoder=stay),
+        tiny_model("glm-image", checkpoint=str(tiny.cached(SMALL_SIZES)), prior=prior, decoder=stay),
         tiny_model("z-image") | {"family": "z_image", "description": "It paints noise."},
     ]
     with served(config_file(folder, models)) as running:
