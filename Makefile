@@ -14,8 +14,8 @@ help: ## List the targets
 # Only when given to make: shells and platforms have variables of these names too.
 option = $(if $(filter command,$(origin $(1))),$(2) $($(1)))
 
-serve: .venv/serve.stamp ## Serve CONFIG (configs/demo.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https
-	@exec $(BIN)/python -m serve_app serve $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls)
+serve: .venv/serve.stamp ## Serve CONFIG (configs/demo.yaml) on HOST:PORT (127.0.0.1:8000) until Ctrl-C; TLS=1 by https; VERBOSE=1 shows Ray's log
+	@exec $(BIN)/python -m serve_app serve $(CONFIG) $(call option,HOST,--host) $(call option,PORT,--port) $(call option,METRICS_PORT,--metrics-port) $(if $(call option,TLS),--tls) $(if $(call option,VERBOSE),--verbose)
 
 # Two processes share the tests that start no Ray. A server on Ray needs all cores for itself.
 test: .venv/dev.stamp $(NODE_MODULES) ## Run the tests

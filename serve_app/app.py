@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import StageConfig
-from deployments.observability import tracing
+from deployments.observability import console, tracing
 from deployments.scaling import NAMESPACE, RENEWAL_S, DemandRegistry, ScalingPolicy
 from deployments.stages.models import DecoderStage, PriorStage, PromptExpander, SafetyChecker
 from serve_app.cluster import fleet
@@ -60,7 +60,7 @@ def build_app(args: AppConfig) -> Application:
     Raises:
         ValueError: a cluster runs already, and has fewer GPUs than the configuration asks for.
     """
-    if ray.is_initialized() and (problem := lacking_gpus(args)):
+    if ray.is_initialized() and (problem := args.lacks_gpus(ray.cluster_resources().get("GPU", 0))):
         raise ValueError(problem)
     stages = {
         name: {key: _bind(part, args.cluster) for key, part in parts.items()}
@@ -129,20 +129,6 @@ def _helper(name: str, cls: type[Any], config: StageConfig) -> dict[str, dict[st
     return {name: {HELPER: part}}
 
 
-def lacking_gpus(config: AppConfig) -> str | None:
-    """Returns the problem if the cluster has too few GPUs: Ray would wait for more endlessly."""
-    stages = [part.config for parts in _parts(config).values() for part in parts.values()]
-    wanted = sum(stage.max_replicas * stage.num_gpus for stage in stages)
-    present = ray.cluster_resources().get("GPU", 0)
-    if wanted <= present or config.cluster.autoscaling:
-        return None
-    return (
-        f"The configuration asks for {wanted:g} GPUs, and Ray finds {present:g}. "
-        "Choose another configuration, reduce max_replicas or num_gpus, or set cluster.autoscaling: true "
-        "where nodes come on demand."
-    )
-
-
 def _bind(part: _Part, cluster: ClusterConfig) -> Application:
     options: dict[str, Any] = {
         "name": part.name,
@@ -200,6 +186,7 @@ class Ingress:
         context = serve.get_replica_context()
         config = at_home(config, context.app_name)
         tracing.start(context.replica_tag)
+        console.attach(context.deployment)
         logging.getLogger("ray.serve").addFilter(is_news)
         changed = asyncio.Event()
         fleet = _fleet(config, context.app_name)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, HttpUrl, model_validator
 
-from deployments.config import ChatModelConfig, ClassifierConfig, Config, ModelConfig
+from deployments.config import ChatModelConfig, ClassifierConfig, Config, ModelConfig, StageConfig
 from serve_app.home import NAME, ROOT
 
 
@@ -374,3 +374,28 @@ class AppConfig(Config):
                 if value > getattr(limits, limit):
                     raise ValueError(f"the default {what} of {model.name} is above limits.{limit}")
         return self
+
+    @property
+    def stages(self) -> list[StageConfig]:
+        """The configurations of all stages, those of helpers included."""
+        stages: list[StageConfig] = [stage for model in self.models for stage in (model.prior, model.decoder)]
+        if self.safety_checker:
+            stages.append(self.safety_checker.classifier)
+        if self.prompt_expander and self.prompt_expander.chat_model:
+            stages.append(self.prompt_expander.chat_model)
+        return stages
+
+    def lacks_gpus(self, present: float) -> str | None:
+        """Returns the problem if there are too few GPUs: Ray would wait for more endlessly.
+
+        Args:
+            present: number of GPUs that there are.
+        """
+        wanted = sum(stage.max_replicas * stage.num_gpus for stage in self.stages)
+        if wanted <= present or self.cluster.autoscaling:
+            return None
+        return (
+            f"The configuration asks for {wanted:g} GPUs, and this machine or cluster has {present:g}. "
+            "Choose another configuration, reduce max_replicas or num_gpus, or set cluster.autoscaling: true "
+            "where nodes come on demand."
+        )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from ray import serve
 
 from deployments.errors import LoadingFailed, RequestTooLong
-from deployments.observability import log, metrics, tracing
+from deployments.observability import console, log, metrics, tracing
 from deployments.stages.calls import stream
 from deployments.stages.loading import Engine, Loader, end_process
 from deployments.stages.reporting import Reporter
@@ -43,7 +43,9 @@ class Stage(Generic[Engine]):
     part: ClassVar[str]
 
     async def __init__(self, config: StageConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        tracing.start(serve.get_replica_context().replica_tag)
+        context = serve.get_replica_context()
+        tracing.start(context.replica_tag)
+        console.attach(context.deployment)
         self._device = config.device
         self._running = 0
         self._counted: dict[str, int] = {}

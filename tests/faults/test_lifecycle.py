@@ -211,7 +211,10 @@ def test_scaling_up_and_down_fails_no_request(client: Client) -> None:
     """Sends bursts of requests. A burst starts while replicas stop. At least one burst adds a replica."""
 
     def scalings(how: str) -> int:
-        return sum("brief" in line and how in line for line in client.running.log)
+        files = client.running.logs().glob("serve/controller_*.log")
+        return sum(
+            "brief" in line and how in line for file in files for line in file.read_text().splitlines()
+        )
 
     for _ in range(5):
         before = scalings("Downscaling")

@@ -192,7 +192,7 @@ def served(config: Path, *options: str, project: Path = ROOT, **environment: str
         try:
             assert ready.wait(START_TIMEOUT_S), "".join(printed)
             assert process.poll() is None, "".join(printed)
-            match = re.search(r"Serving on (https?://\S+)\. ", "".join(printed))
+            match = re.search(r"Serving on (https?://\S+?)[.,] ", "".join(printed))
             assert match
             family = psutil.Process(process.pid).children(recursive=True)
             yield Running(match[1], printed, process)

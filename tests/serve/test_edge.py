@@ -222,7 +222,7 @@ def test_logs_contain_no_prompt_image_key_or_path(http: httpx.Client, guarded: G
         *(404, 404, 404),
         *(202, 400, 404, 401),
     ]
-    until(lambda: any(" 401 in" in line for line in guarded.running.log))
+    until(lambda: any(line.get("status") == 401 for line in guarded.running.log_lines()))
     written = "".join(guarded.running.log)
     for log in guarded.running.logs().rglob("*"):
         if log.is_file():

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from serve_app.__main__ import closed, is_local
+from serve_app.cli.serve import closed, is_local
 from serve_app.config import AppConfig
 from tests.http.test_bad_input import GROUPS, rejected
 from tests.serve.conftest import ROOT, Server

@@ -73,7 +73,7 @@ class Method:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AppConfig:
-    context = SimpleNamespace(replica_tag="ingress", app_name="app")
+    context = SimpleNamespace(replica_tag="ingress", deployment="Ingress", app_name="app")
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
     monkeypatch.setattr(app_module, "ActorClient", lambda *_: None)  # it would start an actor
