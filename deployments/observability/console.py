@@ -94,8 +94,9 @@ def line(record: logging.LogRecord, deployment: str) -> str | None:
 def _images(facts: Mapping[str, Any]) -> str:
     """Returns the size, steps, seconds and key of a request or a job, and how it ended if not well."""
     count = f"{facts['n']} × " if facts["n"] > 1 else ""
+    width, height = facts["size"]
     parts = [
-        f"{facts['model']}: {count}{facts['size']}",
+        f"{facts['model']}: {count}{width}x{height}",
         f"{facts['steps']} steps",
         f"{facts['seconds']:.1f} s",
         *([f"key {facts['key_id']}"] if facts.get("key_id") else []),

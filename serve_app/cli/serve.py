@@ -138,10 +138,10 @@ def closed(config: AppConfig) -> AppConfig:
 def _build(application: ServeApplication, *, verbose: bool) -> Application:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told not to
     os.environ.update(ENVIRONMENT)
-    if not verbose:  # its files have all
-        os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
     from serve_app.app import build_app  # after the settings; --help does not need it
 
+    if not verbose:  # Ray's files have all lines
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return build_app(application.args)
 
 

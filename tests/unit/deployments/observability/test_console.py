@@ -13,7 +13,7 @@ from deployments.observability import console
 from deployments.observability.log import FAULT
 from tests.polling import until
 
-IMAGE = {"event": "request", "model": "glm-image", "size": "512x512", "n": 1, "steps": 8, "seconds": 9.06}
+IMAGE = {"event": "request", "model": "glm-image", "size": (512, 512), "n": 1, "steps": 8, "seconds": 9.06}
 
 
 def shown(level: int, message: str, error: Exception | None = None, **facts: Any) -> str | None:
