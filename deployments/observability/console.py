@@ -66,6 +66,10 @@ class _Sender(logging.Handler):
             with suppress(OSError):  # the terminal is gone, or too slow
                 self._socket.sendto(text.encode()[:MAX_BYTES], self._path)
 
+    def close(self) -> None:
+        self._socket.close()
+        super().close()
+
 
 def line(record: logging.LogRecord, deployment: str) -> str | None:
     """Returns the terminal's line for a line of the log; None if the terminal does not show it.

@@ -1,9 +1,12 @@
 """The running server: its output, health during generation, disconnects, startup checks and OpenAPI."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +17,8 @@ import yaml
 from serve_app.cli.serve import closed, is_local
 from serve_app.config import AppConfig
 from tests.http.test_bad_input import GROUPS, rejected
-from tests.serve.conftest import ROOT, Server
+from tests.polling import until
+from tests.serve.conftest import ROOT, Server, config_file, served, tiny_model
 
 SMALL = {"prompt": "a boat", "size": "512x512", "num_inference_steps": 1, "seed": 3}
 LONG = {"prompt": "a boat", "size": "1024x1024", "num_inference_steps": 100}
@@ -143,3 +147,30 @@ def test_openapi_describes_the_request_bodies(client: httpx.Client) -> None:
     }
     assert generation["schema"]["required"] == ["prompt"]
     assert edit["schema"]["required"] == ["prompt", "image"]
+
+
+def test_the_terminal_shows_the_start_and_the_images_in_a_few_lines(
+    server: Server, client: httpx.Client
+) -> None:
+    assert len(server.printed.splitlines()) <= 8
+    before = len(server.running.log)
+    assert client.post("/v1/images/generations", json=SMALL).status_code == 200
+    until(lambda: len(server.running.log) > before)
+    assert re.search(r"glm-image: 512x512, 1 steps, [0-9.]+ s$", "".join(server.running.log[before:]).strip())
+
+
+def test_a_configuration_that_needs_absent_gpus_is_rejected_before_ray_starts() -> None:
+    command = [sys.executable, "-m", "serve_app", "serve", "configs/two-gpus.yaml"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert run.returncode == 2
+    assert "asks for 2 GPUs, and this machine or cluster has 0" in run.stderr
+
+
+def test_an_interrupt_of_make_alone_stops_the_server(tmp_path: Path) -> None:
+    with served(config_file(tmp_path, [tiny_model("glm-image")])) as running:
+        running.process.send_signal(signal.SIGINT)
+        running.process.wait(60)
+    assert "Stopped.\n" in running.log

@@ -75,7 +75,9 @@ def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[logging
     console.Console(tmp_path)
     console.attach("glm-image-prior")
     yield logger
-    logger.handlers = before
+    (sender,) = set(logger.handlers) - set(before)
+    logger.removeHandler(sender)
+    sender.close()
 
 
 def test_lines_arrive_on_the_terminal(replica: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,9 @@ def test_a_replica_that_cannot_be_loaded_leaves_its_requests_to_one_that_is_read
     ready = False
     reporter = SimpleNamespace(report=lambda _: None, has_ready_sibling=lambda: ready, leave=lambda: None)
     monkeypatch.setattr(base, "Reporter", lambda: reporter)
-    monkeypatch.setattr("ray.serve.get_replica_context", lambda: SimpleNamespace(replica_tag="r1", deployment="Ingress"))
+    monkeypatch.setattr(
+        "ray.serve.get_replica_context", lambda: SimpleNamespace(replica_tag="r1", deployment="Ingress")
+    )
     monkeypatch.setattr(tracing, "start", lambda _: None)
     monkeypatch.setattr(os, "_exit", ended.append)
 
@@ -61,7 +63,9 @@ def test_a_replica_that_cannot_be_loaded_leaves_its_requests_to_one_that_is_read
 
 def test_a_replica_whose_retry_succeeds_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr("ray.serve.get_replica_context", lambda: SimpleNamespace(replica_tag="r1", deployment="Ingress"))
+    monkeypatch.setattr(
+        "ray.serve.get_replica_context", lambda: SimpleNamespace(replica_tag="r1", deployment="Ingress")
+    )
     monkeypatch.setattr(tracing, "start", lambda _: None)
     monkeypatch.setattr(os, "_exit", ended.append)
 
