@@ -16,8 +16,8 @@ from tests.polling import until
 IMAGE = {"event": "request", "model": "glm-image", "size": (512, 512), "n": 1, "steps": 8, "seconds": 9.06}
 
 
-def shown(level: int, message: str, error: Exception | None = None, **facts: Any) -> str | None:
-    record = logging.LogRecord("ray.serve", level, "", 0, message, (), error and (type(error), error, None))
+def shown(level: int, message: str, raised: Exception | None = None, **facts: Any) -> str | None:
+    record = logging.LogRecord("ray.serve", level, "", 0, message, (), raised and (type(raised), raised, None))
     record.__dict__.update(facts)
     line = console.line(record, "glm-image-prior")
     return line and re.sub(r"^\d\d:\d\d:\d\d ", "", line)
@@ -50,8 +50,8 @@ def test_a_fault_has_its_first_and_its_last_line() -> None:
     trace = "loading failed: Traceback:\n  File …\nCheckpointError: no folder\n"
     line = shown(logging.ERROR, trace, **FAULT | {"event": "load"})
     assert line == "ERROR glm-image-prior: loading failed: Traceback: CheckpointError: no folder"
-    raised = shown(logging.ERROR, "a file could not be written", OSError("disk full"), **FAULT)
-    assert raised == "ERROR glm-image-prior: a file could not be written: OSError: disk full"
+    line = shown(logging.ERROR, "a file could not be written", OSError("disk full"), **FAULT)
+    assert line == "ERROR glm-image-prior: a file could not be written: OSError: disk full"
 
 
 @pytest.mark.parametrize(

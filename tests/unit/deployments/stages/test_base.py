@@ -16,6 +16,8 @@ from deployments.stages import base
 from deployments.types import ImageRequest
 
 
+CONTEXT = SimpleNamespace(replica_tag="r1", deployment="m-prior")
+
 class Broken(base.Stage[Any]):
     """A stage that cannot be loaded."""
 
@@ -43,9 +45,7 @@ def test_a_replica_that_cannot_be_loaded_leaves_its_requests_to_one_that_is_read
     ready = False
     reporter = SimpleNamespace(report=lambda _: None, has_ready_sibling=lambda: ready, leave=lambda: None)
     monkeypatch.setattr(base, "Reporter", lambda: reporter)
-    monkeypatch.setattr(
-        "ray.serve.get_replica_context", lambda: SimpleNamespace(replica_tag="r1", deployment="Ingress")
-    )
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: CONTEXT)
     monkeypatch.setattr(tracing, "start", lambda _: None)
     monkeypatch.setattr(os, "_exit", ended.append)
 
@@ -63,9 +63,7 @@ def test_a_replica_that_cannot_be_loaded_leaves_its_requests_to_one_that_is_read
 
 def test_a_replica_whose_retry_succeeds_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(
-        "ray.serve.get_replica_context", lambda: SimpleNamespace(replica_tag="r1", deployment="Ingress")
-    )
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: CONTEXT)
     monkeypatch.setattr(tracing, "start", lambda _: None)
     monkeypatch.setattr(os, "_exit", ended.append)
 
