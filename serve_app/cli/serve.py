@@ -164,7 +164,7 @@ def _serve(
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     threading.Thread(target=_follow_make, args=(stop,), daemon=True).start()
-    ray.init(
+    context = ray.init(
         address="local",
         include_dashboard=False,
         log_to_driver=arguments.verbose,
@@ -186,7 +186,7 @@ def _serve(
         except RuntimeError as error:
             return _why_not(application.name) or str(error)
         is_ready.set()
-        _greet(http, application)
+        _greet(http, application, Path(context.address_info["session_dir"], "logs"))
         try:
             stop.wait()
         except KeyboardInterrupt:
@@ -252,7 +252,7 @@ def _why_not(app_name: str) -> str | None:
     return "\n".join(["The server could not start.", *reasons]) if reasons else None
 
 
-def _greet(http: HTTPOptions, application: ServeApplication) -> None:
+def _greet(http: HTTPOptions, application: ServeApplication, logs: Path) -> None:
     import ray
 
     anywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
@@ -267,7 +267,6 @@ def _greet(http: HTTPOptions, application: ServeApplication) -> None:
     reach = "for this machine only" if is_local(http.host) else "for other machines too, with a key"
     (node,) = ray.nodes()
     metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")  # noqa: SLF001
     lines = (
         f"Serving on {address}, {reach}. Ctrl-C stops it.",
         f"Playground in a browser: {address}/. An image from the shell:",

@@ -16,8 +16,8 @@ from tests.polling import until
 IMAGE = {"event": "request", "model": "glm-image", "size": (512, 512), "n": 1, "steps": 8, "seconds": 9.06}
 
 
-def shown(level: int, message: str, raised: Exception | None = None, **facts: Any) -> str | None:
-    record = logging.LogRecord("ray.serve", level, "", 0, message, (), raised and (type(raised), raised, None))
+def shown(level: int, message: str, **facts: Any) -> str | None:
+    record = logging.LogRecord("ray.serve", level, "", 0, message, (), None)
     record.__dict__.update(facts)
     line = console.line(record, "glm-image-prior")
     return line and re.sub(r"^\d\d:\d\d:\d\d ", "", line)
@@ -50,7 +50,8 @@ def test_a_fault_has_its_first_and_its_last_line() -> None:
     trace = "loading failed: Traceback:\n  File …\nCheckpointError: no folder\n"
     line = shown(logging.ERROR, trace, **FAULT | {"event": "load"})
     assert line == "ERROR glm-image-prior: loading failed: Traceback: CheckpointError: no folder"
-    line = shown(logging.ERROR, "a file could not be written", OSError("disk full"), **FAULT)
+    error = OSError("disk full")
+    line = shown(logging.ERROR, "a file could not be written", exc_info=(OSError, error, None), **FAULT)
     assert line == "ERROR glm-image-prior: a file could not be written: OSError: disk full"
 
 

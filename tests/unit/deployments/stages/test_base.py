@@ -15,8 +15,8 @@ from deployments.observability import tracing
 from deployments.stages import base
 from deployments.types import ImageRequest
 
-
 CONTEXT = SimpleNamespace(replica_tag="r1", deployment="m-prior")
+
 
 class Broken(base.Stage[Any]):
     """A stage that cannot be loaded."""

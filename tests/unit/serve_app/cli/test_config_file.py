@@ -41,7 +41,7 @@ ARGS = "applications.0.args"
     [
         (f"{ARGS}.models.0.prior.max_batchsize", "unknown key; did you mean `max_batch_size`?"),
         (f"{ARGS}.limits.max_image", "unknown key; did you mean `max_images`?"),
-        (f"{ARGS}.safety_checker.treshold", "unknown key; did you mean `threshold`?"),
+        (f"{ARGS}.safety_checker.time_out_s", "unknown key; did you mean `timeout_s`?"),
         ("http_options.prot", "unknown key; did you mean `port`?"),
         ("logging_config", "unknown key; known keys: http_options, applications"),
     ],
