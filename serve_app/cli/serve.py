@@ -18,7 +18,7 @@ import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deployments.observability.console import Console
 from serve_app import __version__
@@ -164,7 +164,7 @@ def _serve(
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     threading.Thread(target=_follow_make, args=(stop,), daemon=True).start()
-    context = ray.init(
+    context: Any = ray.init(
         address="local",
         include_dashboard=False,
         log_to_driver=arguments.verbose,

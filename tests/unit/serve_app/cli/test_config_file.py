@@ -1,5 +1,6 @@
 """Config files: what is read, and the words about a key or a value that is wrong."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def test_every_config_of_the_repository_is_read_without_a_warning(file: Path) ->
 
 def read_with(folder: Path, changes: dict[str, Any]) -> list[str]:
     """Reads configs/tiny.yaml with other values, by dotted path; returns the warnings."""
-    content = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    content = json.loads(json.dumps(yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())))
     for place, value in changes.items():
         target: Any = content
         *path, last = place.split(".")
