@@ -346,6 +346,21 @@ class AppConfig(Config):
         default=None, description="Base of the URLs in answers. Defaults to the address that the client used."
     )
 
+    wake_on_open: bool = Field(
+        default=False,
+        description="Whether opening the playground loads the first model, before there is a request. It "
+        "needs `auth.open`: the page itself requires no key.",
+    )
+
+    @model_validator(mode="after")
+    def _wakes_for_users_only(self) -> Self:
+        if self.wake_on_open and not self.auth.open:
+            raise ValueError(
+                "wake_on_open needs auth.open: anyone could load the model by opening the page; remove "
+                "wake_on_open, or use min_replicas: 1"
+            )
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [model.name for model in self.models]
@@ -395,7 +410,7 @@ class AppConfig(Config):
         if wanted <= present or self.cluster.autoscaling:
             return None
         return (
-            f"The configuration asks for {wanted:g} GPUs, and this machine or cluster has {present:g}. "
+            f"The configuration asks for {wanted:g} GPUs, and there are {present:g}. "
             "Choose another configuration, reduce max_replicas or num_gpus, or set cluster.autoscaling: true "
             "where nodes come on demand."
         )

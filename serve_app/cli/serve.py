@@ -122,7 +122,7 @@ def _reached_by(host: str) -> str:
 
 
 def closed(config: AppConfig) -> AppConfig:
-    """Returns the configuration without `auth.open`.
+    """Returns the configuration without `auth.open`, and without `wake_on_open`, which needs it.
 
     Raises:
         ValueError: there are no keys.
@@ -132,7 +132,8 @@ def closed(config: AppConfig) -> AppConfig:
             "other machines reach that host, so auth.open is ignored, and there are no auth.api_keys; "
             "make one with `python -m serve_app keys new NAME`"
         )
-    return config.model_copy(update={"auth": config.auth.model_copy(update={"open": False})})
+    auth = config.auth.model_copy(update={"open": False})
+    return config.model_copy(update={"auth": auth, "wake_on_open": False})
 
 
 def _build(application: ServeApplication, *, verbose: bool) -> Application:

@@ -51,6 +51,7 @@ class Lifecycle:
         self._registry = registry
         self._status = status
         self._fleet = fleet
+        self._woken: set[str] = set()
         self._report_due = asyncio.Event()
         self._ingress = uuid.uuid4().hex
 
@@ -84,7 +85,16 @@ class Lifecycle:
 
     async def _report_demand(self) -> None:
         self._report_due.set()
-        await self._registry.ask("need", self._ingress, self._generator.running.needed())
+        woken, self._woken = self._woken, set()
+        await self._registry.ask("need", self._ingress, sorted(woken.union(self._generator.running.needed())))
+
+    def wake(self, model: str) -> None:
+        """Loads a model that no request needs yet. It unloads again after its idle time.
+
+        One report is enough: a stage that loads does not stop, and then its idle time begins.
+        """
+        self._woken.add(model)
+        self._changed.set()
 
     async def _report_to(self, fleet: FleetClient) -> None:
         running = self._generator.running

@@ -66,7 +66,9 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
     routers = [router(services) for dialect in dialects for router in dialect.routers]
     for router in routers:
         app.include_router(router)
-    app.routes.extend(playground.routes())
+    first = services.config.models[0].name
+    wake = functools.partial(services.lifecycle.wake, first) if services.config.wake_on_open else None
+    app.routes.extend(playground.routes(wake))
     _add_document(app, routers)
 
     def respond(scope: Scope, error: RequestError) -> JSONResponse:

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from os import PathLike, stat_result
 
     from fastapi import Response
@@ -33,6 +34,12 @@ HEADERS = {
 
 
 class _Files(StaticFiles):
+    def __init__(
+        self, directory: Path, *, html: bool = False, on_read: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(directory=directory, html=html)
+        self._on_read = on_read
+
     def file_response(
         self,
         full_path: str | PathLike[str],
@@ -42,11 +49,17 @@ class _Files(StaticFiles):
     ) -> Response:
         response = super().file_response(full_path, stat_result, scope, status_code)
         response.headers.update(HEADERS)
+        if self._on_read:
+            self._on_read()
         return response
 
 
-def routes() -> list[BaseRoute]:
-    """Returns the routes of the page and its files, with gzip for clients that accept it."""
-    page = GZipMiddleware(_Files(directory=FOLDER, html=True))
-    files = GZipMiddleware(_Files(directory=FOLDER / "static"))
+def routes(on_open: Callable[[], None] | None = None) -> list[BaseRoute]:
+    """Returns the routes of the page and its files, with gzip for clients that accept it.
+
+    Args:
+        on_open: called whenever a browser opens the page.
+    """
+    page = GZipMiddleware(_Files(FOLDER, html=True, on_read=on_open))
+    files = GZipMiddleware(_Files(FOLDER / "static"))
     return [Route("/", page, name="playground"), Mount("/playground", files)]

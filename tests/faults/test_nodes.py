@@ -181,7 +181,7 @@ def test_a_configuration_update_fails_no_request(client: Client, tmp_path: Path)
 
 
 def test_too_few_gpus_are_an_error_at_startup(client: Client, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="asks for 3 GPUs, and Ray finds 2"):
+    with pytest.raises(ValueError, match="asks for 3 GPUs, and there are 2"):
         build_app(config(tmp_path, models=[tiny_model("m", prior=GPU, decoder=GPU | {"max_replicas": 2})]))
 
 

@@ -166,7 +166,7 @@ def test_a_configuration_that_needs_absent_gpus_is_rejected_before_ray_starts() 
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=30
     )
     assert run.returncode == 2
-    assert "asks for 2 GPUs, and this machine or cluster has 0" in run.stderr
+    assert "asks for 2 GPUs, and there are 0" in run.stderr
 
 
 def test_an_interrupt_of_make_alone_stops_the_server(tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def test_an_old_key_of_the_prior_is_accepted_with_a_warning(old: str, new: str) 
         prior(**{old: 3000, new: 3000})
 
 
+def test_a_server_with_keys_only_is_not_woken_by_its_page() -> None:
+    auth = {"api_keys": [{"id": "a", "sha256": "0" * 64}]}
+    with pytest.raises(ValidationError, match="wake_on_open needs auth"):
+        AppConfig.model_validate({"models": [MODEL], "auth": auth, "wake_on_open": True})
+
+
 def test_two_models_cannot_have_one_name() -> None:
     with pytest.raises(ValidationError, match="names must be unique"):
         AppConfig.model_validate(OPEN | {"models": [MODEL, MODEL]})
@@ -222,7 +228,7 @@ def test_a_configuration_that_asks_for_more_gpus_than_there_are_is_refused(
     if enough:
         build_app(config)
     else:
-        with pytest.raises(ValueError, match="asks for 8 GPUs, and Ray finds 7"):
+        with pytest.raises(ValueError, match="asks for 8 GPUs, and there are 7"):
             build_app(config)
 
 

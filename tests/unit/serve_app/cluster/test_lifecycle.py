@@ -67,6 +67,20 @@ def test_an_unload_returns_when_the_replicas_have_stopped() -> None:
     asyncio.run(main())
 
 
+def test_a_woken_model_is_reported_once() -> None:
+    async def main() -> None:
+        cluster = Cluster()
+        lifecycle = cluster.lifecycle()
+        lifecycle.wake("m")
+        assert cluster.changed.is_set()
+        report = lifecycle.reporting[0].run
+        await report()
+        await report()
+        assert [needed for _, _, needed in cluster.calls] == [["m"], []]
+
+    asyncio.run(main())
+
+
 def test_an_unload_is_rejected_while_requests_run() -> None:
     async def main() -> None:
         cluster, ended = Cluster(), list[str]()

@@ -96,6 +96,23 @@ def test_the_playground_is_compressed_and_cached(make: Make) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("wakes", [True, False])
+def test_opening_the_page_wakes_the_first_model(make: Make, *, wakes: bool) -> None:
+    woken: list[str] = []
+
+    async def main() -> None:
+        async with client_of(
+            make(lifecycle=SimpleNamespace(wake=woken.append), wake_on_open=wakes)
+        ) as client:
+            for path in ("/playground/main.js", "/v1/models"):
+                await client.get(path)
+            assert woken == []
+            assert (await client.get("/")).status_code == 200
+
+    asyncio.run(main())
+    assert woken == ["m"] * wakes
+
+
 @pytest.mark.parametrize("description", [None, "A demo that knows only circles."])
 def test_a_models_description_is_listed(make: Make, description: str | None) -> None:
     async def main() -> None:
