@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import re
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve_app import __version__
 from serve_app.cluster.status import HELPER, ModelStatuses, StageStatus
 from serve_app.dialects.openai.schemas import errors
 from serve_app.errors import NotFound, stopping
@@ -28,6 +31,16 @@ class Alive(BaseModel):
     status: Literal["ok"] = "ok"
 
 
+class Version(BaseModel):
+    """Versions of the server and of its main packages."""
+
+    version: str = Field(description="Version of this server.")
+    ray: str
+    torch: str = Field(description="On the machine of the ingress, as those of the other packages.")
+    diffusers: str
+    transformers: str
+
+
 class Loaded(BaseModel):
     """States of the stages."""
 
@@ -42,6 +55,7 @@ class Health(Loaded):
     """Health of the server."""
 
     status: Literal["ok"] = "ok"
+    version: str = Field(default=__version__, description="Version of this server.")
     model_loaded: bool = Field(description="Whether any model is loaded.")
     failing: list[str] | None = Field(
         default=None, description="Background tasks that keep failing. See the log."
@@ -127,6 +141,11 @@ def _add_health(routes: APIRouter, services: Services) -> None:
         )
         return Health(model_loaded=loaded, failing=services.background.failing or None, **kinds)
 
+    @routes.get("/version")
+    def version() -> Version:
+        """Returns the versions of the server and of its main packages."""
+        return _versions()
+
     @routes.get("/livez")
     async def livez() -> Alive:
         """Answers a probe: the server is alive."""
@@ -138,6 +157,13 @@ def _add_health(routes: APIRouter, services: Services) -> None:
         if services.generator.draining:
             raise stopping()
         return Alive()
+
+
+@functools.cache
+def _versions() -> Version:
+    """Returns the installed versions, read from the packages' metadata: this plane loads no torch."""
+    packages = ("ray", "torch", "diffusers", "transformers")
+    return Version(version=__version__, **{name: importlib.metadata.version(name) for name in packages})
 
 
 def _add_status(routes: APIRouter, services: Services) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from serve_app.config import AuthConfig
 
 OPEN_PATHS = re.compile(
-    r"/(|playground/[^/]*|health|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
+    r"/(|playground/[^/]*|health|version|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
     r"|storage/upload/[^/]*\.upload)"
 )
 """Paths that need no key. The playground asks for the key itself. Names of files cannot be guessed, and may

@@ -30,7 +30,7 @@ logger = logging.getLogger("ray.serve")
 
 DESCRIPTION = ("model", "size", "n", "steps")
 """Facts of a request that the log may hold."""
-PROBES = ("/health", "/livez", "/readyz", "/v1/internal/status")
+PROBES = ("/health", "/version", "/livez", "/readyz", "/v1/internal/status")
 """Routes that are polled every few seconds. Their lines have level DEBUG."""
 
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("facts", default=None)

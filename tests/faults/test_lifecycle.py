@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from deployments.families.glm_image import tiny
+from serve_app import __version__
 from tests.faults.conftest import Client, first_refused
 from tests.polling import until
 from tests.serve.conftest import Upstream, config_file, served, tiny_model
@@ -57,6 +58,7 @@ def test_status_requests_load_no_model(cold: Client) -> None:
         assert cold.get(path).status_code == 200
     assert cold.get("/health").json() == {
         "status": "ok",
+        "version": __version__,
         "model_loaded": False,
         "models": dict.fromkeys(["good", "broken", "brief"], UNLOADED),
     }

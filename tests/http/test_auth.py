@@ -21,6 +21,7 @@ from tests.polling import until
 
 PUBLIC = {
     "/health",
+    "/version",
     "/livez",
     "/readyz",
     "/openapi.json",

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
+from serve_app import __version__
 from tests.conftest import needs_node
 from tests.playground.conftest import KEY, Visit, answered, bring, picture, visiting
 from tests.polling import until
@@ -46,6 +47,10 @@ def test_unsupported_sources_and_too_many_are_rejected(visit: Visit) -> None:
     expect(description).to_have_text("It paints noise.")
     expect(description).to_be_visible()
     expect(visit.page.locator("#source-list img")).to_have_count(1)
+
+
+def test_the_footer_shows_the_servers_version(visit: Visit) -> None:
+    expect(visit.page.locator("footer")).to_have_text(f"Server version {__version__}")
 
 
 def test_a_rejected_request_marks_its_field(visit: Visit) -> None:

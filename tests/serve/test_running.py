@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 
+from serve_app import __version__
 from serve_app.cli.serve import closed, is_local
 from serve_app.config import AppConfig
 from tests.http.test_bad_input import GROUPS, rejected
@@ -54,6 +55,7 @@ def test_health_responds_during_generation(client: httpx.Client, server: Server)
             assert stage.pop("done") >= 0
         assert health == {
             "status": "ok",
+            "version": __version__,
             "model_loaded": True,
             "models": {"other": {stage: {"state": "ready", "replicas": 1} for stage in seen}},
         }

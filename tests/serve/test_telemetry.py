@@ -91,7 +91,8 @@ def images_by_every_route(http: httpx.Client, receiver: Receiver, sent: bytes) -
     form = {"prompt": PROMPT, "size": "512x512", "num_inference_steps": "2"}
     yield http.post("/v1/images/edits", data=form, files={"image": ("a.png", sent)})
     yield http.post("/v1/images/edits", data=form, files={"image": ("a.png", sent[:1000])})
-    for path in ("/v1/models", "/v1/models/m", "/health", "/livez", "/readyz", "/v1/internal/status"):
+    probes = ("/health", "/version", "/livez", "/readyz", "/v1/internal/status")
+    for path in ("/v1/models", "/v1/models/m", *probes):
         yield http.get(path)
     yield http.get("/.well-known/jwks.json")
 

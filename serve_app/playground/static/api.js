@@ -24,6 +24,7 @@ import { askForKey, key } from "./key.js";
  * @property {string} [reason]
  *
  * @typedef {object} Health
+ * @property {string} version
  * @property {Record<string, Record<string, Stage>>} models
  * @property {Stage} [safety_checker]
  * @property {Stage} [prompt_expander]

@@ -53,6 +53,7 @@ export class Server {
       show("away", "Unreachable", messageOf(error));
       return;
     }
+    find("#version").textContent = `Server version ${this.#health.version}`;
     this.#showStages(this.#health);
     if (this.#refused === key()) return this.#showLocked();
     try {

@@ -12,14 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import httpx
 import pytest
+import ray
+import torch
+import transformers
 from fastapi import FastAPI
 from PIL import Image
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from deployments.types import ImageRequest
+from serve_app import __version__
 from serve_app.background import Periodic
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
@@ -111,6 +116,18 @@ def test_opening_the_page_wakes_the_first_model(make: Make, *, wakes: bool) -> N
 
     asyncio.run(main())
     assert woken == ["m"] * wakes
+
+
+def test_versions_need_no_key_and_are_the_installed_ones(make_services: MakeServices, call: Call) -> None:
+    async def statuses() -> dict[str, Any]:
+        return {}
+
+    keys = [{"id": "k", "sha256": sha256(b"K").hexdigest()}]
+    lifecycle = SimpleNamespace(statuses=statuses)
+    app = create_app(make_services(lifecycle=lifecycle, auth={"open": False, "api_keys": keys}))
+    packages = {one.__name__: one.__version__ for one in (ray, torch, diffusers, transformers)}
+    assert call(app, "GET", "/version").json() == {"version": __version__} | packages
+    assert call(app, "GET", "/health").json()["version"] == __version__
 
 
 @pytest.mark.parametrize("description", [None, "A demo that knows only circles."])
