@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from deployments.observability import tracing
@@ -86,7 +87,11 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
     for dialect in dialects:
         if dialect.middleware:
             app.add_middleware(dialect.middleware)
-    app.add_middleware(telemetry.Requests, api_of=lambda scope: dialect_of(scope, dialects).name)
+    app.add_middleware(
+        telemetry.Requests,
+        api_of=lambda scope: dialect_of(scope, dialects).name,
+        disconnects=(ClientDisconnect, OSError),
+    )
     return app
 
 

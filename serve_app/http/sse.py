@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
@@ -17,9 +17,35 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_S = 15.0
 """Seconds of silence after which a comment is sent. Proxies close silent connections after a minute or so."""
+_TEXT = {"type": "string"}
+DOCUMENT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The events.",
+        "content": {
+            "text/event-stream": {
+                "itemSchema": {"type": "object", "properties": dict.fromkeys(("event", "id", "data"), _TEXT)}
+            }
+        },
+    }
+}
+"""A stream of events for the OpenAPI document: https://spec.openapis.org/oas/v3.2.0#server-sent-events."""
 
-SSEEvent = tuple[str, dict[str, Any]]
-"""Name and data of an event."""
+
+@dataclass(frozen=True, kw_only=True)
+class SSEEvent:
+    """An event.
+
+    Attributes:
+        data: its data, as JSON.
+        name: its name; None for the default, `message`.
+        id: its id, which a client sends when it reconnects.
+        is_last: whether the stream ends with it.
+    """
+
+    data: str
+    name: str | None = None
+    id: str | None = None
+    is_last: bool = False
 
 
 class _End:
@@ -40,6 +66,7 @@ class EventStream(StreamingResponse):
         )
         self._items = items
         self._pump = pump
+        self._is_last = self._is_over = False
 
     @classmethod
     async def begin(
@@ -77,10 +104,24 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._pump.cancel()
+            if self._is_over:  # the client may hang up while the generator cleans up
+                await asyncio.wait([self._pump])
+            else:
+                self._pump.cancel()
+
+    async def stream_response(self, send: Send) -> None:
+        """Sends the events. The message with the last one is the answer's last.
+
+        So the answer is whole even if its client hangs up as soon as it has that event.
+        """
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self.body_iterator:
+            await send({"type": "http.response.body", "body": chunk, "more_body": not self._is_last})
+        if not self._is_last:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        while True:
+        while not self._is_last:
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
                     item = await self._items.get()
@@ -90,7 +131,9 @@ class EventStream(StreamingResponse):
             if isinstance(item, _End):
                 break
             if item is not None:
-                name, data = item
-                yield format_sse_event(event=name, data_str=json.dumps(data))
+                self._is_last = item.is_last
+                yield format_sse_event(event=item.name, id=item.id, data_str=item.data)
             self._items.task_done()
+        self._is_over = True
+        await asyncio.wait([self._pump])
         self._pump.result()

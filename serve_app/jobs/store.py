@@ -40,7 +40,7 @@ from serve_app.jobs.records import StoredError, UnreadableRecord
 from serve_app.jobs.tables import Job
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 
     from sqlalchemy import Select
     from sqlalchemy.orm import Session
@@ -191,7 +191,7 @@ class JobStore:
             raise no_job()
         return job
 
-    async def watch(self, owner: Owner, job_id: str, seen: str = "") -> AsyncIterator[Job]:
+    async def watch(self, owner: Owner, job_id: str, seen: str = "") -> AsyncGenerator[Job, None]:
         """Yields a job at every change, until it has ended or the server stops.
 
         Args:

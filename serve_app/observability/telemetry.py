@@ -139,11 +139,15 @@ class Requests:
     Args:
         app: the application behind it.
         api_of: returns the name of a path's dialect.
+        disconnects: errors that the application raises because its client has disconnected.
     """
 
-    def __init__(self, app: ASGIApp, api_of: Callable[[Scope], str]) -> None:
+    def __init__(
+        self, app: ASGIApp, api_of: Callable[[Scope], str], disconnects: tuple[type[Exception], ...]
+    ) -> None:
         self._app = app
         self._api_of = api_of
+        self._disconnects = disconnects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, and reports how it ended."""
@@ -165,24 +169,37 @@ class Requests:
         began = time.monotonic()
         facts: dict[str, Any] = {}
         token = _facts.set(facts)
-        status, is_whole = 0, False
+        status, is_whole, has_left = 0, False, False
+
+        async def received() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left |= message["type"] == "http.disconnect"
+            return message
 
         async def noted(message: Message) -> None:
-            nonlocal status, is_whole
+            nonlocal status, is_whole, has_left
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if "notes" in facts:
                     notes = " ".join(facts["notes"]).encode("latin-1")
                     message["headers"] = [*message["headers"], (b"x-image-notes", notes)]
-            await send(message)
-            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            try:
+                await send(message)
+            except self._disconnects:
+                has_left = True
+                raise
+            # After a disconnect, some servers take all messages and send none.
+            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            is_whole |= is_last and not has_left
 
         try:
-            await self._app(scope, receive, noted)
-        except Exception:
-            status, is_whole = 500, True
-            facts.setdefault("error", "server_error")
-            raise
+            await self._app(scope, received, noted)
+        except Exception as error:
+            if not (has_left and isinstance(error, self._disconnects)):
+                status, is_whole = 500, True
+                facts.setdefault("error", "server_error")
+                raise
         finally:
             _facts.reset(token)
             outcome = _outcome(status, facts) if is_whole else "cancelled"
@@ -209,7 +226,7 @@ class Requests:
             metrics.REQUESTS.add(api=api, route=route, model=model, outcome=outcome)
             if "steps" in facts and "job" not in facts:  # it was accepted, and waited for its images
                 metrics.REQUEST_SECONDS.observe(seconds, api=api, outcome=outcome)
-            if code := facts.get("error"):
+            if outcome != "cancelled" and (code := facts.get("error")):
                 metrics.ERRORS.add(code=code)
         elif status < 400:
             level = logging.DEBUG

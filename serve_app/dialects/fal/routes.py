@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator  # noqa: TC003 - FastAPI reads the annotation
+from contextlib import aclosing
 from dataclasses import replace
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from serve_app.dialects.bodies import document_body, document_errors, read_json
 from serve_app.dialects.fal import views
@@ -27,12 +25,15 @@ from serve_app.dialects.fal.schemas import (
 )
 from serve_app.dialects.fal_and_pixazo import InputReader
 from serve_app.errors import Conflict, NotFound, RequestError
+from serve_app.http import sse
 from serve_app.http.errors import CLIENT_CLOSED, status_of
 from serve_app.jobs.submission import Submission
 from serve_app.jobs.tables import Job, Owner, Priority
 from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from serve_app.dialects.fal_and_pixazo import ImageInput
     from serve_app.http.services import Services
 
@@ -49,13 +50,6 @@ Seconds = Annotated[
         description="Seconds after which the request fails if its work has not begun.",
     ),
 ]
-_EVENTS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": HTTPStatus(status).phrase,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/FalError"}}},
-    }
-    for status in (401, 404, 422, 503)
-}
 
 
 def router(services: Services) -> APIRouter:
@@ -151,23 +145,18 @@ def _add_status(routes: APIRouter, services: Services) -> None:
         return views.status(job, services.base(request), job.log if logs else [])
 
     @routes.get(
-        f"{QUEUED}/status/stream", name="fal_stream", response_class=EventSourceResponse, responses=_EVENTS
+        f"{QUEUED}/status/stream",
+        name="fal_stream",
+        response_class=Response,
+        responses=sse.DOCUMENT | errors(404, 422, 503),
     )
     async def stream(
         request: Request,
         job: Job = Depends(find),
         logs: Annotated[bool, Query(description="Whether to send the log's new lines.")] = False,
-    ) -> AsyncIterator[ServerSentEvent]:
+    ) -> sse.EventStream:
         """Sends the status at every change, until the request has completed."""
-        sent = 0
-        try:
-            async for seen in services.jobs.watch(job.owner, job.id):
-                news = seen.log[sent:] if logs else []
-                sent = len(seen.log)
-                shown = views.status(seen, services.base(request), news)
-                yield ServerSentEvent(raw_data=shown.model_dump_json(exclude_none=True))
-        except RequestError as error:  # the status has been sent, and this API has no error events
-            telemetry.note_error(error.code, status_of(error))
+        return await sse.EventStream.begin(lambda _: _statuses(services, request, job, logs=logs))
 
     @routes.get(
         QUEUED,
@@ -178,6 +167,23 @@ def _add_status(routes: APIRouter, services: Services) -> None:
     async def result(request: Request, job: Job = Depends(find)) -> JSONResponse:
         """Returns the answer that a synchronous request would have got."""
         return await views.result(services, job, services.base(request))
+
+
+async def _statuses(
+    services: Services, request: Request, job: Job, *, logs: bool
+) -> AsyncGenerator[sse.SSEEvent | None, None]:
+    """Yields the events of a queued request; see `EventStream.begin`."""
+    yield None
+    sent = 0
+    try:
+        async with aclosing(services.jobs.watch(job.owner, job.id)) as changes:
+            async for seen in changes:
+                news = seen.log[sent:] if logs else []
+                sent = len(seen.log)
+                shown = views.status(seen, services.base(request), news)
+                yield sse.SSEEvent(data=shown.model_dump_json(exclude_none=True), is_last=seen.has_ended)
+    except RequestError as error:  # the status has been sent, and this API has no error events
+        telemetry.note_error(error.code, status_of(error))
 
 
 def _add_cancel(routes: APIRouter, services: Services) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import AsyncIterator  # noqa: TC003 - FastAPI reads the annotation
-from http import HTTPStatus
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.dialects.bodies import media_type
@@ -29,6 +27,7 @@ from serve_app.dialects.openai.schemas import (
     images_response,
 )
 from serve_app.errors import Invalid, RequestError
+from serve_app.http import sse
 from serve_app.http.errors import status_of
 from serve_app.jobs.submission import Submission
 from serve_app.jobs.tables import Job, Owner, Priority, State
@@ -36,6 +35,8 @@ from serve_app.jobs.webhooks import MAX_TRIES, Message, Sign
 from serve_app.observability import telemetry
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from serve_app.dialects.openai.parse import Parsed
     from serve_app.http.services import Services
     from serve_app.jobs.webhooks import Compose
@@ -130,15 +131,6 @@ class ListQuery(BaseModel):
     limit: int = Field(default=20, ge=1, le=100, description="Most jobs of the page.")
     after: str | None = Field(default=None, max_length=64, description="Last id of the previous page.")
     status: State | None = Field(default=None, description="Only jobs in this state.")
-
-
-_EVENT_ERRORS: dict[int | str, dict[str, Any]] = {  # FastAPI would describe them as events
-    status: {
-        "description": HTTPStatus(status).phrase,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}},
-    }
-    for status in (400, 404, 503)
-}
 
 
 async def view(services: Services, job: Job, base: str) -> JobView:
@@ -339,7 +331,9 @@ def _add_reading(routes: APIRouter, services: Services) -> None:
         """Returns a job, with its images when it has succeeded."""
         return await view(services, job, services.base(request))
 
-    @routes.get(PATH + "/{job_id}/events", response_class=EventSourceResponse, responses=_EVENT_ERRORS)
+    @routes.get(
+        PATH + "/{job_id}/events", response_class=Response, responses=sse.DOCUMENT | errors(400, 404, 503)
+    )
     async def job_events(
         request: Request,
         job: Job = Depends(find),
@@ -347,18 +341,30 @@ def _add_reading(routes: APIRouter, services: Services) -> None:
             str,
             Header(max_length=64, description="Id of the last event received: only later changes follow."),
         ] = "",
-    ) -> AsyncIterator[ServerSentEvent]:
+    ) -> sse.EventStream:
         """Sends the job at every change, as an event named by its status."""
-        try:
-            async for seen in store.watch(_owner(request), job.id, last_event_id):
+        return await sse.EventStream.begin(lambda _: _events(services, request, job, last_event_id))
+
+
+async def _events(
+    services: Services, request: Request, job: Job, last_event_id: str
+) -> AsyncGenerator[sse.SSEEvent | None, None]:
+    """Yields the events of a job; see `EventStream.begin`."""
+    yield None
+    try:
+        async with aclosing(services.jobs.watch(job.owner, job.id, last_event_id)) as changes:
+            async for seen in changes:
                 shown = await view(services, seen, services.base(request))
-                yield ServerSentEvent(
-                    event=seen.state, id=seen.mark, raw_data=shown.model_dump_json(exclude_none=True)
+                yield sse.SSEEvent(
+                    name=seen.state,
+                    id=seen.mark,
+                    data=shown.model_dump_json(exclude_none=True),
+                    is_last=seen.has_ended,
                 )
-        except RequestError as error:  # the status has been sent
-            telemetry.note_error(error.code, status_of(error))
-            body = bytes(error_response(error, request.scope).body).decode()
-            yield ServerSentEvent(event="error", raw_data=body)
+    except RequestError as error:  # the status has been sent
+        telemetry.note_error(error.code, status_of(error))
+        body = bytes(error_response(error, request.scope).body).decode()
+        yield sse.SSEEvent(name="error", data=body, is_last=True)
 
 
 def _add_ending(routes: APIRouter, services: Services) -> None:

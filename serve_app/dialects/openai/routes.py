@@ -127,29 +127,31 @@ async def _events(
 ) -> AsyncGenerator[SSEEvent | None, None]:
     """Yields the events of a stream; see `EventStream.begin`."""
     is_accepted = is_made = False
+    made: list[GeneratedImage] = []
     try:
         async with generator.admit(parsed.request) as running:
             is_accepted = True
             yield None
-            made: list[GeneratedImage] = []
             async with aclosing(generator.run(running)) as events:
                 async for event in events:
                     if isinstance(event, GeneratedImage):
                         made.append(event)
                     if not isinstance(event, StageProgress):
-                        yield await _rendered(event, parsed, kind)
+                        is_made = len(made) == parsed.request.n
+                        yield await _rendered(event, parsed, kind, is_last=is_made)
             telemetry.note_images(in_order(made))
-            is_made = True
             await all_sent()  # until then the request keeps its place, and a drain waits for it
     except Exception as error:
-        if not is_accepted:
-            raise
         # A deadline after the last image ends only the wait: a slow client gets the images all the same.
-        if not (is_made and isinstance(error, RequestError)):
+        if not is_accepted or (is_made and not isinstance(error, RequestError)):
+            raise
+        if not is_made:
             yield _error_event(request, error)
 
 
-async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], kind: str) -> SSEEvent:
+async def _rendered(
+    event: PartialImage | GeneratedImage, parsed: Parsed[Any], kind: str, *, is_last: bool
+) -> SSEEvent:
     encoding = parsed.request.encoding
     height, width, _ = event.pixels.shape
     file = await asyncio.to_thread(codec.encode, event.pixels, encoding)
@@ -163,10 +165,11 @@ async def _rendered(event: PartialImage | GeneratedImage, parsed: Parsed[Any], k
     }
     if isinstance(event, PartialImage):
         name = f"{kind}.partial_image"
-        return name, {"type": name} | data | {"partial_image_index": event.index}
-    name = f"{kind}.completed"
-    tokens = usage([event.facts]).model_dump()
-    return name, {"type": name} | data | {"seed": event.facts.seed, "usage": tokens}
+        data |= {"type": name, "partial_image_index": event.index}
+    else:
+        name = f"{kind}.completed"
+        data |= {"type": name, "seed": event.facts.seed, "usage": usage([event.facts]).model_dump()}
+    return SSEEvent(name=name, data=json.dumps(data), is_last=is_last)
 
 
 def _error_event(request: Request, error: Exception) -> SSEEvent:
@@ -174,7 +177,8 @@ def _error_event(request: Request, error: Exception) -> SSEEvent:
         logger.error("a stream failed", exc_info=error, extra=FAULT)
         error = server_error()
     telemetry.note_error(error.code, status_of(error))
-    return "error", json.loads(bytes(error_response(error, request.scope).body))
+    body = bytes(error_response(error, request.scope).body).decode()
+    return SSEEvent(name="error", data=body, is_last=True)
 
 
 def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model:

@@ -73,6 +73,23 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:80")
 
 
+def scope_of(method: str, path: str, spec_version: str = "2.4") -> dict[str, Any]:
+    """Returns the scope of a request, for tests that are the HTTP server themselves."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": spec_version},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
+        "server": ("localhost", 80),
+        "client": ("there", 1),
+        "scheme": "http",
+    }
+
+
 @pytest.fixture
 def call() -> Call:
     """Sends one request to an application."""

@@ -29,7 +29,7 @@ from serve_app.background import Periodic
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
 from serve_app.jobs.tables import Job
-from tests.unit.serve_app.http.conftest import Call, MakeServices, client_of
+from tests.unit.serve_app.http.conftest import Call, MakeServices, client_of, scope_of
 
 Make = Callable[..., FastAPI]
 
@@ -240,7 +240,7 @@ def test_a_client_that_reads_until_after_the_deadline_gets_its_image(make_servic
     services = make_services(limits={"deadline_s": 2})
     app = create_app(services)
     body = json.dumps({"prompt": "a boat", "size": "512x512", "stream": True}).encode()
-    chunks: list[bytes] = []
+    bodies: list[Any] = []
 
     async def main() -> None:
         hangs = asyncio.Event()
@@ -256,26 +256,14 @@ def test_a_client_that_reads_until_after_the_deadline_gets_its_image(make_servic
                 async with asyncio.timeout(20):
                     while services.generator.pending:  # noqa: ASYNC110 - there is no event for it
                         await asyncio.sleep(0.01)
-                chunks.append(message.get("body", b""))
+                bodies.append(message)
 
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": "/v1/images/generations",
-            "raw_path": b"/v1/images/generations",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"host", b"localhost")],
-            "server": ("localhost", 80),
-            "client": ("there", 1),
-            "scheme": "http",
-        }
-        await app(scope, receive, send)
+        await app(scope_of("POST", "/v1/images/generations"), receive, send)
 
     asyncio.run(main())
-    assert re.findall(rb"^event: (.*)$", b"".join(chunks), re.MULTILINE) == [b"image_generation.completed"]
-    assert chunks[-1] == b""
+    (image,) = bodies
+    assert re.findall(rb"^event: (.*)$", image["body"], re.MULTILINE) == [b"image_generation.completed"]
+    assert not image["more_body"]
 
 
 def test_a_fault_is_an_error_without_details_and_is_raised_for_the_log(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ AllSent = Callable[[], Awaitable[None]]
 Events = AsyncGenerator[SSEEvent | None, None]
 
 
-def event(text: str) -> SSEEvent:
-    return "said", {"text": text}
+def event(text: str, *, is_last: bool = False) -> SSEEvent:
+    return SSEEvent(name="said", data=json.dumps({"text": text}), is_last=is_last)
 
 
 async def sent(events: Callable[[AllSent], Events], leave_after: int | None = None) -> list[bytes]:
@@ -49,6 +50,48 @@ def test_events_are_sent_in_their_order() -> None:
         b'event: said\ndata: {"text": "one"}\n\n',
         b'event: said\ndata: {"text": "two\\nlines"}\n\n',
     ]
+
+
+def test_the_last_event_is_in_the_last_message_and_nothing_follows_it() -> None:
+    messages: list[Any] = []
+    cleaned_up: list[bool] = []
+
+    async def events(all_sent: AllSent) -> Events:
+        yield None
+        yield event("one")
+        yield event("two", is_last=True)
+        await all_sent()
+        await asyncio.sleep(0.01)
+        cleaned_up.append(True)
+
+    async def main() -> None:
+        stream = await EventStream.begin(events)
+
+        async def receive() -> dict[str, Any]:
+            while not (messages and not messages[-1].get("more_body", True)):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}  # servers say so when an answer is whole
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        assert cleaned_up, "the generator was not cancelled"
+
+    asyncio.run(main())
+    start, one, two = messages
+    assert (start["status"], one["more_body"], two["more_body"]) == (200, True, False)
+    assert b"two" in two["body"]
+
+
+def test_a_fault_after_the_last_event_is_raised() -> None:
+    async def events(all_sent: AllSent) -> Events:
+        yield None
+        yield event("one", is_last=True)
+        raise ValueError("late")
+
+    with pytest.raises(ValueError, match="late"):
+        asyncio.run(sent(events))
 
 
 def test_the_answer_begins_when_the_request_is_accepted() -> None:

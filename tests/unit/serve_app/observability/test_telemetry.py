@@ -45,6 +45,32 @@ async def left(*_: object) -> None:
     raise asyncio.CancelledError
 
 
+async def left_by_an_error(_: Any, receive: Any, __: Any) -> None:
+    await receive()
+    raise ConnectionResetError
+
+
+async def broken_after_leaving(_: Any, receive: Any, __: Any) -> None:
+    await receive()
+    raise RuntimeError
+
+
+async def broken_by_a_disk(*_: object) -> None:
+    raise OSError
+
+
+async def left_before_the_end(_: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await receive()
+    await send({"type": "http.response.body"})
+
+
+async def left_after_the_end(_: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body"})
+    await receive()
+
+
 async def left_a_stream(_: Any, __: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"one", "more_body": True})
@@ -63,6 +89,11 @@ async def left_a_stream(_: Any, __: Any, send: Any) -> None:
         (broken, "/v1/models", "ERROR", "failed"),
         (left, "/v1/models", "INFO", "cancelled"),
         (left_a_stream, "/v1/models", "INFO", "cancelled"),
+        (left_by_an_error, "/v1/models", "INFO", "cancelled"),
+        (left_before_the_end, "/v1/models", "INFO", "cancelled"),
+        (left_after_the_end, "/v1/models", "INFO", "succeeded"),
+        (broken_after_leaving, "/v1/models", "ERROR", "failed"),
+        (broken_by_a_disk, "/v1/models", "ERROR", "failed"),
         (answering(200), "/health", "DEBUG", "succeeded"),
         (answering(503, error="stopping"), "/readyz", "WARNING", "rejected"),
     ],
@@ -102,16 +133,19 @@ def test_a_note_outside_of_a_request_has_no_effect() -> None:
 def run(app: App, *paths: str) -> None:
     """Sends requests at the same time. Their errors are the application's business."""
 
+    async def disconnected() -> Any:
+        return {"type": "http.disconnect"}
+
     async def nowhere(_: Any) -> None:
         pass
 
     async def send(path: str) -> None:
         route = SimpleNamespace(path=path)
         scope = {"type": "http", "method": "GET", "path": path, "headers": [], "route": route}
-        await Requests(app, lambda _: "openai")(scope, nowhere, nowhere)  # type: ignore[arg-type]
+        await Requests(app, lambda _: "openai", (OSError,))(scope, disconnected, nowhere)
 
     async def main() -> None:
         await asyncio.gather(*map(send, paths))
 
-    with suppress(RuntimeError, asyncio.CancelledError):
+    with suppress(RuntimeError, OSError, asyncio.CancelledError):
         asyncio.run(main())
