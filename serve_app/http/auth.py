@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from serve_app.config import AuthConfig
 
 OPEN_PATHS = re.compile(
-    r"/(|playground/[^/]*|health|version|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json|files/[^/]*"
-    r"|storage/upload/[^/]*\.upload)"
+    r"/(|playground/[^/]*|health|version|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json"
+    r"|files/[^/]*|storage/upload/[^/]*\.upload)"
 )
 """Paths that need no key. The playground asks for the key itself. Names of files cannot be guessed, and may
 be shared. An upload needs a signature."""

@@ -1,4 +1,4 @@
-"""A log line for every HTTP request; a span and a count too, unless it is a probe.
+"""A log line for every HTTP request; a span and a count too, unless it is a probe or loads the playground.
 
 Serve writes the line as JSON to its files and, without the fields, to the terminal. No line holds a prompt,
 an image, a key or a path. It has the id of the key, and the route of the path.
@@ -7,6 +7,7 @@ an image, a key or a path. It has the id of the key, and the route of the path.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -32,6 +33,11 @@ DESCRIPTION = ("model", "size", "n", "steps")
 """Facts of a request that the log may hold."""
 PROBES = ("/health", "/version", "/livez", "/readyz", "/v1/internal/status")
 """Routes that are polled every few seconds. Their lines have level DEBUG."""
+PLAYGROUND = re.compile(r"(/|/playground/.*)?", re.DOTALL)
+"""Paths of the playground's page, its files and the redirect to it.
+
+Their lines have level DEBUG, except for errors.
+"""
 
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("facts", default=None)
 """Facts for the line of the current HTTP request; None outside of one."""
@@ -153,8 +159,11 @@ class Requests:
         """Passes the request on, and reports how it ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"].removeprefix(scope.get("root_path", "")) in PROBES:
-            await self._answer(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        is_page = PLAYGROUND.fullmatch(path) is not None
+        if is_page or path in PROBES:
+            await self._answer(scope, receive, send, is_page=is_page)
         else:
             headers = dict(scope["headers"])
             with tracing.span(
@@ -163,9 +172,9 @@ class Requests:
                 parent=headers.get(b"traceparent", b"").decode("latin-1"),
                 request_id=headers.get(b"x-request-id", b"").decode("latin-1")[:MAX_ID_CHARS],
             ):
-                await self._answer(scope, receive, send)
+                await self._answer(scope, receive, send, is_page=False)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, *, is_page: bool) -> None:
         began = time.monotonic()
         facts: dict[str, Any] = {}
         token = _facts.set(facts)
@@ -203,9 +212,19 @@ class Requests:
         finally:
             _facts.reset(token)
             outcome = _outcome(status, facts) if is_whole else "cancelled"
-            self._report(scope, facts, status, outcome, time.monotonic() - began)
+            is_quiet = is_page and status < 400
+            self._report(scope, facts, status, outcome, time.monotonic() - began, is_quiet=is_quiet)
 
-    def _report(self, scope: Scope, facts: dict[str, Any], status: int, outcome: str, seconds: float) -> None:
+    def _report(
+        self,
+        scope: Scope,
+        facts: dict[str, Any],
+        status: int,
+        outcome: str,
+        seconds: float,
+        *,
+        is_quiet: bool,
+    ) -> None:
         """Counts a request that has ended, writes its line and completes its span."""
         method, route = scope["method"], getattr(scope.get("route"), "path", "no route")
         api = self._api_of(scope)
@@ -221,15 +240,15 @@ class Requests:
             "key_id": scope.get("state", {}).get("key_id", ""),
         }
         level = LEVELS.get(outcome, logging.INFO)
-        if route not in PROBES:
+        if is_quiet or (status < 400 and route in PROBES):
+            level = logging.DEBUG
+        elif route not in PROBES:
             model = facts.get("model", "")
             metrics.REQUESTS.add(api=api, route=route, model=model, outcome=outcome)
             if "steps" in facts and "job" not in facts:  # it was accepted, and waited for its images
                 metrics.REQUEST_SECONDS.observe(seconds, api=api, outcome=outcome)
             if outcome != "cancelled" and (code := facts.get("error")):
                 metrics.ERRORS.add(code=code)
-        elif status < 400:
-            level = logging.DEBUG
         answer = status or "unanswered"
         extra = facts | _trace_id()
         logger.log(level, "%s %s %s in %.3f s", method, route, answer, seconds, extra=extra)

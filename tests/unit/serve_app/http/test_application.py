@@ -29,6 +29,7 @@ from serve_app.background import Periodic
 from serve_app.http.application import create_app
 from serve_app.http.services import Services
 from serve_app.jobs.tables import Job
+from serve_app.observability import metrics
 from tests.unit.serve_app.http.conftest import Call, MakeServices, client_of, scope_of
 
 Make = Callable[..., FastAPI]
@@ -170,6 +171,34 @@ def test_line_ends_of_browsers_become_plain_ones(make: Make, requested: list[Ima
 
     asyncio.run(main())
     assert [request.prompt for request in requested] == ["a\nb"] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "level"),
+    [
+        ("/", "DEBUG"),
+        ("/playground/main.js", "DEBUG"),
+        ("/playground/icon.svg", "DEBUG"),
+        ("/playground/nothing.js", "INFO"),
+        ("/nothing", "INFO"),
+        ("/openapi.json", "INFO"),
+    ],
+)
+def test_only_errors_of_the_playgrounds_files_are_logged_and_counted(
+    make: Make,
+    call: Call,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    level: str,
+) -> None:
+    counted: list[dict[str, str]] = []
+    monkeypatch.setattr(metrics.REQUESTS, "add", lambda **labels: counted.append(labels))
+    caplog.set_level(logging.DEBUG, "ray.serve")
+    call(make(), "GET", path)
+    (line,) = [line for line in caplog.records if vars(line).get("event") == "request"]
+    assert line.levelname == level
+    assert len(counted) == (level == "INFO")
 
 
 @pytest.mark.parametrize(
