@@ -19,15 +19,20 @@ NAME = "{name}"
 """Stands for the application's name in the two places of a configuration."""
 
 
-def at_home(config: AppConfig, application: str) -> AppConfig:
+def at_home(config: AppConfig, application: str, *, claims: bool = True) -> AppConfig:
     """Returns the configuration with the application's name in the places of its database and files.
 
     Version 0.1.0 had one home for all. The first application that starts goes on with it, which includes the
     way back to that version.
+
+    Args:
+        config: the configuration.
+        application: name of the application.
+        claims: whether the application starts. If not, this changes nothing.
     """
 
     def place(url: str) -> str:
-        if str(ROOT / NAME) in url and _inherits(application):
+        if str(ROOT / NAME) in url and _inherits(application, claims=claims):
             url = url.replace(str(ROOT / NAME), str(ROOT))
         return url.replace(NAME, application)
 
@@ -39,12 +44,14 @@ def at_home(config: AppConfig, application: str) -> AppConfig:
     )
 
 
-def _inherits(application: str) -> bool:
-    """Returns whether the home of version 0.1.0 is this application's."""
+def _inherits(application: str, *, claims: bool) -> bool:
+    """Returns whether the home of version 0.1.0 is this application's, or would be at its start."""
     root = ROOT.expanduser()
     if not (root / "jobs.db").exists():
         return False
     heir = root / "jobs.db.application"
+    if not claims:
+        return not heir.exists() or heir.read_text() == application
     with tempfile.NamedTemporaryFile("w", dir=root) as claim:  # the name appears together with its contents
         claim.write(application)
         claim.flush()

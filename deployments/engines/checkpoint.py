@@ -7,13 +7,12 @@ components. The checkpoint of a classifier or a chat model is in transformers' l
 from __future__ import annotations
 
 import io
-import json
 import logging
 import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,30 +20,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.logging import set_tqdm_hook
 
+from deployments.checkpoint_files import MODEL_INDEX, declared_classes, folder_of
 from deployments.errors import CheckpointError
 from deployments.identity import FILE_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from deployments.checkpoint_files import Source
     from deployments.config import ModelConfig
 
 logger = logging.getLogger("ray.serve")
 
 WEIGHTS_SHARE = 0.5
 """Assumed share of the loading time that reading weights takes, if compiling follows."""
-
-
-class Source(Protocol):
-    """A configuration with the place of a checkpoint; see `deployments.config`."""
-
-    @property
-    def checkpoint(self) -> str:
-        """Folder, Hub id, or name of a built-in checkpoint."""
-
-    @property
-    def revision(self) -> str | None:
-        """Commit of the Hub, or None."""
 
 
 def load(
@@ -71,7 +60,7 @@ def load(
     """
     began = time.monotonic()
     patterns = [f"{name}/*.{suffix}" for name in components for suffix in FILE_TYPES]
-    folder = _locate(model, built_in, ["model_index.json", *patterns])
+    folder = _locate(model, built_in, [MODEL_INDEX, *patterns])
     sizes = {
         name: sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
         for name in components
@@ -176,14 +165,8 @@ def _locate(source: Source, built_in: Mapping[str, Callable[[], Path]], patterns
     """Returns the checkpoint's folder. Downloads the files of these patterns if it comes from the Hub."""
     if source.checkpoint in built_in:
         return built_in[source.checkpoint]()
-    folder = Path(source.checkpoint).expanduser()
-    if folder.is_dir():
+    if folder := folder_of(source, built_in):
         return folder
-    if source.revision is None:
-        raise CheckpointError(
-            f"checkpoint {source.checkpoint!r} is not a folder on this machine, nor built in "
-            f"({', '.join(built_in)}); correct it, or give `revision` (40 digits of a commit) for a Hub id"
-        )
     flat = not any("/" in pattern for pattern in patterns)  # a star in a Hub pattern also matches folders
     try:
         return Path(
@@ -212,8 +195,8 @@ def _check_component(folder: Path, name: str, cls: Any) -> None:
     """
     expected = next(base.__name__ for base in cls.__mro__ if not base.__module__.startswith("deployments."))
     try:
-        declared = json.loads((folder / "model_index.json").read_text())[name][1]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        declared = declared_classes(folder)[name]
+    except (OSError, ValueError, LookupError) as error:
         raise CheckpointError(
             f"{folder}: model_index.json lists no component {name!r}; download the checkpoint again"
         ) from error

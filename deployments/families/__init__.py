@@ -92,6 +92,7 @@ class Family:
 
     Attributes:
         package: Python package of its engines.
+        built_in: names of the checkpoints that come with the server.
         parameters: the family-specific parameters that it accepts.
         guidance_scale: default guidance scale, which the configuration may override.
         edit_guidance_scale: default guidance scale of edits. None stands for `guidance_scale`.
@@ -108,6 +109,7 @@ class Family:
     """
 
     package: str
+    built_in: tuple[str, ...]
     parameters: frozenset[Parameter]
     guidance_scale: float
     edit_guidance_scale: float | None
@@ -149,6 +151,7 @@ FAMILIES = {
     # processor is in transformers' image_processing_pil_glm_image.py, `smart_resize`.
     "glm_image": Family(
         package="deployments.families.glm_image",
+        built_in=("tiny", "demo"),
         parameters=frozenset(),
         guidance_scale=1.5,
         edit_guidance_scale=None,
@@ -166,6 +169,7 @@ FAMILIES = {
     # bounds the total area, 512² to 2048² pixels; here each side has these bounds.
     "z_image": Family(
         package="deployments.families.z_image",
+        built_in=("tiny",),
         parameters=frozenset({"negative_prompt", "cfg_normalization", "strength"}),
         guidance_scale=4,
         edit_guidance_scale=1.5,

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 
 class ConfigFileError(ValueError):
-    """A config file that cannot be used. Its text has a line a problem."""
+    """A config file that cannot be used. Its text has a line a problem.
+
+    Attributes:
+        problems: the problems.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(f"  {problem}" for problem in problems))
 
 
 class ServeApplication(BaseModel):
@@ -79,9 +87,9 @@ def read(path: Path) -> tuple[ServeFile, list[str]]:
         try:
             file = ServeFile.model_validate(yaml.safe_load(path.read_text()))
         except ValidationError as error:
-            raise ConfigFileError("\n".join(f"  {_problem(one)}" for one in error.errors())) from error
+            raise ConfigFileError([_problem(one) for one in error.errors()]) from error
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigFileError(f"  {error}") from error
+            raise ConfigFileError([_unreadable(error)]) from error
     return file, [str(one.message) for one in caught if one.category is FutureWarning]
 
 
@@ -94,6 +102,13 @@ def _problem(error: ErrorDetails) -> str:
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
     hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
     return f"{place}: unknown key; {hint}"
+
+
+def _unreadable(error: Exception) -> str:
+    """Returns why a file cannot be read, without a line of it, which may hold a secret."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error)
 
 
 def _keys_beside(place: tuple[int | str, ...]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from deployments.observability.console import Console
 from serve_app import __version__
-from serve_app.cli import config_file, gpus
+from serve_app.cli import config_file, gpus, ports
 from serve_app.home import ROOT
 from serve_app.http.proxy import ENVIRONMENT
 from serve_app.http.tls import self_signed
@@ -94,11 +94,8 @@ def _serve_file(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         parser.error(f"{path}: {problem}")
     # Ray would retry for minutes. Its metrics listen on all interfaces.
     for host, port in ((http.host, http.port), ("", arguments.metrics_port or 0)):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            socket.create_server((host, port), family=family).close()
-        except (OSError, OverflowError) as error:
-            parser.error(f"cannot listen on {host}:{port}: {error}")
+        if problem := ports.problem(host, port):
+            parser.error(problem)
     with tempfile.TemporaryDirectory(prefix="glm-image-") as folder:
         if not arguments.verbose:
             Console(Path(folder))

@@ -27,6 +27,8 @@ from serve_app.errors import Failed, Full
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from fsspec import AbstractFileSystem
+
     from serve_app.config import StorageConfig
 
 logger = logging.getLogger("ray.serve")
@@ -50,8 +52,7 @@ class FileStore:
 
     def __init__(self, config: StorageConfig) -> None:
         self._config = config
-        # Other replicas write too, so a cached listing may be outdated.
-        self._fs, self._root = url_to_fs(config.url, use_listings_cache=False, **config.options)
+        self._fs, self._root = file_system(config)
         self._threads = ThreadPoolExecutor(thread_name_prefix="files")
         self._is_folder = isinstance(self._fs, LocalFileSystem)
         self._is_s3 = "s3" in self._fs.protocol
@@ -242,6 +243,13 @@ class FileStore:
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+def file_system(config: StorageConfig) -> tuple[AbstractFileSystem, str]:
+    """Returns the file system of a file store, and the path of the store in it."""
+    # Other replicas write too, so a cached listing may be outdated.
+    fs, root = url_to_fs(config.url, use_listings_cache=False, **config.options)
+    return fs, root
 
 
 def _modified(info: dict[str, Any]) -> float:

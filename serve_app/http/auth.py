@@ -74,7 +74,7 @@ class Keys:
     def _read(self) -> None:
         digests: dict[str, bytes] = {}
         signers: dict[str, list[tuple[str, str]]] = {}
-        for key in (*self._config.api_keys, *_keys_in(self._config.keys_file)):
+        for key in (*self._config.api_keys, *keys_in(self._config.keys_file)):
             if key.id in digests:
                 raise ValueError(f"two API keys have the id {key.id}")
             if key.secret_env is None:
@@ -178,7 +178,13 @@ class Authentication:
         await self._app(scope, receive, send)
 
 
-def _keys_in(file: str | None) -> tuple[APIKey, ...]:
+def keys_in(file: str | None) -> tuple[APIKey, ...]:
+    """Returns the keys in a file; none without a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has no list of keys.
+    """
     if file is None:
         return ()
     try:

@@ -17,7 +17,7 @@ import alembic.config
 from alembic.util import CommandError
 from sqlalchemy import Double, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.functions import FunctionElement
@@ -28,7 +28,7 @@ from serve_app.errors import Unavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import URL, Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
 logger = logging.getLogger("ray.serve")
@@ -78,18 +78,15 @@ class Database:
     """
 
     def __init__(self, url: str, server: str = "") -> None:
-        where = make_url(url)
+        where = resolved(url)
         self._is_sqlite = where.get_backend_name() == "sqlite"
         self._lock_file: IO[str] | None = None
         options: dict[str, Any] = {"pool_pre_ping": True}
         if self._is_sqlite:
-            where = where.set(database=str(Path(where.database or "").expanduser()))
             path = Path(where.database or "")
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_file = _taken(path.with_name(f"{path.name}.lock"), server)
+            self._lock_file = _taken(_lock_of(path), server)
             options = {"connect_args": {"timeout": BUSY_S}}
-        else:
-            where = where.set(drivername="postgresql+psycopg")
         # The text of an error would hold the values of the statement, prompts among them.
         self._engine = create_engine(where, pool_size=2 * THREADS, hide_parameters=True, **options)
         if self._is_sqlite:
@@ -183,6 +180,44 @@ class Database:
                 code="database_unavailable",
                 retry_after_s=5,
             ) from None
+
+
+def resolved(url: str) -> URL:
+    """Returns a database's URL with the driver that is used, and without `~`.
+
+    Raises:
+        ValueError: it is no such URL.
+    """
+    try:
+        where = make_url(url)
+    except (ArgumentError, ValueError):  # their texts may hold the password
+        raise ValueError("database.url is not a URL of SQLAlchemy") from None
+    if where.get_backend_name() == "sqlite":
+        return where.set(database=str(Path(where.database or "").expanduser()))
+    return where.set(drivername="postgresql+psycopg")
+
+
+def holder(path: Path) -> str | None:
+    """Returns the server that has an SQLite file; None if no server has it.
+
+    This holds the lock for a moment, if no server does.
+
+    Raises:
+        OSError: the lock file cannot be read.
+    """
+    try:
+        with _lock_of(path).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read()
+    except FileNotFoundError:
+        pass  # no server has had it yet
+    return None
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
 
 
 def _taken(path: Path, server: str) -> IO[str]:

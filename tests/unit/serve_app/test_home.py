@@ -56,6 +56,17 @@ def test_the_first_application_goes_on_with_the_home_of_version_0_1_0(root: Path
     assert places("demo") == inherited
 
 
+def test_who_only_asks_claims_nothing(root: Path) -> None:
+    (root / "jobs.db").write_bytes(b"")
+    config = AppConfig.model_validate({"models": [MODEL], "auth": {"open": True}})
+    inherited = f"sqlite:///{root}/jobs.db"
+    assert at_home(config, "demo", claims=False).database.url == inherited
+    assert {path.name for path in root.iterdir()} == {"jobs.db"}
+    places("tiny")
+    assert at_home(config, "demo", claims=False).database.url == f"sqlite:///{root}/demo/jobs.db"
+    assert at_home(config, "tiny", claims=False).database.url == inherited
+
+
 def test_a_claim_that_could_not_be_written_is_made_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

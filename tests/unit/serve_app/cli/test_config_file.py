@@ -1,16 +1,14 @@
 """Config files: what is read, and the words about a key or a value that is wrong."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from serve_app.cli import config_file
 from serve_app.cli.config_file import ConfigFileError
+from tests.unit.serve_app.cli.files import ARGS, ROOT, changed
 
-ROOT = Path(__file__).parents[4]
 FILES = sorted(file for file in (ROOT / "configs").glob("*.yaml") if file.stem != "kustomization")
 
 
@@ -23,18 +21,7 @@ def test_every_config_of_the_repository_is_read_without_a_warning(file: Path) ->
 
 def read_with(folder: Path, changes: dict[str, Any]) -> list[str]:
     """Reads configs/tiny.yaml with other values, by dotted path; returns the warnings."""
-    content = json.loads(json.dumps(yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())))
-    for place, value in changes.items():
-        target: Any = content
-        *path, last = place.split(".")
-        for part in path:
-            target = target[int(part)] if part.isdigit() else target.setdefault(part, {})
-        target[last] = value
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    return config_file.read(folder / "config.yaml")[1]
-
-
-ARGS = "applications.0.args"
+    return config_file.read(changed(folder, changes))[1]
 
 
 @pytest.mark.parametrize(
@@ -75,3 +62,10 @@ def test_a_file_that_is_not_a_configuration_is_rejected(tmp_path: Path, text: st
 def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigFileError, match="No such file"):
         config_file.read(tmp_path / "nowhere.yaml")
+
+
+def test_a_line_that_cannot_be_read_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("applications:\n  - key: 'secret\n")
+    with pytest.raises(ConfigFileError, match="line 3: ") as error:
+        config_file.read(tmp_path / "config.yaml")
+    assert "secret" not in str(error.value)
