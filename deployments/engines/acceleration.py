@@ -12,6 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from deployments.engines import compilation
 from deployments.engines.memory import free_bytes, working_bytes
 from deployments.errors import OutOfMemoryError, UnsupportedOption
+from deployments.memory_plan import GPU_OVERHEAD, peaks
 from deployments.stages.calls import Call
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from deployments.types import ImageRequest
 
 logger = logging.getLogger("ray.serve")
-
-GPU_OVERHEAD = 1.2
-"""Factor of the computed working memory on a GPU: workspaces of its libraries, and what an image keeps.
-
-GLM-Image at the released size took 1.02 to 1.17 times the computed memory on an H200; see `tests/gpu`.
-"""
 
 
 class Pipeline(Protocol):
@@ -220,12 +215,9 @@ def place(pipeline: Pipeline, device: torch.device, offload: str, working: dict[
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     weights = {name: _weight_bytes(part) for name, part in parts.items()}
     on_cpu = device.type == "cpu"
-    needs = {
-        "none": (0 if on_cpu else sum(weights.values())) + max(working.values()),
-        # After a preview or a source image, the VAE is still on the device while the DiT comes back.
-        "model": weights["vae"] + max(weights["transformer"] + working["transformer"], working["vae"]),
-        "group": weights["vae"] + max(working.values()),
-    }
+    needs = {way: sum(peak) for way, peak in peaks(weights, working).items()}
+    if on_cpu:  # the weights are there already
+        needs["none"] = max(working.values())
     free = free_bytes(device) + sum(_weight_bytes(part, on=device) for part in parts.values() if not on_cpu)
     if offload == "auto":
         offload = "none" if on_cpu or needs["none"] <= free else "model"
@@ -263,7 +255,7 @@ def _weight_bytes(part: torch.nn.Module, *, on: torch.device | None = None) -> i
 def component_bytes(pipeline: Pipeline, side: int, device: torch.device) -> dict[str, int]:
     """Returns the bytes that the two large components need for a square image, without their weights.
 
-    On a GPU they include a margin, see `GPU_OVERHEAD`.
+    On a GPU they include a margin, see `deployments.memory_plan.GPU_OVERHEAD`.
 
     Args:
         pipeline: pipeline on any device.

@@ -1,7 +1,8 @@
 """The model families: the facts that the API plane needs about each, and the location of its engines.
 
-A family is a package with a `prior` module that defines `PriorEngine` and a `decoder` module that
-defines `Decoder`. Importing this module loads no torch: only the replica that runs an engine does.
+A family is a package with three modules. `prior` defines `PriorEngine`, `decoder` defines `Decoder`, and
+`footprint` has the sizes of the released checkpoint. Importing this module loads no torch: only the replica
+that runs an engine does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from deployments.config import ModelConfig
+    from deployments.memory_plan import Footprint
     from deployments.stages.calls import Call
     from deployments.types import ImageRequest, Pixels, Prior
 
@@ -144,6 +146,11 @@ class Family:
         """Imports the family's decoder and returns its class."""
         module = importlib.import_module(f"{self.package}.decoder")
         return cast("type[Decoder]", module.Decoder)
+
+    def footprint(self) -> Footprint:
+        """Imports the sizes of the family's released checkpoint, which loads no torch, and returns them."""
+        module = importlib.import_module(f"{self.package}.footprint")
+        return cast("Footprint", module.FOOTPRINT)
 
 
 FAMILIES = {

@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from serve_app import __version__
-from serve_app.cli import doctor, drain, keys, serve
+from serve_app.cli import check, doctor, drain, keys, serve
 
 
 def main() -> None:
@@ -20,7 +20,8 @@ def main() -> None:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command in {"serve": serve, "doctor": doctor, "keys": keys, "drain": drain}.items():
+    modules = {"serve": serve, "check": check, "doctor": doctor, "keys": keys, "drain": drain}
+    for name, command in modules.items():
         command.add_arguments(commands.add_parser(name, help=command.HELP))
     arguments = parser.parse_args()
     sys.exit(arguments.run(arguments))
