@@ -206,7 +206,7 @@ def test_a_machine_without_gpus_gets_the_needs_of_each_stage(check: Command) -> 
     assert "This machine has no NVIDIA GPU. Name cards with --gpu. A replica needs:\n" in out
     assert "  glm-image prior: 29.7 GB (" in out
     assert "  glm-image decoder: 31.4 GB (" in out
-    assert err.startswith("The configuration asks for 2 GPUs, and this machine or cluster has 0.")
+    assert err.startswith("The configuration asks for 2 GPUs, and there are 0.")
     assert check("configs/cluster.yaml")[0] == 0  # its nodes come on demand
 
 

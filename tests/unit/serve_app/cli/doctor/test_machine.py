@@ -141,7 +141,7 @@ def test_a_build_for_cpus_is_a_fault_where_gpus_are_asked_for(monkeypatch: pytes
 
 def test_too_few_gpus_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     found = graphics(monkeypatch, cuda="13.0", present=[], device="cuda")
-    assert faults(found) == ["The configuration asks for 2 GPUs, and this machine or cluster has 0"]
+    assert faults(found) == ["The configuration asks for 2 GPUs, and there are 0"]
     assert found[-1].remedy.startswith("choose another configuration")
 
 
