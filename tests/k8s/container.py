@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import yaml
 
+from serve_app import __version__
 from serve_app.config import AppConfig
 from tests.k8s.manifests import PACKAGES, ROOT
-from tests.k8s.serving import image_tag, own_version
+from tests.k8s.serving import image_tag
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,8 +117,8 @@ def check_dockerfile(dockerfile: str, dockerignore: str) -> list[str]:
         problems.append("its HEALTHCHECK does not request /livez")
     installed = " ".join(rest for name, rest in stage if name == "RUN").split()
     problems += [f"KubeRay's probes need {one}" for one in KUBERAY_NEEDS if one not in installed]
-    if f'image.version="{own_version()}"' not in dockerfile:
-        problems.append(f"its label image.version is not {own_version()}")
+    if f'image.version="{__version__}"' not in dockerfile:
+        problems.append(f"its label image.version is not {__version__}")
     if "--requirement /tmp/requirements.lock" not in dockerfile:
         problems.append("its packages are not installed from requirements.lock")
     for name, rest in stage:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ray.serve._private.build_app import build_app as built
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
+from serve_app import __version__
 from serve_app.app import build_app
 from serve_app.config import AppConfig
 from tests.k8s.manifests import (
@@ -46,14 +47,9 @@ def locked(package: str) -> str:
     return str(version)
 
 
-def own_version() -> str:
-    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    return str(version)
-
-
 def image_tag() -> str:
     """Returns the image's tag: this project's version and Ray's."""
-    return f"{own_version()}-ray{locked('ray')}"
+    return f"{__version__}-ray{locked('ray')}"
 
 
 @dataclass(frozen=True, kw_only=True)

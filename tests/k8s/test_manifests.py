@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app import __version__
 from tests.k8s.checks import CHECKS, check_security, problems_of
 from tests.k8s.manifests import (
     K8S,
@@ -25,7 +26,7 @@ from tests.k8s.manifests import (
     workers,
 )
 from tests.k8s.schemas import check_schemas
-from tests.k8s.serving import image_tag, locked, own_version, serving
+from tests.k8s.serving import image_tag, locked, serving
 
 OVERLAYS = sorted(folder.name for folder in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(f"components/{folder.name}" for folder in (K8S / "components").iterdir())
@@ -129,7 +130,7 @@ def test_the_idle_cluster_has_no_gpus() -> None:
 
 def test_versions_are_the_same_everywhere() -> None:
     assert locked("ray") == cluster(loaded("prod"))["rayVersion"]
-    assert f'org.opencontainers.image.version="{own_version()}"' in (ROOT / "Dockerfile").read_text()
+    assert f'org.opencontainers.image.version="{__version__}"' in (ROOT / "Dockerfile").read_text()
 
 
 def test_the_redis_address_leads_to_redis() -> None:
