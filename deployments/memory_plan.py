@@ -109,11 +109,7 @@ class Saving:
 
 
 class StagePlan(Protocol):
-    """The memory plan of one stage, the same for all its replicas.
-
-    Attributes:
-        weights_from: source of the weights' sizes, in words.
-    """
+    """The memory plan of one stage, the same for all its replicas."""
 
     @property
     def weights_from(self) -> str:
@@ -262,16 +258,20 @@ class DecoderPlan:
                 found.append(Saving(settings, need))
         return found[:2]
 
-    def sources(self, room: int, side: int) -> int:
+    def sources(self, room: int, offload: str, side: int) -> int:
         """Returns the number of square source images for which an edit has memory, at most `max_sources`.
 
         Args:
-            room: free memory in addition to the weights.
+            room: memory for the replica.
+            offload: its way to offload, see `Need`.
             side: side of a source image in pixels.
         """
         traits = self.model.traits
         size = ITEM_BYTES[self.model.decoder.dtype] * traits.footprint().source_numbers_a_pixel * side**2
-        left = room - self.work(traits.max_side)["transformer"]
+        weights = self.weights(self.model.decoder.acceleration.quantization)
+        vae, dit = weights["vae"], weights["transformer"]
+        on_gpu = {"none": sum(weights.values()), "model": vae + dit, "group": vae}[offload]
+        left = room - CUDA_BYTES - on_gpu - self.work(traits.max_side)["transformer"]
         return max(0, min(traits.max_sources, math.floor(left / size))) if size else traits.max_sources
 
 

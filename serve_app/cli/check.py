@@ -160,7 +160,8 @@ def _notes(placed: Placed) -> Iterator[str]:
             tiled = plan.need_of(chosen.model_copy(update={"vae_tiling": True}))
             remedy = " decoder.acceleration.vae_tiling: true avoids it." if tiled.total <= room else ""
             yield f"The weights are copied for each image, which takes seconds.{remedy}"
-        most = {side: plan.sources(placed.left + need.work, side) for side in SIDES}
+        own = placed.left + need.total
+        most = {side: plan.sources(own, need.offload, side) for side in SIDES}
         if most[SIDES[0]] < plan.model.traits.max_sources:
             counts = " or ".join(f"{count} of {side}x{side}" for side, count in most.items())
             yield f"An edit has memory for these source images: {counts}."

@@ -158,6 +158,14 @@ def test_slow_offloading_is_said_with_its_remedy(check: Command, written: Callab
     assert "which takes seconds.\n" in out  # tiles would not be enough
 
 
+def test_automatic_offloading_does_not_count_on_a_shared_gpu(check: Command) -> None:
+    _, out, _ = check("configs/one-gpu.yaml", *on("24"))
+    assert (
+        "  glm-image decoder: 31.4 GB (15.1 weights as released + 15.5 work for 2048x2048 + 0.8 CUDA)\n"
+        in out
+    )
+
+
 def test_the_number_of_source_images_is_said(check: Command) -> None:
     _, out, _ = check("configs/two-small-gpus.yaml", *on("4090", "4090"))
     assert "An edit has memory for these source images: 0 of 2048x2048 or 3 of 1024x1024." in out
