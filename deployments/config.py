@@ -384,6 +384,16 @@ class ModelConfig(Config):
         min_length=1,
         description="Text about the model, shown in `/v1/models` and the playground.",
     )
+    examples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Prompts that show what the model can do; by default its family's. The playground offers "
+        "the first three, and any of them as a surprise.",
+    )
+    vocabulary: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="For a model that knows few words: these, in lower case. The playground gives a hint on "
+        "prompts with none of them.",
+    )
     family: str = Field(description=f"Architecture: {' or '.join(f'`{name}`' for name in FAMILIES)}.")
     checkpoint: str = Field(
         min_length=1,

@@ -108,6 +108,7 @@ class Family:
         max_side: largest side of every image, in pixels.
         max_aspect: largest aspect ratio of a source image, longer side over shorter.
         max_sources: largest number of source images of one edit.
+        examples: prompts that its released checkpoints make well, which the configuration may replace.
     """
 
     package: str
@@ -124,6 +125,7 @@ class Family:
     max_side: int
     max_aspect: int
     max_sources: int
+    examples: tuple[str, ...]
 
     @property
     def legal_sides(self) -> str:
@@ -171,6 +173,11 @@ FAMILIES = {
         max_side=2048,
         max_aspect=4,
         max_sources=4,
+        examples=(
+            'A bakery\'s shop front on a rainy evening, neon sign "FRESH BREAD"',
+            'A poster for a jazz night: a trumpet in blue smoke, the title "MIDNIGHT BRASS"',
+            'An open recipe book with the heading "Lemon Tart" and a sketch of the tart',
+        ),
     ),
     # The values are from the released models' page and from `ZImagePipeline` (diffusers 0.42). The page
     # bounds the total area, 512² to 2048² pixels; here each side has these bounds.
@@ -189,5 +196,10 @@ FAMILIES = {
         max_side=2048,
         max_aspect=4,
         max_sources=1,
+        examples=(
+            "A fox asleep in autumn leaves, picture-book illustration in gouache",
+            "Portrait of an old fisherman at dawn, harbour behind him, 85 mm photograph",
+            "A glass greenhouse on a cliff in the fog, seen from above",
+        ),
     ),
 }

@@ -1,10 +1,12 @@
 """Measures over HTTP how often the demo checkpoint paints a sentence correctly, and how long it takes.
 
     python -m tests.demo.accuracy [--count 200] [--size 512x512 1024x1024] [--no-edits] [--url URL]
+    python -m tests.demo.accuracy --by-hand [--no-rewriting]
 
 Serves a configuration, or uses a running server. Sentences are generated like those of the training, from
-other seeds. A geometric judge checks the pictures. The column `count` is about the number of objects. A
-picture passes `all` if it passes all marks.
+other seeds, or are those of `sentences.txt`, written by hand. A geometric judge checks the pictures. The
+column `count` is about the number of objects. A picture passes `all` if it passes all marks. What a sentence
+written by hand leaves open is not judged.
 """
 
 import argparse
@@ -23,7 +25,8 @@ import httpx
 from PIL import Image
 
 from deployments.types import Pixels
-from tests.demo.conftest import CONFIG, demo_config
+from tests.demo import by_hand
+from tests.demo.conftest import CONFIG, demo_config, without_rewriting
 from tests.demo.judge import drawn, wrong
 from tests.serve.conftest import served
 from tests.serve.test_exactness import edit, generate
@@ -32,6 +35,8 @@ from training.demo.scenes import Scene, random_edit, random_scene
 USUAL_SIZE = "512x512"
 EDITS, OWN_EDITS = "edits", "edits of its own"
 """Kinds of edits. The sources are drawn by code, or painted by the demo."""
+BY_HAND = "by hand"
+"""Kind of the sentences written by hand."""
 SIZES = (USUAL_SIZE, "768x512", "512x768", "1024x1024")
 REDUCTION = 8
 """Divisor of the number of pictures for other sizes and for edits."""
@@ -51,31 +56,41 @@ FRAME = 4
 
 @dataclass(frozen=True)
 class Task:
-    """Scene that a picture is to show, and for an edit its source scene."""
+    """Scene or wish that a picture is to show, and for an edit its source scene."""
 
-    scene: Scene
+    scene: Scene | by_hand.Wish
     source: Scene | None = None
+
+    def wrong(self, picture: Pixels) -> set[str]:
+        if isinstance(self.scene, Scene):
+            return wrong(self.scene, picture)
+        return by_hand.wrong(self.scene, picture)
 
 
 @contextmanager
-def server(config: Path, url: str | None) -> Iterator[str]:
+def server(config: Path, url: str | None, *, rewriting: bool) -> Iterator[str]:
     """Yields the given URL, or the URL of a server that serves the configuration."""
     if url:
         yield url
         return
-    with tempfile.TemporaryDirectory() as folder, served(demo_config(Path(folder), config)) as running:
-        yield running.url
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        served_config = demo_config(folder, config if rewriting else without_rewriting(folder, config))
+        with served(served_config) as running:
+            yield running.url
 
 
 def make_tasks(kind: str, count: int) -> list[Task]:
+    if kind == BY_HAND:
+        return [Task(wish) for wish in by_hand.wishes()]
     rng = random.Random(f"held out: {kind}")
     if kind not in (EDITS, OWN_EDITS):
         return [Task(random_scene(rng)) for _ in range(count)]
     return [Task(after, before) for before, after in (random_edit(rng) for _ in range(count))]
 
 
-def paint(client: httpx.Client, scene: Scene, size: str, seed: int, source: Pixels | None = None) -> Pixels:
-    fields = {"prompt": scene.sentence, "size": size, "seed": seed, "num_inference_steps": STEPS}
+def paint(client: httpx.Client, sentence: str, size: str, seed: int, source: Pixels | None = None) -> Pixels:
+    fields = {"prompt": sentence, "size": size, "seed": seed, "num_inference_steps": STEPS}
     (pixels,) = edit(client, (source,), **fields) if source is not None else generate(client, **fields)
     return pixels
 
@@ -84,11 +99,12 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
     """Requests pictures of one kind and judges them.
 
     Returns:
-        The kind's row of the table.
+        The kind's row of the table. For sentences written by hand, the failed ones follow.
     """
-    size = USUAL_SIZE if kind in (EDITS, OWN_EDITS) else kind
+    size = USUAL_SIZE if kind in (EDITS, OWN_EDITS, BY_HAND) else kind
     width, height = map(int, size.split("x"))
     tasks = make_tasks(kind, count)
+    count = len(tasks)
     times = []
 
     def one(seed: int) -> Pixels:
@@ -96,9 +112,9 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
         source = None
         if before:
             own = kind == OWN_EDITS
-            source = paint(client, before, size, seed) if own else drawn(before, width, height)
+            source = paint(client, before.sentence, size, seed) if own else drawn(before, width, height)
         began = time.perf_counter()
-        painted = paint(client, scene, size, seed, source)
+        painted = paint(client, scene.sentence, size, seed, source)
         times.append(time.perf_counter() - began)
         return painted
 
@@ -107,13 +123,21 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
     with ThreadPoolExecutor(MAX_CONCURRENCY) as pool:
         for first in range(TIMED, count, MAX_CONCURRENCY):
             pictures += pool.map(one, range(first, min(first + MAX_CONCURRENCY, count)))
-    faults = [wrong(one.scene, picture) for one, picture in zip(tasks, pictures, strict=True)]
+    faults = [one.wrong(picture) for one, picture in zip(tasks, pictures, strict=True)]
     if sheets:
         write_sheet(sheets, kind, tasks, pictures, faults)
     missed = Counter(fault for some in faults for fault in some)
     right = [count - missed[mark] for mark in MARKS] + [faults.count(set())]
     shares = " | ".join(f"{100 * number / count:.1f} %" for number in right)
-    return f"| {kind} | {count} | {shares} | {seconds:.1f} |"
+    row = f"| {kind} | {count} | {shares} | {seconds:.1f} |"
+    if kind != BY_HAND:
+        return row
+    failed = [
+        f"{', '.join(sorted(wrongs))}: {one.scene.sentence}"
+        for one, wrongs in zip(tasks, faults, strict=True)
+        if wrongs
+    ]
+    return "\n".join([row, "", *failed])
 
 
 def write_sheet(
@@ -144,10 +168,21 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--url", help="URL of a running server, instead of a configuration")
     parser.add_argument("--sheets", type=Path, help="folder for sheets of the first pictures")
+    parser.add_argument("--by-hand", action="store_true", help="paint only the sentences of sentences.txt")
+    parser.add_argument(
+        "--rewriting",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether the served tokenizer rewrites prompts",
+    )
     options = parser.parse_args()
+    if options.url and not options.rewriting:
+        parser.error("--no-rewriting changes the served checkpoint; remove --url")
     kinds = [*options.size, *([EDITS, OWN_EDITS] if options.edits else [])]
+    if options.by_hand:
+        kinds = [BY_HAND]
     with (
-        server(options.config, options.url) as url,
+        server(options.config, options.url, rewriting=options.rewriting) as url,
         httpx.Client(base_url=url, timeout=600) as client,
     ):
         generate(client, size=USUAL_SIZE)  # loads the model

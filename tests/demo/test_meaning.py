@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from deployments.types import Pixels
+from tests.demo import by_hand
 from tests.demo.conftest import CONFIG, demo_config
 from tests.demo.judge import recognize, wrong
 from tests.job_client import ended, pixels, submit
@@ -52,6 +53,25 @@ SCENES = [
         (Thing("circle", "yellow", "medium", 0.75, 0.75),),
         "a yellow circle in the bottom right corner on a blue background",
     ),
+]
+EXAMPLES = [
+    by_hand.parse(line)
+    for line in (
+        "A small red star above a blue circle on a yellow background"
+        " | small red star above blue circle | yellow",
+        "A red ball next to a blue box | red circle beside blue square",
+        "A green triangle at the top left | green triangle @top-left",
+        "A large purple square on an orange background | large purple square | orange",
+        "A tiny yellow star in the bottom right corner, blue background"
+        " | small yellow star @bottom-right | blue",
+        "Two green squares on a white background | green square and green square | white",
+        "A big white circle on black | large white circle | black",
+        "An orange triangle below a purple circle | orange triangle below purple circle",
+        "A black star on the right, yellow backdrop | black star @right | yellow",
+        "A blue square to the left of a red star | blue square left-of red star",
+        "A small black circle in the middle of a green background | small black circle @middle | green",
+        "A white star above a green square on a purple background | white star above green square | purple",
+    )
 ]
 PLACES = [
     (
@@ -101,6 +121,15 @@ def circle(painted: dict[tuple[Scene, str], Pixels]) -> Pixels:
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.sentence)
 def test_a_sentence_is_painted(painted: dict[tuple[Scene, str], Pixels], scene: Scene) -> None:
     assert wrong(scene, painted[scene, "512x512"]) == set()
+
+
+def test_the_configured_examples_succeed(client: httpx.Client) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["examples"] == [wish.sentence for wish in EXAMPLES]
+    with ThreadPoolExecutor(len(EXAMPLES)) as pool:
+        pictures = pool.map(lambda wish: generate(client, wish.sentence)[0], EXAMPLES)
+    faults = {wish.sentence: by_hand.wrong(wish, one) for wish, one in zip(EXAMPLES, pictures, strict=True)}
+    assert not any(faults.values()), faults
 
 
 @pytest.mark.parametrize(("scene", "size"), PLACES, ids=lambda one: getattr(one, "sentence", one))

@@ -174,6 +174,7 @@ def test_training_resumes_and_ends_with_a_checkpoint(
     monkeypatch.setattr(trainer, "LOG_INTERVAL_S", 0)
     monkeypatch.setattr(samples, "COLUMNS", 1)
     monkeypatch.setattr(reading, "PAINTED", 1)
+    model.write_processor(run)
     for part in (vae, prior, decoder):
         part.train(run)
     learnt = weights_of_the_prior(run)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from training.demo import codebook, decoder, prior, reading, samples, vae
+from training.demo import codebook, decoder, model, prior, reading, samples, vae
 from training.demo.trainer import TrainingRun
 
 PARTS = {
+    "processor": model.write_processor,
     "codebook": codebook.train,
     "vae": vae.train,
     "prior": prior.train,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, GlmImageTransformer2DModel
@@ -19,7 +21,11 @@ from transformers import (
 )
 
 from deployments.families.glm_image import tiny
+from training.demo import words
 from training.demo.scenes import COLOURS, random_edit, random_scene
+
+if TYPE_CHECKING:
+    from training.demo.trainer import TrainingRun
 
 PLAIN = len(COLOURS)
 """Number of plain codes, which are cells of one colour. They come first."""
@@ -48,13 +54,17 @@ def processor() -> GlmImageProcessor:
         trainers.BpeTrainer(vocab_size=len(alphabet) + WORDS, initial_alphabet=alphabet, show_progress=False),
     )
     bpe = json.loads(learnt.to_str())["model"]
-    words = sorted(bpe["vocab"], key=bpe["vocab"].get)
-    tokens = [*tiny.vision_tokens(CODEBOOK), *words]
+    tokens = [*tiny.vision_tokens(CODEBOOK), *sorted(bpe["vocab"], key=bpe["vocab"].get)]
     tokenizer = Tokenizer(
         BPE({token: id_ for id_, token in enumerate(tokens)}, merges=[tuple(pair) for pair in bpe["merges"]])
     )
-    tokenizer.normalizer = learnt.normalizer
+    tokenizer.normalizer = words.normalizer(re.findall("[a-z]+", " ".join(sentences).lower()))
     return tiny.processor(tokenizer, CODEBOOK)
+
+
+def write_processor(run: TrainingRun) -> None:
+    """Writes the processor, which needs no training."""
+    processor().save_pretrained(run.checkpoint / "processor")
 
 
 def prior(processor: GlmImageProcessor) -> GlmImageForConditionalGeneration:

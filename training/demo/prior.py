@@ -142,7 +142,7 @@ def _grid(start: int, rows: int, columns: int) -> torch.Tensor:
 
 
 def train(run: TrainingRun) -> None:
-    """Trains the language model. Writes it with the vision encoder and the processor."""
+    """Trains the language model. Writes it with the vision encoder."""
     torch.manual_seed(run.seed)
     processor = model.processor()
     codes = codebook.Codes(run)
@@ -166,7 +166,6 @@ def train(run: TrainingRun) -> None:
     for table in (trained.get_input_embeddings(), trained.lm_head):
         parametrize.remove_parametrizations(table, "weight")
     trained.half().save_pretrained(run.checkpoint / "vision_language_encoder")
-    processor.save_pretrained(run.checkpoint / "processor")
 
 
 def _loss(

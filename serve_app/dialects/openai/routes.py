@@ -193,6 +193,8 @@ def _describe(generator: Generator, limits: Limits, model: ModelConfig) -> Model
         created=STARTED,
         owned_by="glm-image-server",
         description=model.description,
+        examples=list(model.examples or family.examples),
+        vocabulary=list(model.vocabulary) or None,
         family=model.family,
         identity=model.identity,
         editing=family.max_sources > 0,

@@ -301,6 +301,10 @@ class Model(BaseModel):
     created: int = Field(description="Seconds since 1970.")
     owned_by: str
     description: str | None = Field(default=None, description="A text for people.")
+    examples: list[str] = Field(description="Prompts that show what the model can do.")
+    vocabulary: list[str] | None = Field(
+        default=None, description="The words that it knows, if these are few. Otherwise it is not limited."
+    )
     family: str
     identity: str = Field(
         description="Equal for models that give the same pixels for one request. A job is made by a model "

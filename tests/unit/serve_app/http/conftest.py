@@ -49,11 +49,12 @@ def make_services(
     def services(
         *,
         description: str | None = None,
+        examples: tuple[str, ...] = (),
         storage: dict[str, Any] | None = None,
         lifecycle: Any = None,  # only routes of the status use it
         **config: Any,
     ) -> Services:
-        model = model_config().model_copy(update={"description": description})
+        model = model_config().model_copy(update={"description": description, "examples": examples})
         kept = {"url": str(tmp_path / "files"), "min_free_bytes": 0} | (storage or {})
         defaults = {"models": [model.model_dump()], "auth": {"open": True}, "storage": kept}
         settings = AppConfig.model_validate(defaults | config)

@@ -23,6 +23,7 @@ from PIL import Image
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
+from deployments.families import FAMILIES
 from deployments.types import ImageRequest
 from serve_app import __version__
 from serve_app.background import Periodic
@@ -93,7 +94,8 @@ def test_the_playground_is_compressed_and_cached(make: Make) -> None:
             policy = page.headers["content-security-policy"].split("; ")
             assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'"} < set(policy)
             assert "unsafe" not in page.headers["content-security-policy"]
-            for path in re.findall(r'(?:href|src)="(playground/[^"]*)"', page.text):
+            named = re.findall(r'(?:href|src)="(playground/[^"]*)"', page.text)
+            for path in named + re.findall("<(playground/[^>]*)>; rel=modulepreload", page.headers["link"]):
                 file = await client.get(f"/{path}")
                 assert file.status_code == 200, path
                 again = await client.get(f"/{path}", headers={"If-None-Match": file.headers["etag"]})
@@ -138,6 +140,16 @@ def test_a_models_description_is_listed(make: Make, description: str | None) -> 
             (model,) = (await client.get("/v1/models")).json()["data"]
             assert model["description"] == description
             assert (await client.get("/v1/models/m")).json() == model
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("examples", [(), ("a circle", "a star")])
+def test_a_models_examples_are_listed_or_else_its_familys(make: Make, examples: tuple[str, ...]) -> None:
+    async def main() -> None:
+        async with client_of(make(examples=examples)) as client:
+            (model,) = (await client.get("/v1/models")).json()["data"]
+            assert model["examples"] == list(examples or FAMILIES["glm_image"].examples)
 
     asyncio.run(main())
 
