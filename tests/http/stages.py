@@ -17,7 +17,7 @@ from deployments.config import ModelConfig
 from deployments.errors import LoadingFailed
 from deployments.types import ImageRequest, Pixels, Preview, PriorTokens, Progress
 from serve_app.cluster.lifecycle import Lifecycle
-from serve_app.cluster.status import ModelStatuses
+from serve_app.cluster.status import ModelStatuses, ReplicaReport
 from serve_app.generation.generator import Generator
 from serve_app.generation.unit import Model
 
@@ -107,6 +107,10 @@ class Status:
             }
             for name in self.names
         }
+
+    async def reports(self) -> list[ReplicaReport]:
+        """Returns nothing: there are no replicas."""
+        return []
 
     async def replicas(self, models: list[str]) -> int:
         """Returns 0: an unload has nothing to wait for."""

@@ -1,7 +1,9 @@
-"""Fixtures for tests of the page in Chromium, against a server started as a user starts it."""
+"""Fixtures for tests of the page in Chromium.
+
+The server is one that is started as a user starts it, or one over stand-ins: see `stand_ins`.
+"""
 
 import base64
-import hashlib
 import io
 import os
 import shutil
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,42 +20,47 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Playwright, expect, sync_playwright
 
 from deployments.families.glm_image import tiny
+from tests.http.conftest import Endpoint
+from tests.http.conftest import served as served_by_stand_ins
 from tests.polling import until
 from tests.serve.conftest import SMALL_SIZES, START_TIMEOUT_S, config_file, served, stages, tiny_model
 
 WAIT_MS = 60_000
-SLOW: dict[str, str | int] = {"num_inference_steps": 100, "size": "1024x1024"}
+Z_IMAGE = tiny_model("z-image") | {"family": "z_image", "description": "It paints noise."}
+SLOW: Any = {"num_inference_steps": 100, "size": "1024x1024"}
 """Fields of a request that takes long enough for actions while it runs."""
 expect.set_options(timeout=WAIT_MS)
 
 
 @pytest.fixture(scope="package")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server without keys. Its model `glm-image` is loaded, and its model `z-image` is not."""
+def real_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a server with Ray. Its model `glm-image` is loaded, and its model `z-image` is not."""
     folder = tmp_path_factory.mktemp("playground")
     stay = {"min_replicas": 1}
     # Token by token, so that even this small prior runs long enough for its progress to be seen.
     prior = stay | {"speculation": "off"}
     models = [
         tiny_model("glm-image", checkpoint=str(tiny.cached(SMALL_SIZES)), prior=prior, decoder=stay),
-        tiny_model("z-image") | {"family": "z_image", "description": "It paints noise."},
+        Z_IMAGE,
     ]
     with served(config_file(folder, models)) as running:
         until(lambda: "ready" in (now := stages(running.url)) and "loading" not in now, START_TIMEOUT_S)
         yield running.url
 
 
-KEY = "key-of-the-browser"
+@contextmanager
+def stand_ins(folder: Path, *models: dict[str, Any], **settings: Any) -> Iterator[Endpoint]:
+    """Serves the page over stand-ins for the stages: it starts in a second, and images take less."""
+    offered = list(models) or [tiny_model("glm-image"), Z_IMAGE]
+    with served_by_stand_ins(folder, models=offered, **settings) as server:
+        yield server
 
 
-@pytest.fixture(scope="package")
-def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a server that requires a key, with a model that cannot be loaded."""
-    folder = tmp_path_factory.mktemp("keyed")
-    keys = [{"id": "browser", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]
-    models = [tiny_model("broken", checkpoint=str(folder / "nowhere"))]
-    with served(config_file(folder, models, auth={"api_keys": keys})) as running:
-        yield running.url
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    """URL of a server over stand-ins without keys, which has no jobs yet."""
+    with stand_ins(tmp_path) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="package")
@@ -90,19 +98,34 @@ class Visit:
         self.page.goto(self.url)
         self.page.locator("#generate:enabled").wait_for()
 
-    def fill(self, prompt: str, **fields: str | int) -> None:
+    def fill(self, prompt: str, size: str = "512x512", **fields: str | int) -> None:
         """Fills in the form. The default size is the small square."""
-        self.page.fill("#prompt", prompt)
-        for name, value in {"size": "512x512", **fields}.items():
-            control = self.page.locator(f"#{name}")
+        page = self.page
+        page.fill("#prompt", prompt)
+        self.open_options()
+        offered = page.locator(f'#shape-list [value="{size}"]')
+        (offered if offered.count() else page.locator("[value=custom]")).check()
+        if not offered.count():
+            width, height = size.split("x")
+            page.fill("#width", width)
+            page.fill("#height", height)
+        for name, value in fields.items():
+            control = page.locator(f"[name={name}]")
             if control.evaluate("control => control.tagName") == "SELECT":
                 control.select_option(str(value))
             else:
                 control.fill(str(value))
 
-    def generate(self, prompt: str, **fields: str | int) -> Locator:
+    def open_options(self) -> None:
+        """Shows all fields of the form."""
+        options = self.page.locator("#open-options")
+        if options.is_visible() and options.get_attribute("aria-expanded") == "false":
+            options.click()
+        self.page.evaluate("document.querySelector('#more').open = true")
+
+    def generate(self, prompt: str, size: str = "512x512", **fields: str | int) -> Locator:
         """Submits a request with a prompt that is unique on the page; returns its card."""
-        self.fill(prompt, **fields)
+        self.fill(prompt, size, **fields)
         self.page.click("#generate")
         card = self.card(prompt)
         card.wait_for()

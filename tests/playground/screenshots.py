@@ -15,19 +15,19 @@ from tests.playground.test_looks import SIZES
 from tests.serve.conftest import served
 
 
-def take(visit: Visit, name: Path, *, full_page: bool) -> None:
+def take(visit: Visit, name: Path) -> None:
     """Takes the screenshots of one visit."""
 
     def shot(view: str) -> None:
-        visit.page.screenshot(path=f"{name}-{view}.png", full_page=full_page and view in ("prior", "decoder"))
+        visit.page.screenshot(path=f"{name}-{view}.png")
 
     visit.open()
     shot("empty")
     visit.file(visit.generate("a small red star above a blue circle on a yellow background"))
     card = visit.generate("a green triangle to the left of a purple square", num_inference_steps=30)
-    visit.until(card, lambda words: words.startswith("Prior: 1"))
+    visit.until(card, lambda words: words.startswith("Planning"))
     shot("prior")
-    visit.until(card, lambda words: words.startswith("Painting: step 1"))
+    visit.until(card, lambda words: words.startswith("Painting 1"))
     shot("decoder")
     visit.file(card)
     visit.page.click("#state")
@@ -51,7 +51,7 @@ def main() -> None:
         for size, viewport in SIZES.items():
             for scheme in ("light", "dark"):
                 with visiting(browser, running.url, color_scheme=scheme, viewport=viewport) as visit:
-                    take(visit, folder / f"{size}-{scheme}", full_page=size == "phone")
+                    take(visit, folder / f"{size}-{scheme}")
         browser.close()
 
 

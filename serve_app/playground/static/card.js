@@ -1,294 +1,315 @@
 /** The card of one request: its progress, then its images or its error. */
 
-import { ServerError, ask } from "./api.js";
-import { cancel, fetchJob, filePath, follow, hasEnded, purge, submit } from "./jobs.js";
-import { FIRST_PAUSE_MS, announce, copyOf, duration, find, longer, messageOf, pause } from "./page.js";
-import { update } from "./store.js";
-
-/** @typedef {import("./jobs.js").Job} Job */
-/** @typedef {import("./store.js").Entry} Entry */
-/** @typedef {import("./store.js").Made} Made */
+import {ServerError, ask, isGone} from "./api.js";
+import {cancel, fetchJob, filePath, madeOf, purge, submit} from "./jobs.js";
+import {addActions, announce, copyOf, duration, find, messageOf, onClick, pause} from "./page.js";
+import {update} from "./store.js";
 
 const SECOND_MS = 1000;
+const MAX_PAUSE_MS = 10_000;
+/** Duration after which a run that ends in a hidden page is notified. */
+const LONG_RUN_MS = 20_000;
 /** Status codes after which the same request can succeed later, or with another key. */
 const RETRYABLE = [401, 408, 429];
 
 export class Card {
-  /** @type {Job | null} last known state of the job */
-  #job = null;
-  /** Message about a failure to send, follow or delete the request. */
-  #trouble = "";
-  /** Phase that was announced last. */
-  #phase = "";
-  #isGone = false;
-  #isUnknown = false;
+	element = copyOf("card");
+	/** @type {HTMLElement[]} */
+	#tiles = [];
+	/** @type {Job | null} last known state of the job */
+	#job = null;
+	/** Message about a failure to send, follow or delete the request. */
+	#trouble = "";
+	/** Phase that was announced last. */
+	#phase = "";
+	/** @type {{at: number, steps: number} | undefined} denoising steps of all images that were done at first, and when */
+	#first;
+	/** Estimated time at which the last image is painted. */
+	#ends = 0;
+	#isGone = false;
+	#isUnknown = false;
 
-  /**
-   * @param {Entry} entry
-   * @param {import("./gallery.js").Gallery} gallery gallery that shows the card
-   */
-  constructor(entry, gallery) {
-    this.entry = entry;
-    this.gallery = gallery;
-    this.element = copyOf("card");
-    const count = Number(entry.request.n ?? 1);
-    const images = find(".images", this.element);
-    images.replaceChildren(...Array.from({ length: count }, (_, index) => this.#tile(index)));
-    images.dataset.count = String(count);
-    const prompt = find(".prompt", this.element);
-    prompt.textContent = String(entry.request.prompt);
-    prompt.id = `prompt-${entry.id}`;
-    this.element.setAttribute("aria-labelledby", prompt.id);
-    for (const button of this.element.querySelectorAll(".actions button")) {
-      button.setAttribute("aria-describedby", prompt.id);
-    }
-    find(".cancel", this.element).addEventListener("click", () => this.#cancel());
-    find(".again", this.element).addEventListener("click", () => {
-      const seed = entry.images && { seed: entry.images[0].seed };
-      gallery.form.put({ ...entry.request, ...seed }, entry.sources);
-    });
-    find(".delete", this.element).addEventListener("click", () => this.#delete());
-    this.#show();
-  }
+	/**
+	 * @param {Entry} entry
+	 * @param {Gallery} gallery gallery that shows the card
+	 */
+	constructor(entry, gallery) {
+		this.entry = entry;
+		this.gallery = gallery;
+		const {element} = this;
+		const count = Number(entry.request.n ?? 1);
+		const columns = Math.ceil(Math.sqrt(count));
+		for (let index = 0; index < count; index += 1) this.#addTile(index);
+		find(".images", element).append(...this.#tiles);
+		element.style.setProperty("--columns", String(columns));
+		element.style.setProperty("--rows", String(Math.ceil(count / columns)));
+		this.#setShape(String(entry.size ?? entry.request.size));
+		onClick(".cancel", () => this.#cancel(), element);
+		onClick(".notify", () => Notification.requestPermission().then(() => this.#show()), element);
+		addActions(find(".actions", element), action =>
+			gallery.act(action, this).catch(error => this.#show(messageOf(error))),
+		);
+		const prompt = find(".prompt", element);
+		prompt.id = `prompt-${entry.id}`;
+		element.setAttribute("aria-labelledby", prompt.id);
+		for (const button of element.querySelectorAll(".actions button")) {
+			button.setAttribute("aria-describedby", prompt.id);
+		}
+		this.#show();
+	}
 
-  get #hasEnded() {
-    return this.#isGone || Boolean(this.entry.images ?? this.entry.problem);
-  }
+	/** Gives the images their place before they are loaded. */
+	#setShape(size = "") {
+		const [width, height] = size.split("x").map(Number);
+		this.element.style.setProperty("--ratio", String(width / height || 1));
+	}
 
-  /**
-   * Sends the request to the server, and retries until the server answers.
-   * @returns {Promise<ServerError | null>} error if the server rejects the request
-   */
-  async send() {
-    if (this.#hasEnded) return null;
-    this.#tick();
-    for (let tries = 0, wait = FIRST_PAUSE_MS; !this.entry.job && !this.#isGone; tries += 1) {
-      try {
-        this.#job = await submit(this.entry, { quietly: tries > 0 });
-      } catch (error) {
-        if (error instanceof ServerError && error.status < 500 && !RETRYABLE.includes(error.status)) return error;
-        this.#trouble = `Not sent yet. ${messageOf(error)} The page retries automatically.`;
-        this.#show();
-        await pause(wait);
-        wait = longer(wait);
-        continue;
-      }
-      this.entry.job = this.#job.id;
-      this.#trouble = "";
-      await (this.#isGone ? cancel(this.entry.job) : update(this.entry));
-    }
-    this.#show();
-    return null;
-  }
+	#addTile(index = 0) {
+		const tile = copyOf("tile");
+		find("progress", tile).ariaLabel = `Image ${index + 1}`;
+		onClick(".open", () => this.gallery.viewer.show({card: this, index}), tile);
+		this.#tiles.push(tile);
+	}
 
-  /** Shows the progress until the job has ended. */
-  async follow() {
-    if (this.#hasEnded) return;
-    try {
-      for await (const event of follow(this.entry.job ?? "")) {
-        if (this.#hasEnded) return;
-        this.#trouble = event instanceof Error ? event.message : "";
-        if (!(event instanceof Error)) await this.#handle(event);
-        this.#show();
-      }
-    } catch (error) {
-      if (!(error instanceof ServerError)) throw error;
-      this.#isUnknown = true;
-      this.#trouble = "Request not found. It may have expired, or belong to another API key.";
-      this.#show();
-    }
-  }
+	isPicked(index = 0) {
+		return find("input", this.#tiles[index]).checked;
+	}
 
-  /** Polls the job once, and shows its progress. */
-  async poll() {
-    if (this.#hasEnded) return;
-    const job = await fetchJob(this.entry.job ?? "").catch(() => null); // following it later shows the error
-    if (!job) return;
-    await this.#handle(job);
-    this.#show();
-  }
+	get isRunning() {
+		return !this.#isGone && !this.#isUnknown && !this.entry.images && !this.entry.problem;
+	}
 
-  /**
-   * Ends the request with an error.
-   * @param {string} problem
-   */
-  async fail(problem) {
-    await this.#end({ problem });
-  }
+	/**
+	 * Sends the request to the server, and retries until the server answers.
+	 * @returns {Promise<ServerError | null>} error if the server rejects the request
+	 */
+	async send() {
+		if (this.isRunning) this.#tick();
+		for (let tries = 0; !this.entry.job && this.isRunning; tries += 1) {
+			try {
+				this.#job = await submit(this.entry, tries > 0);
+			} catch (error) {
+				const isFinal = error instanceof ServerError && error.status < 500 && !RETRYABLE.includes(error.status);
+				if (isFinal && (error.own || error.status !== 404)) return error;
+				this.#show(`Not sent yet. ${messageOf(error)} The page retries automatically.`);
+				await pause(Math.min(MAX_PAUSE_MS, 500 * 2 ** tries));
+				continue;
+			}
+			this.entry.job = this.#job.id;
+			await (this.#isGone ? cancel(this.entry.job) : update(this.entry));
+		}
+		return null;
+	}
 
-  /** @param {Job} job */
-  async #handle(job) {
-    this.#job = job;
-    if (this.#hasEnded) return;
-    if (!hasEnded(job)) {
-      const [phase] = this.#phaseAndProgress().split(":");
-      if (phase !== this.#phase) announce(`${phase}: ${this.entry.request.prompt}`);
-      this.#phase = phase;
-      return;
-    }
-    const seconds = (job.ended_at ?? 0) - job.created_at;
-    if (job.status === "succeeded") {
-      const images = job.result?.data.map(({ url, seed, revised_prompt }) => {
-        return { path: filePath(url), seed, prompt: revised_prompt };
-      });
-      await this.#end({ images, size: job.size, seconds });
-    } else {
-      await this.#end({ problem: job.error?.message ?? "Cancelled.", seconds });
-    }
-  }
+	/** Shows the progress until the job has ended. Polls less often the longer it takes. */
+	async follow() {
+		for (let errors = 0; this.isRunning;) {
+			try {
+				await this.#handle(await fetchJob(this.entry.job ?? ""));
+				errors = 0;
+			} catch (error) {
+				errors += 1;
+				this.#isUnknown = isGone(error);
+				const own = error instanceof ServerError && error.own && error.message;
+				const words = this.#isUnknown && "Request not found. It may have expired, or belong to another API key.";
+				this.#show(words || own || "The connection is lost. The server continues the request. Reconnecting…");
+			}
+			const seconds = (Date.now() - this.entry.created) / SECOND_MS;
+			await pause(Math.min(MAX_PAUSE_MS, Math.max(500, Math.min(2000, seconds * 50)) * 2 ** errors));
+		}
+	}
 
-  /** @param {Partial<Entry>} result */
-  async #end(result) {
-    Object.assign(this.entry, result);
-    this.#trouble = "";
-    this.#show();
-    announce(result.problem ?? `Ready: ${this.entry.request.prompt}`);
-    await update(this.entry);
-  }
+	/** @param {Job} job */
+	async #handle(job) {
+		this.#job = job;
+		if (!this.isRunning) return;
+		this.#setShape(job.size);
+		if (job.status === "queued" || job.status === "running") {
+			this.#estimate();
+			const [phase] = this.progress.split(/ [0-9]/);
+			if (phase !== this.#phase) announce(`${phase}: ${this.entry.request.prompt}`);
+			this.#phase = phase;
+			return this.#show("");
+		}
+		const seconds = (job.ended_at ?? 0) - job.created_at;
+		if (job.status !== "succeeded") return this.end({problem: job.error?.message ?? "Cancelled.", seconds});
+		const images = madeOf(job);
+		if (!images.length) return this.#leave();
+		this.entry.request.prompt ??= images[0].prompt;
+		await this.end({images, size: job.size, seconds});
+	}
 
-  async #cancel() {
-    if (!this.entry.job) return this.#leave();
-    try {
-      await this.#handle(await cancel(this.entry.job));
-      this.#show();
-    } catch (error) {
-      this.#showError(error);
-    }
-  }
+	/** Estimates when the images are painted, by the pace of the steps so far. */
+	#estimate() {
+		const painted = this.#job?.images?.filter(({stage}) => stage === "decoder") ?? [];
+		if (!painted.length) return;
+		const steps = painted.reduce((sum, {done = 0}) => sum + done, 0);
+		const all = (painted[0].total ?? 0) * this.#tiles.length;
+		const at = Date.now();
+		this.#first ??= {at, steps};
+		if (steps > this.#first.steps)
+			this.#ends = at + ((at - this.#first.at) / (steps - this.#first.steps)) * (all - steps);
+	}
 
-  async #delete() {
-    const images = this.entry.images?.length === 1 ? "this image" : "these images";
-    if (this.entry.images && !confirm(`Delete ${images} from this page and from the server?`)) return;
-    try {
-      if (this.entry.job) await purge(this.entry.job);
-    } catch (error) {
-      if (!(error instanceof ServerError && error.status === 404)) return this.#showError(error);
-    }
-    await this.#leave();
-  }
+	/**
+	 * Ends the request.
+	 * @param {Partial<Entry>} result
+	 */
+	async end(result) {
+		Object.assign(this.entry, result);
+		this.#show("");
+		const {problem, request, created} = this.entry;
+		announce(problem ?? `Ready: ${request.prompt}`);
+		if (document.hidden && Date.now() - created > LONG_RUN_MS) notify(problem ?? "Ready", String(request.prompt));
+		await update(this.entry);
+	}
 
-  async #leave() {
-    this.#isGone = true;
-    await this.gallery.remove(this);
-  }
+	async #cancel() {
+		if (!this.entry.job) return this.#leave();
+		try {
+			await this.#handle(await cancel(this.entry.job));
+		} catch (error) {
+			this.#show(messageOf(error));
+		}
+	}
 
-  /** @param {unknown} error error of an action of the user */
-  #showError(error) {
-    this.#trouble = messageOf(error);
-    this.#show();
-    announce(this.#trouble);
-  }
+	/** Deletes the request and its images, here and on the server. */
+	async delete() {
+		const {images, job} = this.entry;
+		if (images && !confirm("Delete this request and its images, here and on the server?")) return;
+		try {
+			if (job) await purge(job);
+		} catch (error) {
+			if (!isGone(error)) throw error;
+		}
+		await this.#leave();
+	}
 
-  /** Updates the elapsed time every second. */
-  async #tick() {
-    while (!this.#hasEnded) {
-      this.#show();
-      await pause(SECOND_MS);
-    }
-  }
+	async #leave() {
+		this.#isGone = true;
+		await this.gallery.remove(this);
+	}
 
-  #show() {
-    const { images, problem } = this.entry;
-    const isRunning = !this.#hasEnded && !this.#isUnknown;
-    this.element.dataset.state = images ? "made" : isRunning ? "running" : "failed";
-    find(".words", this.element).textContent = this.#words();
-    find(".trouble", this.element).textContent = this.#trouble;
-    /** @type {HTMLButtonElement} */
-    const cancelling = find(".cancel", this.element);
-    cancelling.hidden = !isRunning;
-    cancelling.disabled = Boolean(this.#job?.cancelling);
-    find(".delete", this.element).hidden = isRunning;
-    find(".images", this.element).hidden = Boolean(problem) || this.#isUnknown;
-    for (const [index, tile] of this.element.querySelectorAll(".tile").entries()) {
-      if (images) this.#showImage(/** @type {HTMLElement} */ (tile), images[index]);
-      else this.#showProgress(/** @type {HTMLElement} */ (tile), index);
-    }
-  }
+	async #tick() {
+		while (this.isRunning) {
+			this.#show();
+			await pause(SECOND_MS);
+		}
+	}
 
-  #words() {
-    const { images, problem, request, size, seconds, created } = this.entry;
-    if (problem) return problem;
-    if (images) {
-      const facts = [request.model, size?.replace("x", "×"), `seed ${images[0].seed}`, `${seconds} s`];
-      return facts.map((fact) => String(fact).replaceAll(" ", "\u00a0")).join(" · ");
-    }
-    if (this.#isUnknown) return "";
-    return `${this.#phaseAndProgress()} · ${duration(Math.max(0, Date.now() - created) / SECOND_MS)}`;
-  }
+	#show(trouble = this.#trouble) {
+		this.#trouble = trouble;
+		const {element, isRunning} = this;
+		const {images, problem, request} = this.entry;
+		element.dataset.state = images ? "made" : isRunning ? "running" : "failed";
+		find(".prompt", element).textContent = String(request.prompt ?? "A request of another browser");
+		find(".words", element).textContent = this.#words();
+		const [alert, cancelling, vary] = [find(".trouble", element), find(".cancel", element), find(".vary", element)];
+		if (alert.textContent !== trouble) alert.textContent = trouble; // screen readers read every change
+		cancelling.hidden = !isRunning;
+		cancelling.disabled = Boolean(this.#job?.cancelling);
+		vary.textContent = images ? "Variation" : "Retry";
+		vary.hidden = find(".remove", element).hidden = isRunning;
+		find(".edit", element).hidden = images?.length !== 1;
+		find(".images", element).hidden = Boolean(problem) || this.#isUnknown;
+		find(".notify", element).hidden = !isRunning || globalThis.Notification?.permission !== "default";
+		this.gallery.showTitle();
+		for (const [index, tile] of this.#tiles.entries()) {
+			if (images) this.#showImage(tile, images[index]);
+			else this.#showProgress(tile, index);
+		}
+	}
 
-  /** @returns {string} phase of the job, and its progress after a colon */
-  #phaseAndProgress() {
-    const job = this.#job;
-    if (!job) return this.entry.job ? "Connecting" : "Sending";
-    if (job.cancelling) return "Cancelling";
-    if (job.waiting_for) return job.waiting_for;
-    const ahead = job.queue_position ?? 0;
-    const loading = this.gallery.server.loading(job.model);
-    if (loading) return `Loading the model, which was not in memory: ${loading}`;
-    if (job.status === "queued" && ahead) return `Queued: ${ahead} ${ahead === 1 ? "request" : "requests"} ahead`;
-    if (job.status === "queued") return "Next in the queue";
-    const image = job.images?.find(({ stage, done, total }) => stage !== "decoder" || done !== total);
-    if (!image) return "Finishing";
-    if (image.stage === "waiting") return "Waiting for a free slot";
-    const part = `${image.done} of ${image.total}`;
-    if (image.stage === "decoder") return `Painting: step ${part}`;
-    return image.done === image.total ? "Waiting for the decoder" : `Prior: ${part} tokens`;
-  }
+	#words() {
+		const {images, problem, request, size, seconds, created} = this.entry;
+		if (problem) return problem;
+		if (images) {
+			const facts = [request.model, size?.replace("x", "×"), `seed ${images[0].seed}`, `${seconds} s`];
+			return [...facts, this.gallery.form.hintOn(request)].filter(Boolean).join(" · ");
+		}
+		if (this.#isUnknown) return "";
+		const {progress} = this;
+		if (progress.endsWith("left")) return progress;
+		return `${progress} · ${duration(Math.max(0, Date.now() - created) / SECOND_MS)}`;
+	}
 
-  /** @param {number} index index of the image */
-  #tile(index) {
-    const tile = copyOf("tile");
-    for (const stage of ["prior", "decoder"]) find(`.${stage}`, tile).ariaLabel = `Image ${index + 1}, ${stage} stage`;
-    find(".open", tile).addEventListener("click", () => {
-      if (this.entry.images) this.gallery.viewer.show(this.entry, this.entry.images[index]);
-    });
-    return tile;
-  }
+	/** Words about the progress. Those before the first digit name the phase. */
+	get progress() {
+		const job = this.#job;
+		if (!job) return this.entry.job ? "Connecting" : "Sending";
+		if (job.cancelling) return "Cancelling";
+		if (job.waiting_for) return job.waiting_for;
+		const ahead = job.queue_position ?? 0;
+		const loading = this.gallery.server.loading(job.model);
+		if (loading) return loading;
+		if (job.status === "queued" && ahead) return `Queued behind ${ahead} ${ahead === 1 ? "request" : "requests"}`;
+		if (job.status === "queued") return "Next in the queue";
+		const images = job.images ?? [];
+		const at = images.findIndex(({stage, done, total}) => stage !== "decoder" || done !== total);
+		if (at < 0) return "Finishing";
+		const {stage, done = 0, total = 0} = images[at];
+		const which = images.length > 1 ? ` (image ${at + 1} of ${images.length})` : "";
+		if (stage === "waiting") return `Waiting for a free place${which}`;
+		if (stage === "prior" && done === total) return `Waiting to be painted${which}`;
+		if (stage === "prior") return `Planning ${Math.floor((100 * done) / total)} %${which}`;
+		const left = (this.#ends - Date.now()) / SECOND_MS;
+		return `Painting ${done} of ${total}${which}${left >= 1 ? `, about ${duration(left)} left` : ""}`;
+	}
 
-  /**
-   * @param {HTMLElement} tile
-   * @param {number} index index of the image
-   */
-  #showProgress(tile, index) {
-    const { stage, done = 0, total } = this.#job?.images?.[index] ?? { stage: "waiting" };
-    const part = done / (total || 1);
-    const parts = { prior: stage === "decoder" ? 1 : part, decoder: stage === "decoder" ? part : 0 };
-    for (const [name, value] of Object.entries(parts)) {
-      /** @type {HTMLProgressElement} */ (find(`.${name}`, tile)).value = value;
-    }
-    tile.style.setProperty("--written", String(parts.prior));
-    const preview = this.#job?.previews?.filter(({ image }) => image === index).at(-1);
-    if (!preview) return;
-    const image = /** @type {HTMLImageElement} */ (find("img", tile));
-    const path = filePath(preview.url);
-    if (image.getAttribute("src") !== path) image.src = path;
-    image.alt = `Preview ${preview.index + 1}`;
-    image.hidden = false;
-  }
+	/** @param {HTMLElement} tile */
+	#showProgress(tile, index = 0) {
+		const {stage, done = 0, total} = this.#job?.images?.[index] ?? {stage: "waiting"};
+		const part = done / (total || 1);
+		const isPainting = stage === "decoder";
+		find("progress", tile).value = (Number(isPainting) + part) / 2;
+		tile.style.setProperty("--written", String(isPainting ? 1 : part));
+		const preview = this.#job?.previews?.filter(({image}) => image === index).at(-1);
+		if (preview) showPicture(tile, filePath(preview.url), `Preview ${preview.index + 1}`);
+	}
 
-  /**
-   * @param {HTMLElement} tile
-   * @param {Made} made
-   */
-  #showImage(tile, made) {
-    const image = /** @type {HTMLImageElement} */ (find("img", tile));
-    if (image.getAttribute("src") === made.path) return;
-    const [open, note] = [find(".open", tile), find(".note", tile)];
-    image.addEventListener("error", async () => {
-      image.hidden = open.hidden = true;
-      note.textContent = "The image could not be loaded. Reload the page to retry.";
-      const isGone = await ask(made.path, { method: "HEAD" }).then(
-        () => false,
-        (error) => error instanceof ServerError && error.status === 404,
-      );
-      if (isGone) note.textContent = "The server has deleted this image. Use “Again” to generate it once more.";
-    });
-    image.loading = "lazy";
-    image.src = made.path;
-    image.alt = made.prompt;
-    image.hidden = false;
-    find(".bars", tile).hidden = true;
-    open.ariaLabel = `Open: ${made.prompt}, seed ${made.seed}`;
-    open.hidden = false;
-  }
+	/**
+	 * @param {HTMLElement} tile
+	 * @param {Made} made
+	 */
+	#showImage(tile, {path, prompt, seed}) {
+		const image = showPicture(tile, path, prompt);
+		if (!image) return;
+		const [open, pick, note] = [find(".open", tile), find("input", tile), find(".note", tile)];
+		image.onerror = async () => {
+			image.hidden = open.hidden = pick.hidden = true;
+			note.textContent = "The image could not be loaded. The page retries automatically.";
+			await pause(MAX_PAUSE_MS / 2);
+			const isLost = await ask(path, {headers: {Range: "bytes=0-0"}}).then(() => false, isGone);
+			if (isLost) note.textContent = "The server has deleted this image. “Reuse settings” can generate it once more.";
+			else Object.assign(image, {loading: "eager", src: path}); // a hidden image is loaded, too
+		};
+		image.onload = () => {
+			image.hidden = open.hidden = pick.hidden = false;
+			note.textContent = "";
+		};
+		find("progress", tile).hidden = true;
+		open.ariaLabel = `Open: ${prompt}, seed ${seed}`;
+		pick.ariaLabel = `Select: ${prompt}, seed ${seed}`;
+		open.hidden = pick.hidden = false;
+	}
+}
+
+/**
+ * Returns the image that shows a picture from now on, if it did not before.
+ * @param {HTMLElement} tile
+ */
+function showPicture(tile, path = "", alt = "") {
+	const image = find("img", tile);
+	if (image.getAttribute("src") === path) return undefined;
+	return Object.assign(image, {src: path, alt, hidden: false});
+}
+
+/** Shows a notification, if the user has allowed it. */
+function notify(title = "", body = "") {
+	if (globalThis.Notification?.permission !== "granted") return;
+	try {
+		new Notification(title, {body, icon: "playground/icon.svg"}).onclick = () => focus();
+	} catch {
+		// Some phones allow notifications to service workers only.
+	}
 }

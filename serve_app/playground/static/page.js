@@ -2,67 +2,60 @@
 
 /**
  * Returns the first element that matches a selector, and throws if there is none.
- * @template {HTMLElement} [T=HTMLElement]
- * @param {string} selector
- * @param {ParentNode} root
- * @returns {T}
+ * @type {Find}
  */
-export function find(selector, root = document) {
-  const found = root.querySelector(selector);
-  if (!found) throw new Error(`No element matches ${selector}.`);
-  return /** @type {T} */ (found);
+export const find = (/** @type {string} */ selector, /** @type {ParentNode} */ root = document) => {
+	const found = root.querySelector(selector);
+	if (!found) throw new Error(`No element matches ${selector}.`);
+	return /** @type {any} */ (found);
+};
+
+/** @type {(selector: string, action: () => unknown, root?: ParentNode) => void} */
+export function onClick(selector, action, root) {
+	find(selector, root).addEventListener("click", () => action());
 }
 
 /**
- * Returns a copy of a template's element.
- * @param {string} id
- * @returns {HTMLElement}
+ * Adds the buttons that cards and the viewer share.
+ * @type {(root: Element, act: (action: string) => unknown) => void}
  */
-export function copyOf(id) {
-  const template = /** @type {HTMLTemplateElement} */ (find(`template#${id}`));
-  return /** @type {HTMLElement} */ (template.content.firstElementChild?.cloneNode(true));
+export function addActions(root, act) {
+	const buttons = [...copyOf("actions").children];
+	for (const button of buttons) button.addEventListener("click", () => act(button.className));
+	root.append(...buttons);
 }
 
-/**
- * Announces a message to screen readers.
- * @param {string} words
- */
-export function announce(words) {
-  find("#announcements").textContent = words;
+/** Returns a copy of a template's element. */
+export function copyOf(id = "") {
+	const template = /** @type {HTMLTemplateElement} */ (find(`template#${id}`));
+	return /** @type {HTMLElement} */ (template.content.firstElementChild?.cloneNode(true));
 }
 
-/**
- * @param {number} seconds
- * @returns {string} duration in minutes and seconds
- */
-export function duration(seconds) {
-  const minutes = Math.floor(seconds / 60);
-  return minutes ? `${minutes} min ${Math.floor(seconds % 60)} s` : `${Math.floor(seconds)} s`;
+export function announce(words = "") {
+	find("#announcements").textContent = words;
 }
 
-/**
- * @param {number} milliseconds
- * @returns {Promise<void>}
- */
-export function pause(milliseconds) {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+export function duration(seconds = 0) {
+	const minutes = Math.floor(seconds / 60);
+	return `${minutes ? `${minutes} min ` : ""}${Math.floor(seconds % 60)} s`;
 }
 
-/** Pause before the first retry. */
-export const FIRST_PAUSE_MS = 500;
-
-/**
- * @param {number} milliseconds last pause
- * @returns {number} next pause, at most ten seconds
- */
-export function longer(milliseconds) {
-  return Math.min(milliseconds * 2, 10_000);
+/** @returns {Promise<void>} */
+export function pause(milliseconds = 0) {
+	return new Promise(resolve => setTimeout(resolve, milliseconds));
 }
 
-/**
- * @param {unknown} error
- * @returns {string}
- */
+/** @param {unknown} error */
 export function messageOf(error) {
-  return error instanceof Error ? error.message : String(error);
+	return error instanceof Error ? error.message : String(error);
+}
+
+/**
+ * Saves a file on the user's machine.
+ * @param {Blob} file
+ */
+export function save(file, name = "") {
+	const link = Object.assign(document.createElement("a"), {href: URL.createObjectURL(file), download: name});
+	link.click();
+	setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // once the browser has read it
 }
