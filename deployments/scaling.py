@@ -41,7 +41,8 @@ ScalingOrder = tuple[bool, float]
 `time.time`, or 0 if there was none. It is a bare tuple, since Serve's controller may lack our classes."""
 Report = dict[str, Any]
 """State of a replica. `state` is `loading` with its `progress` (0 to 1), `failed` with its `reason`, or
-`ready` with its `done`: tokens generated or denoising steps made, including those of unfinished images."""
+`ready` with its `done`: tokens generated or denoising steps made, including those of unfinished images.
+`device` and `memory` are the last result of `measure_memory`, once there is one."""
 
 
 class DemandRegistry:

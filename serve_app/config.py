@@ -97,6 +97,9 @@ class Limits(Config):
     )
 
 
+Role = Literal["user", "operator"]
+
+
 class APIKey(Config):
     """An API key: its SHA-256, or an environment variable that holds it."""
 
@@ -110,6 +113,11 @@ class APIKey(Config):
         default=None,
         min_length=1,
         description="Environment variable that holds the key; an alternative to `sha256`.",
+    )
+    role: Role = Field(
+        default="user",
+        description="`user` or `operator`. An operator may also unload models, see the activity of all keys, "
+        "and cancel their jobs.",
     )
 
     @model_validator(mode="after")

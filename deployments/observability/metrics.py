@@ -109,25 +109,32 @@ RUNNING = Gauge(
 )
 MEMORY = Gauge(
     "memory_bytes",
-    "Memory of a replica, by `kind`. On a GPU: `allocated` and `reserved` by PyTorch, and `free` on the "
-    "device. On a CPU: `resident` memory of the process.",
+    "Memory of a replica, by `kind`. On a GPU: `allocated` and `reserved` by PyTorch, and `free` and `total` "
+    "of the device. On a CPU: `resident` memory of the process.",
     "kind",
 )
 
 
-def measure_memory(device: str) -> None:
+def measure_memory(device: str) -> dict[str, Any]:
     """Sets the gauge of this process's memory.
 
     Args:
         device: device of the stage, `cuda` or `cpu`.
+
+    Returns:
+        The `device`, which is the name of the GPU or `CPU`, and its `memory`: bytes by `kind`. Empty while a
+        stage on a GPU has not begun to load.
     """
     if device == "cuda":
         # It is not imported here: while the engine's thread imports it, the replica's reports would wait.
         cuda = getattr(sys.modules.get("torch"), "cuda", None)
         if cuda is None or not cuda.is_initialized():
-            return
-        MEMORY.set(cuda.memory_allocated(), kind="allocated")
-        MEMORY.set(cuda.memory_reserved(), kind="reserved")
-        MEMORY.set(cuda.mem_get_info()[0], kind="free")
+            return {}
+        name = cuda.get_device_name()
+        memory = {"allocated": cuda.memory_allocated(), "reserved": cuda.memory_reserved()}
+        memory["free"], memory["total"] = cuda.mem_get_info()
     else:
-        MEMORY.set(psutil.Process().memory_info().rss, kind="resident")
+        name, memory = "CPU", {"resident": psutil.Process().memory_info().rss}
+    for kind, size in memory.items():
+        MEMORY.set(size, kind=kind)
+    return {"device": name, "memory": memory}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from deployments.config import StageConfig
+    from deployments.scaling import Report
     from deployments.stages.calls import Call
     from deployments.types import Event, StageRequest
 
@@ -149,14 +150,14 @@ class Stage(Generic[Engine]):
             cancelled=outcome == "cancelled",
         )
 
-    def _measure(self) -> None:
-        """Updates the replica's metrics. Called every few seconds, by the reporter's thread."""
+    def _measure(self) -> Report:
+        """Updates the metrics; returns the replica's memory. The reporter's thread calls it repeatedly."""
         metrics.RUNNING.set(self._running)
-        metrics.measure_memory(self._device)
         if engine := self.loader.loaded:
             for unit, done in engine.work.items():
                 metrics.WORK.add(done - self._counted.get(unit, 0), unit=unit)
                 self._counted[unit] = done
+        return metrics.measure_memory(self._device)
 
     def __del__(self) -> None:
         """Cleans up. Serve calls this when it stops the replica."""

@@ -30,12 +30,14 @@ class Reporter:
     """Reports the state of this process's Serve replica to the demand registry, until it leaves.
 
     Attributes:
-        measure: called by the thread after every report, at least every few seconds.
+        measure: called by the thread after every report, at least every few seconds. The next report contains
+            its result.
         thread: the thread.
     """
 
     def __init__(self) -> None:
-        self.measure: Callable[[], None] = lambda: None
+        self.measure: Callable[[], Report] = dict
+        self._measured: Report = {}
         context = serve.get_replica_context()
         self._app_name = context.app_name
         self._id = (context.deployment, context.replica_tag)
@@ -78,7 +80,7 @@ class Reporter:
             self._changed.wait(RENEWAL_S)
             self._changed.clear()
             is_last = self._is_leaving  # read before the report, so that the last one removes the replica
-            for action in (self._send, self.measure):
+            for action in (self._send, self._measure):
                 try:
                     action()
                 except Exception:
@@ -86,10 +88,15 @@ class Reporter:
                     logger.exception("the replica's state could not be reported; retrying", extra=FAULT)
             time.sleep(MIN_REPORT_INTERVAL_S)
 
+    def _measure(self) -> None:
+        self._measured = self.measure()
+
     def _send(self) -> None:
+        state = self._state()
+        report = state and state | self._measured
         try:
             self._registry = self._registry or find_registry(self._app_name)
             if self._registry:
-                ray.get(self._registry.report.remote(*self._id, self._state()), timeout=ANSWER_S)
+                ray.get(self._registry.report.remote(*self._id, report), timeout=ANSWER_S)
         except RayError:  # the registry does not answer; if it has died, the ingress creates a new one
             self._registry = None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from serve_app.cluster.actors import ActorClient
     from serve_app.cluster.fleet import FleetClient
-    from serve_app.cluster.status import ModelStatuses, StageStatus, StatusReader
+    from serve_app.cluster.status import ModelStatuses, ReplicaReport, StageStatus, StatusReader
     from serve_app.generation.generator import Generator
 
 UNLOAD_TIMEOUT_S = 60
@@ -121,6 +121,12 @@ class Lifecycle:
             model: {stage: now(model, stage, status) for stage, status in stages.items()}
             for model, stages in (await self._status.read(fresh=fresh)).items()
         }
+
+    async def reports(self) -> list[ReplicaReport]:
+        """Returns the reports of the replicas; none while the registry does not answer."""
+        with suppress(RayError, TimeoutError):
+            return await self._status.reports()
+        return []
 
     async def unload(self, models: Collection[str], *, wait_s: float, force: bool) -> None:
         """Unloads models; returns when their replicas have stopped.

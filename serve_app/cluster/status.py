@@ -6,7 +6,7 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, cast
 
 from ray import serve
 from ray.exceptions import RayError
@@ -49,6 +49,14 @@ ModelStatuses = dict[str, dict[str, StageStatus]]
 """States by model, then by stage (`prior`, `decoder`)."""
 HELPER = "helper"
 """Name of the only stage of the safety checker, and of the prompt expander."""
+
+
+class ReplicaReport(NamedTuple):
+    """The last report of a replica: see `deployments.scaling.Report`."""
+
+    model: str
+    stage: str
+    report: Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +132,21 @@ class StatusReader:
         finally:
             self._reading = None
 
+    async def reports(self) -> list[ReplicaReport]:
+        """Returns the last report of each replica of the last ten seconds.
+
+        Raises:
+            RayError: the registry has died.
+            TimeoutError: it does not answer.
+        """
+        reports: dict[str, list[Report]] = await self._registry.ask("reports")
+        return [
+            ReplicaReport(model, stage, report)
+            for model, stages in self._deployments.items()
+            for stage, one in stages.items()
+            for report in reports.get(one.name, [])
+        ]
+
     async def replicas(self, models: Iterable[str]) -> int:
         """Returns the number of replicas of these models in any state. Unknown deployments count as one."""
         overviews = await self._overviews()
@@ -161,9 +184,9 @@ class StatusReader:
                 status["done"] = sum(report.get("done", 0) for report in reports)
             return status
         if running:
-            return cast("StageStatus", reported.get("loading") or reported["failed"])
+            return _unready(reported.get("loading") or reported["failed"])
         if starting:
-            return cast("StageStatus", reported["loading"])
+            return _unready(reported["loading"])
         if "STOPPING" in replicas:
             return {"state": "unloading"}
         if overview.status == "UNHEALTHY" or overview.status == "DEPLOY_FAILED":
@@ -176,3 +199,9 @@ class StatusReader:
         if stage.num_gpus and silent_s > PROCESS_START_S:
             return {"state": "loading", "reason": f"waiting for {self._awaited}"}
         return {"state": "loading"}
+
+
+def _unready(report: Report) -> StageStatus:
+    """Returns the state of a replica that is loading or has failed."""
+    status = {name: value for name, value in report.items() if name in ("state", "progress", "reason")}
+    return cast("StageStatus", status)

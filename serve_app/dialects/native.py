@@ -8,13 +8,15 @@ import re
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app import __version__
 from serve_app.cluster.status import HELPER, ModelStatuses, StageStatus
+from serve_app.config import Role
 from serve_app.dialects.openai.schemas import errors
 from serve_app.errors import NotFound, stopping
+from serve_app.http.auth import require_operator
 from serve_app.http.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ class UnitStatus(BaseModel):
 class Status(BaseModel):
     """Activity of the server."""
 
+    role: Role = Field(description="Role of the key that asks. Without a key it is `operator`.")
     status: Literal["idle", "loading", "generating"]
     queue_length: int = Field(description="Images that wait for a stage.")
     jobs_queued: int = Field(
@@ -121,7 +124,7 @@ def router(services: Services) -> APIRouter:
     return routes
 
 
-def _by_kind(services: Services, statuses: ModelStatuses) -> dict[str, Any]:
+def by_kind(services: Services, statuses: ModelStatuses) -> dict[str, Any]:
     """Returns states in the form of `Loaded`."""
     models = {model.name for model in services.generator.models()}
     helpers = {
@@ -134,7 +137,7 @@ def _add_health(routes: APIRouter, services: Services) -> None:
     @routes.get("/health", response_model_exclude_none=True)
     async def health() -> Health:
         """Returns whether the server works, and which models are loaded. Loads no model."""
-        kinds = _by_kind(services, await services.lifecycle.statuses())
+        kinds = by_kind(services, await services.lifecycle.statuses())
         loaded = any(
             all(status["state"] in ("ready", "generating") for status in stages.values())
             for stages in kinds["models"].values()
@@ -170,7 +173,7 @@ def _add_status(routes: APIRouter, services: Services) -> None:
     generator = services.generator
 
     @routes.get("/v1/internal/status", response_model_exclude_none=True)
-    async def status() -> Status:
+    async def status(request: Request) -> Status:
         """Returns whether the server is idle, loading or generating, and the progress of each image."""
         units = generator.units
         running = [unit for unit in units if unit.progress]
@@ -181,6 +184,7 @@ def _add_status(routes: APIRouter, services: Services) -> None:
         if not running and any(stage["state"] == "loading" for stage in stages):
             doing = "loading"
         return Status(
+            role="operator" if request.state.is_operator else "user",
             status=doing,
             queue_length=len(units) - len(running),
             jobs_queued=services.gauges.jobs_queued,
@@ -195,16 +199,20 @@ def _add_unload(routes: APIRouter, services: Services) -> None:
     @routes.api_route(
         "/v1/internal/unload",
         methods=["GET", "POST"],
+        dependencies=[Depends(require_operator)],
         response_model_exclude_none=True,
         responses=errors(400, 403, 404, 409, 503),
     )
     async def unload(query: Annotated[UnloadQuery, Query()]) -> Unloaded:
-        """Frees the GPUs now. The next request loads again. A second call does nothing."""
+        """Frees the GPUs now. The next request loads again. A second call does nothing.
+
+        Needs a key with the role `operator`.
+        """
         names = [services.generator.model(query.model).name] if query.model else lifecycle.names
         wait_s = services.config.limits.deadline_s if query.wait else 0
         await lifecycle.unload(names, wait_s=wait_s, force=query.force)
         statuses = await lifecycle.statuses(fresh=True)
-        return Unloaded(**_by_kind(services, {name: statuses[name] for name in names}))
+        return Unloaded(**by_kind(services, {name: statuses[name] for name in names}))
 
 
 def _add_files(routes: APIRouter, services: Services) -> None:

@@ -91,6 +91,7 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
         telemetry.Requests,
         api_of=lambda scope: dialect_of(scope, dialects).name,
         disconnects=(ClientDisconnect, OSError),
+        recent=services.recent,
     )
     return app
 

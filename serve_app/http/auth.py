@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 
 import jwt
 import yaml
+from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from pydantic import TypeAdapter, ValidationError
 
 from serve_app.config import APIKey
-from serve_app.errors import RequestError
+from serve_app.errors import Refused, RequestError
 from serve_app.http.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from serve_app.config import AuthConfig
 
 OPEN_PATHS = re.compile(
-    r"/(|playground/[^/]*|health|version|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json"
+    r"/(|operator|playground/[^/]*|health|version|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json"
     r"|files/[^/]*|storage/upload/[^/]*\.upload)"
 )
 """Paths that need no key. The playground asks for the key itself. Names of files cannot be guessed, and may
@@ -60,6 +61,7 @@ class Keys:
         self._config = config
         self._digests: dict[str, bytes] = {}
         self._signers: dict[str, list[tuple[str, str]]] = {}
+        self._operators: frozenset[str] = frozenset()
         self._read()
 
     async def reload(self) -> None:
@@ -74,7 +76,8 @@ class Keys:
     def _read(self) -> None:
         digests: dict[str, bytes] = {}
         signers: dict[str, list[tuple[str, str]]] = {}
-        for key in (*self._config.api_keys, *keys_in(self._config.keys_file)):
+        keys = (*self._config.api_keys, *keys_in(self._config.keys_file))
+        for key in keys:
             if key.id in digests:
                 raise ValueError(f"two API keys have the id {key.id}")
             if key.secret_env is None:
@@ -85,7 +88,12 @@ class Keys:
                     signers.setdefault(match[1], []).append((key.id, match[2]))
             else:
                 raise ValueError(f"API key {key.id}: the environment variable {key.secret_env} is not set")
-        self._digests, self._signers = digests, signers
+        operators = frozenset(key.id for key in keys if key.role == "operator")
+        self._digests, self._signers, self._operators = digests, signers, operators
+
+    def is_operator(self, key_id: str) -> bool:
+        """Returns whether the key of this id has the role `operator`."""
+        return key_id in self._operators
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
         """Returns the id of a request's key.
@@ -138,7 +146,8 @@ class Keys:
 class Authentication:
     """Middleware that rejects requests without a valid key before their body is read, except to `OPEN_PATHS`.
 
-    The key's id is in `request.state.key_id`. It is empty without a valid key.
+    The key's id is in `request.state.key_id`. It is empty without a valid key. `request.state.is_operator`
+    says whether the request is an operator's. Without a key, it is one if requests need none.
 
     Args:
         app: the application behind it.
@@ -166,16 +175,31 @@ class Authentication:
             await self._app(scope, receive, send)
             return
         state, key_id = scope.setdefault("state", {}), ""
+        state |= {"key_id": "", "is_operator": False}
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
             key_id = self._keys.identify(scope["headers"])
         except RequestError as refusal:
             if not (self._open_to_all or OPEN_PATHS.fullmatch(path)):
-                state["key_id"] = ""
                 await self._respond(scope, refusal)(scope, receive, send)
                 return
-        state["key_id"] = key_id
+        is_operator = self._keys.is_operator(key_id) if key_id else self._open_to_all
+        state |= {"key_id": key_id, "is_operator": is_operator}
         await self._app(scope, receive, send)
+
+
+def require_operator(request: Request) -> None:
+    """Rejects a request that is not an operator's.
+
+    Raises:
+        Refused: it is a user's.
+    """
+    if not request.state.is_operator:
+        raise Refused(
+            "This needs a key with the role `operator`, and the role of this key is `user`. Roles are set in "
+            "the server's configuration: `auth.api_keys[].role`.",
+            code="operator_required",
+        )
 
 
 def keys_in(file: str | None) -> tuple[APIKey, ...]:

@@ -14,6 +14,7 @@ from serve_app.jobs.signing import Signer
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.submission import Submitter
 from serve_app.observability.gauges import Gauges
+from serve_app.observability.recent import Recent
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -44,6 +45,7 @@ class Services:
         signer: signs webhooks and upload URLs.
         outbound: opens connections for users.
         gauges: sets the gauges.
+        recent: has the last errors, and the work of requests.
         background: runs periodic tasks.
     """
 
@@ -60,6 +62,7 @@ class Services:
     signer: Signer
     outbound: Outbound
     gauges: Gauges
+    recent: Recent
     background: Background
 
     @classmethod
@@ -90,6 +93,7 @@ class Services:
             signer=signer,
             outbound=outbound,
             gauges=Gauges(generator, jobs, files),
+            recent=Recent(),
             background=background,
         )
 

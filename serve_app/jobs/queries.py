@@ -131,15 +131,15 @@ def owned_by(owner: Owner) -> ColumnElement[bool]:
     return and_(Job.key_id == owner.key_id, Job.api == owner.api)
 
 
-def belongs_to(job_id: str, owner: Owner) -> ColumnElement[bool]:
-    """Returns the condition for the job of this id, if it is this owner's.
+def belongs_to(job_id: str, owner: Owner | None) -> ColumnElement[bool]:
+    """Returns the condition for the job of this id, if it is this owner's, or whoever's if `owner` is None.
 
     Raises:
         NotFound: it is not a valid id. PostgreSQL rejects some strings.
     """
     if not ID.fullmatch(job_id):
         raise no_job()
-    return and_(Job.id == job_id, owned_by(owner))
+    return and_(Job.id == job_id, owned_by(owner)) if owner else Job.id == job_id
 
 
 def no_job() -> NotFound:

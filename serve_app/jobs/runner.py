@@ -113,11 +113,11 @@ class JobRunner:
             await self._store.release(self._worker)
         self._store.stop_watching()
 
-    async def cancel(self, owner: Owner, job_id: str) -> Job:
+    async def cancel(self, owner: Owner | None, job_id: str) -> Job:
         """Cancels a job; see `JobStore.cancel`. One that runs here stops within a pass or a step."""
         return await to_its_end(self._cancel(owner, job_id))
 
-    async def _cancel(self, owner: Owner, job_id: str) -> Job:
+    async def _cancel(self, owner: Owner | None, job_id: str) -> Job:
         job, has_ended = await self._store.cancel(owner, job_id)
         if has_ended:
             report_end(job, job.state)

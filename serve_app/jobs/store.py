@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from serve_app.generation.delivery import ImageRecord
     from serve_app.jobs.database import Database
     from serve_app.jobs.records import LogLine, StoredPreview, StoredProgress
-    from serve_app.jobs.tables import Owner, State
+    from serve_app.jobs.tables import Owner, Priority, State
 
 logger = logging.getLogger("ray.serve")
 
@@ -271,8 +271,12 @@ class JobStore:
                 return
             newest_first = newest_first.where(Job.seq < seqs[-1])
 
-    async def cancel(self, owner: Owner, job_id: str) -> tuple[Job, bool]:
+    async def cancel(self, owner: Owner | None, job_id: str) -> tuple[Job, bool]:
         """Cancels a job: a queued one at once, a running one when its runner learns of it.
+
+        Args:
+            owner: its owner; None for an operator, who may cancel any job.
+            job_id: its id.
 
         Returns:
             The job, and whether this call has ended it.
@@ -300,6 +304,35 @@ class JobStore:
         cancelled = await self._database.write(call)
         self._notify(job_id)
         return cancelled
+
+    async def prioritize(self, job_id: str, priority: Priority) -> Job:
+        """Changes the priority of a queued job, whoever's it is. It gets the turn of a new job there.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: the job is not queued.
+        """
+
+        def call(session: Session) -> Job:
+            self._database.one_at_a_time(session)
+            which = belongs_to(job_id, None)
+            session.scalar(select(Job.seq).where(which).with_for_update())
+            job = first_job(session, which)
+            if job is None:
+                raise no_job()
+            if job.state != "queued":
+                raise Conflict(f"The job is {job.state}, and not queued any more.", code="job_is_not_queued")
+            if job.priority != priority:
+                with session.no_autoflush:  # the job does not count among those before it
+                    job.priority = priority
+                    job.turn = turn_of(session, job)
+                job.version += 1
+                session.flush()
+            return one_job(session, which)
+
+        changed = await self._database.write(call)
+        self._notify(job_id)
+        return changed
 
     async def purge(self, owner: Owner, job_id: str) -> Job:
         """Deletes an ended job; returns it. Its webhook is not called any more.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from serve_app.generation.request import ResolvedRequest
     from serve_app.jobs.records import StoredError
     from serve_app.jobs.tables import Job
+    from serve_app.observability.recent import Recent
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,8 +34,8 @@ DESCRIPTION = ("model", "size", "n", "steps")
 """Facts of a request that the log may hold."""
 PROBES = ("/health", "/version", "/livez", "/readyz", "/v1/internal/status")
 """Routes that are polled every few seconds. Their lines have level DEBUG."""
-PLAYGROUND = re.compile(r"(/|/playground/.*)?", re.DOTALL)
-"""Paths of the playground's page, its files and the redirect to it.
+PLAYGROUND = re.compile(r"(/|/operator|/playground/.*)?", re.DOTALL)
+"""Paths of the playground's pages, their files and the redirect to it.
 
 Their lines have level DEBUG, except for errors.
 """
@@ -129,6 +130,15 @@ def _outcome(status: int, facts: Mapping[str, Any]) -> str:
     return "refused" if status >= 400 else "succeeded"
 
 
+def _header(scope: Scope, name: bytes) -> str:
+    value: bytes = dict(scope["headers"]).get(name, b"")
+    return value.decode("latin-1")
+
+
+def _request_id(scope: Scope) -> str:
+    return _header(scope, b"x-request-id")[:MAX_ID_CHARS]
+
+
 def _trace_id() -> dict[str, str]:
     """Returns the field that links a line to its trace, if there is one."""
     traceparent = tracing.traceparent()
@@ -146,14 +156,20 @@ class Requests:
         app: the application behind it.
         api_of: returns the name of a path's dialect.
         disconnects: errors that the application raises because its client has disconnected.
+        recent: keeps errors and work for the operator.
     """
 
     def __init__(
-        self, app: ASGIApp, api_of: Callable[[Scope], str], disconnects: tuple[type[Exception], ...]
+        self,
+        app: ASGIApp,
+        api_of: Callable[[Scope], str],
+        disconnects: tuple[type[Exception], ...],
+        recent: Recent,
     ) -> None:
         self._app = app
         self._api_of = api_of
         self._disconnects = disconnects
+        self._recent = recent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, and reports how it ended."""
@@ -165,12 +181,11 @@ class Requests:
         if is_page or path in PROBES:
             await self._answer(scope, receive, send, is_page=is_page)
         else:
-            headers = dict(scope["headers"])
             with tracing.span(
                 scope["method"],
                 kind="server",
-                parent=headers.get(b"traceparent", b"").decode("latin-1"),
-                request_id=headers.get(b"x-request-id", b"").decode("latin-1")[:MAX_ID_CHARS],
+                parent=_header(scope, b"traceparent"),
+                request_id=_request_id(scope),
             ):
                 await self._answer(scope, receive, send, is_page=False)
 
@@ -228,7 +243,8 @@ class Requests:
         """Counts a request that has ended, writes its line and completes its span."""
         method, route = scope["method"], getattr(scope.get("route"), "path", "no route")
         api = self._api_of(scope)
-        facts.pop("error_status", None)
+        error_status = facts.pop("error_status", status)
+        state = scope.get("state", {})
         facts |= {
             "event": "request",
             "api": api,
@@ -237,7 +253,7 @@ class Requests:
             "status": status,
             "outcome": outcome,
             "seconds": round(seconds, 3),
-            "key_id": scope.get("state", {}).get("key_id", ""),
+            "key_id": state.get("key_id", ""),
         }
         level = LEVELS.get(outcome, logging.INFO)
         if is_quiet or (status < 400 and route in PROBES):
@@ -247,8 +263,12 @@ class Requests:
             metrics.REQUESTS.add(api=api, route=route, model=model, outcome=outcome)
             if "steps" in facts and "job" not in facts:  # it was accepted, and waited for its images
                 metrics.REQUEST_SECONDS.observe(seconds, api=api, outcome=outcome)
+                if outcome == "succeeded":
+                    self._recent.note_work(facts)
             if outcome != "cancelled" and (code := facts.get("error")):
                 metrics.ERRORS.add(code=code)
+                if facts["key_id"] or state.get("is_operator") or error_status >= 500:
+                    self._recent.note_error(facts, _request_id(scope), error_status)
         answer = status or "unanswered"
         extra = facts | _trace_id()
         logger.log(level, "%s %s %s in %.3f s", method, route, answer, seconds, extra=extra)

@@ -181,8 +181,8 @@ def served(
 
 
 def keys() -> dict[str, Any]:
-    """Returns the setting `auth` for both keys: one by its hash, one by an environment variable."""
-    by_hash = {"id": "by-hash", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}
+    """Returns the setting `auth` for both keys: an operator's by its hash, a user's by a variable."""
+    by_hash = {"id": "by-hash", "sha256": hashlib.sha256(KEY.encode()).hexdigest(), "role": "operator"}
     return {"api_keys": [by_hash, {"id": "by-variable", "secret_env": "OTHER_KEY"}]}
 
 

@@ -13,7 +13,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
+from pydantic import TypeAdapter
 
+from serve_app.config import APIKey
 from serve_app.http import application
 from serve_app.http.auth import presented_keys
 from tests.http.conftest import Endpoint, served
@@ -140,6 +143,15 @@ def test_a_command_creates_a_key() -> None:
     digests = [hashlib.sha256(line.encode()).hexdigest() for line in lines]
     line = next(line for line in lines if line.startswith("- {id: alice, sha256: "))
     assert line.removeprefix("- {id: alice, sha256: ").removesuffix("}") in digests
+    operators = subprocess.run(
+        [sys.executable, "-m", "serve_app", "keys", "new", "olga", "--role", "operator"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert operators.stdout.rstrip().endswith(", role: operator}")
+    (key,) = TypeAdapter(list[APIKey]).validate_python(yaml.safe_load(operators.stdout.splitlines()[-1]))
+    assert (key.id, key.role) == ("olga", "operator")
     refused = subprocess.run(
         [sys.executable, "-m", "serve_app", "keys", "new", "a b"],
         capture_output=True,

@@ -106,6 +106,8 @@ def images_by_every_route(http: httpx.Client, receiver: Receiver, sent: bytes) -
     yield http.post(job.headers["location"] + "/purge")
 
     yield from images_by_hosted_apis(http, sent, data_url)
+    yield http.get("/v1/internal/operator")
+    yield http.get("/v1/internal/operator/usage.csv")
     yield http.get("/v1/internal/unload?model=m")
     yield http.post("/v1/internal/unload")
 
@@ -144,7 +146,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     args["safety_checker"]["threshold"] = 1  # random weights never reach it
     args["prompt_expander"]["timeout_s"] = 120  # it is still loading at the first request
     args["models"] = [tiny_model("m"), tiny_model("broken", checkpoint=str(folder / "nowhere"))]
-    args["auth"] = {"api_keys": [{"id": "somebody", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]}
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    args["auth"] = {"api_keys": [{"id": "somebody", "sha256": digest, "role": "operator"}]}
     args["outbound"] = {"allow": [receiver.place]}
     headers = {"Authorization": f"Bearer {KEY}"}
     with (

@@ -1,6 +1,6 @@
 """The OpenAI image API, and this server's own routes, which share its errors."""
 
-from serve_app.dialects import native
+from serve_app.dialects import native, native_operator
 from serve_app.dialects.base import Dialect
 from serve_app.dialects.openai import jobs, routes
 from serve_app.dialects.openai.errors import error_response
@@ -8,7 +8,7 @@ from serve_app.dialects.openai.errors import error_response
 OPENAI = Dialect(
     name="openai",
     prefixes=("/",),
-    routers=(routes.router, jobs.router, native.router),
+    routers=(routes.router, jobs.router, native.router, native_operator.router),
     error_response=error_response,
     webhooks={jobs.API: jobs.compose},
 )

@@ -45,6 +45,7 @@ def test_make_serve_serves_the_demo_and_describes_it() -> None:
     assert model.description
     for known in ("demo", *COLOURS, *SHAPES, *SIZES):
         assert known in model.description
+    assert len(model.examples) >= 4
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ def test_make_serve_serves_the_demo_and_describes_it() -> None:
         ({"defaults": {"width": 500}}, "500x1024: each side must be a multiple of 32 from 512 to 2048"),
         ({"defaults": {"guidance_scale": float("nan")}}, "guidance_scale"),
         ({"name": "a/b"}, "name"),
+        ({"examples": ["a boat", ""]}, "examples.1"),
         ({"decoder": CPU | {"min_replicas": 2}}, "min_replicas is above max_replicas"),
         ({"decoder": CPU | {"deployment": {"num_replicas": 2}}}, "num_replicas cannot be set: the stage's"),
         ({"prior": CPU | {"deployment": {"autoscaling_config": {}}}}, "autoscaling_config cannot be set"),
@@ -126,6 +128,7 @@ def test_limits_that_exclude_an_allowed_request_are_an_error(limits: dict[str, i
         ({"api_keys": [{"id": "a", "sha256": "0" * 64, "secret_env": "A"}]}, "either sha256 or secret_env"),
         ({"api_keys": [{"id": "a", "sha256": "secret"}]}, "sha256"),
         ({"api_keys": [{"id": "a b", "secret_env": "A"}]}, "id"),
+        ({"api_keys": [{"id": "a", "secret_env": "A", "role": "root"}]}, "role"),
         ({"api_keys": [{"id": "a", "secret_env": "A"}, {"id": "a", "secret_env": "B"}]}, "must be unique"),
     ],
 )

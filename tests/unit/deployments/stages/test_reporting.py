@@ -63,12 +63,13 @@ def rounds(reporter: Reporter, measure: Callable[[int], None]) -> None:
     done = threading.Event()
     count = 0
 
-    def measured() -> None:
+    def measured() -> dict[str, Any]:
         nonlocal count
         count += 1
         if count == 3:
             done.set()
         measure(count - 1)
+        return {"device": "CPU"}
 
     reporter.measure = measured
     assert done.wait(10)
@@ -80,6 +81,12 @@ def test_a_state_is_reported_repeatedly(registry: Registry, reporter: Reporter) 
     states = [state for *_, state in registry.reports if state]
     assert len(states) >= 2
     assert states[0]["done"] < states[1]["done"]
+
+
+def test_what_was_measured_is_in_the_next_report(registry: Registry, reporter: Reporter) -> None:
+    reporter.report(lambda: {"state": "ready"})
+    rounds(reporter, lambda _: None)
+    assert registry.reports[-1] == ("m-prior", "r1", {"state": "ready", "device": "CPU"})
 
 
 def test_an_error_while_measuring_is_logged_and_the_next_round_happens(

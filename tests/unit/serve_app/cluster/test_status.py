@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.schema import DeploymentStatusOverview
 
 from serve_app.cluster import status
-from serve_app.cluster.status import Deployment, StatusReader
+from serve_app.cluster.status import Deployment, ReplicaReport, StatusReader
 
 READY, LOADING = {"state": "ready", "done": 5}, {"state": "loading", "progress": 0.4}
 FAILED = {"state": "failed", "reason": "no such folder"}
@@ -96,6 +96,14 @@ def test_a_stage_has_the_best_state_of_its_replicas(
 ) -> None:
     controller.replicas = replicas
     assert asyncio.run(reader(reports).read()) == {"m": {"prior": expected}}
+
+
+def test_what_a_replica_measured_is_in_its_report_alone(controller: Serve) -> None:
+    report = LOADING | {"device": "CPU", "memory": {"resident": 5}}
+    controller.replicas = {"STARTING": 1}
+    one = reader([report])
+    assert asyncio.run(one.read()) == {"m": {"prior": LOADING}}
+    assert asyncio.run(one.reports()) == [ReplicaReport("m", "prior", report)]
 
 
 def test_a_stage_whose_processes_keep_dying_is_failed(controller: Serve) -> None:

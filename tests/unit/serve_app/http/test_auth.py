@@ -196,6 +196,23 @@ def test_keys_change_with_their_file(tmp_path: Path) -> None:
         identify(keys, "first")
 
 
+def test_roles_change_with_the_file_of_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(listed(a="first"))
+    keys = Keys(AuthConfig.model_validate({"keys_file": str(file)}))
+    assert not keys.is_operator("a")
+    file.write_text(listed(a="first").replace("}", ", role: operator}"))
+    asyncio.run(keys.reload())
+    assert keys.is_operator("a")
+    file.write_text(listed(a="first").replace("}", ", role: root}"))
+    with pytest.raises(ValueError, match="is not a list of keys"):
+        asyncio.run(keys.reload())
+    assert keys.is_operator("a")
+    file.write_text(listed(a="first"))
+    asyncio.run(keys.reload())
+    assert not keys.is_operator("a")
+
+
 @pytest.mark.parametrize(
     "text",
     [

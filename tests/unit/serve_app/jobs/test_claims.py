@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
+import uuid
 from dataclasses import replace
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from serve_app.errors import Conflict, NotFound
 from serve_app.jobs import store as store_module
 from serve_app.jobs.records import LogLine, StoredProgress
 from serve_app.jobs.store import JobProgress, JobStore
@@ -35,6 +37,36 @@ def test_jobs_begin_in_order_by_priority_and_model(store: JobStore) -> None:
         assert (await claimed(store, models={"other": MODELS["other"]})).id == other.id
         assert [(await claimed(store)).id for _ in range(3)] == [first.id, second.id, low.id]
         assert await store.claim("w", MODELS) is None
+
+    asyncio.run(main())
+
+
+def test_a_queued_job_gets_another_priority_and_a_new_turn(store: JobStore) -> None:
+    async def main() -> None:
+        first, second = await submitted(store, work=2), await submitted(store, work=2)
+        low = await submitted(store, work=2, priority="low")
+        changed = await store.prioritize(first.id, "low")
+        assert (changed.priority, changed.position, changed.version) == ("low", 2, first.version + 1)
+        assert (await store.prioritize(low.id, "normal")).position == 1
+        again = await store.prioritize(low.id, "normal")
+        assert again.version == low.version + 1, "it had that priority already"
+        assert [(await claimed(store)).id for _ in range(3)] == [second.id, low.id, first.id]
+        with pytest.raises(Conflict, match="running"):
+            await store.prioritize(first.id, "normal")
+        with pytest.raises(NotFound):
+            await store.prioritize(str(uuid.UUID(int=0)), "low")
+
+    asyncio.run(main())
+
+
+def test_a_watcher_sees_a_new_priority(store: JobStore) -> None:
+    async def main() -> None:
+        job = await submitted(store)
+        changes = store.watch(OWNER, job.id, "")
+        await anext(changes)
+        await store.prioritize(job.id, "low")
+        assert (await anext(changes)).priority == "low"
+        await changes.aclose()
 
     asyncio.run(main())
 

@@ -11,6 +11,7 @@ import pytest
 import ray.serve  # noqa: F401 - now, since it sets up the logger
 
 from serve_app.observability import telemetry
+from serve_app.observability.recent import Recent
 from serve_app.observability.telemetry import Requests
 
 App = Callable[..., Awaitable[None]]
@@ -142,7 +143,7 @@ def run(app: App, *paths: str) -> None:
     async def send(path: str) -> None:
         route = SimpleNamespace(path=path)
         scope = {"type": "http", "method": "GET", "path": path, "headers": [], "route": route}
-        await Requests(app, lambda _: "openai", (OSError,))(scope, disconnected, nowhere)
+        await Requests(app, lambda _: "openai", (OSError,), Recent())(scope, disconnected, nowhere)
 
     async def main() -> None:
         await asyncio.gather(*map(send, paths))

@@ -1,0 +1,43 @@
+"""Reports on the jobs of all owners, for the operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import JSON, select, type_coerce
+
+from serve_app.jobs.database import now
+from serve_app.jobs.queries import readable_jobs
+from serve_app.jobs.tables import Job
+from serve_app.observability.recent import DAY_S, DAYS, Work, WorkByDay, day_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from serve_app.jobs.database import Database
+
+
+async def unfinished(database: Database) -> list[Job]:
+    """Returns the jobs that have not ended, in the order of submission, without unreadable ones."""
+
+    def call(session: Session) -> list[Job]:
+        ours = select(Job.seq).where(Job.state.in_(("queued", "running"))).order_by(Job.seq)
+        return readable_jobs(session, list(session.scalars(ours)))
+
+    return await database.read(call)
+
+
+async def work_by_day(database: Database) -> WorkByDay:
+    """Returns the work of the jobs that have succeeded in the last days, and that are still kept."""
+
+    def call(session: Session) -> WorkByDay:
+        images = type_coerce(Job.request, JSON)["n"].as_integer()
+        ended = select(Job.ended_at, Job.key_id, images, Job.work).where(
+            Job.state == "succeeded", Job.ended_at > now() - DAYS * DAY_S
+        )
+        found: WorkByDay = {}
+        for ended_at, key_id, count, megapixel_steps in session.execute(ended):
+            found.setdefault((day_of(ended_at), key_id), Work()).add(count, megapixel_steps)
+        return found
+
+    return await database.read(call)
