@@ -37,6 +37,8 @@ THREADS = 4
 BUSY_S = 30
 """Seconds that a process waits while another one writes to SQLite's file."""
 LOCKED_RETRY_S = 0.05
+HELD_S = 0.5
+"""Seconds after which a locked file counts as in use. `holder` locks it for a moment."""
 ADVISORY_LOCK = 5_494_110_027
 """Number of the PostgreSQL lock of `Database.one_at_a_time`: any number that nothing else uses."""
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -229,20 +231,29 @@ def _taken(path: Path, server: str) -> IO[str]:
         ValueError: another server holds it.
     """
     file = path.open("a+")
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it
-        file.truncate(0)
-        file.write(server)
-        file.flush()
-    fcntl.flock(file, fcntl.LOCK_SH)
-    file.seek(0)
-    if (holder := file.read()) != server:
+    deadline = time.monotonic() + HELD_S
+    while (holder := _held(file, server)) != server and time.monotonic() < deadline:
+        fcntl.flock(file, fcntl.LOCK_UN)
+        time.sleep(LOCKED_RETRY_S)
+    if holder != server:
         file.close()
         raise ValueError(
             f"database.url: {path.with_suffix('')} is in use by another server: {holder}. Stop that server, "
             "or give this one another database.url; servers that share jobs need PostgreSQL."
         )
     return file
+
+
+def _held(file: IO[str], server: str) -> str:
+    """Takes the lock of a file for a server if it is free, and shares it otherwise; returns who has it."""
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(server)
+        file.flush()
+    fcntl.flock(file, fcntl.LOCK_SH)
+    file.seek(0)
+    return file.read()
 
 
 def _prepare_sqlite(connection: DBAPIConnection, _: object) -> None:

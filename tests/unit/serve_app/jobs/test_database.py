@@ -1,6 +1,7 @@
 """The database, SQLite or PostgreSQL: concurrent starts, cancelled calls, and URLs that cannot be used."""
 
 import asyncio
+import fcntl
 import gc
 import multiprocessing
 import threading
@@ -117,6 +118,19 @@ def test_a_file_of_sqlite_is_for_one_server_at_a_time(tmp_path: Path) -> None:
         Database(url, "tiny")
     first.close()
     Database(url, "tiny").close()
+
+
+def test_a_look_at_the_lock_does_not_keep_a_server_from_starting(tmp_path: Path) -> None:
+    """`doctor` holds the lock for a moment, in which the file still names the server before."""
+    lock = tmp_path / "jobs.db.lock"
+    lock.write_text("the server before")
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        release = threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN))
+        release.start()
+        Database(f"sqlite:///{tmp_path}/jobs.db", "demo").close()
+        release.join()
+    assert lock.read_text() == "demo"
 
 
 def test_an_older_server_can_go_on_using_the_database(database_url: str, open_database: Open) -> None:
