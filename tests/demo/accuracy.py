@@ -4,9 +4,9 @@
     python -m tests.demo.accuracy --by-hand [--no-rewriting]
 
 Serves a configuration, or uses a running server. Sentences are generated like those of the training, from
-other seeds, or are those of `sentences.txt`, written by hand. A geometric judge checks the pictures. The
-column `count` is about the number of objects. A picture passes `all` if it passes all marks. What a sentence
-written by hand leaves open is not judged.
+other seeds, or are those of `sentences.txt` and `unseen.txt`, written by hand. A geometric judge checks the
+pictures. The column `count` is about the number of objects. A picture passes `all` if it passes all marks.
+What a sentence written by hand leaves open is not judged.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from training.demo.scenes import Scene, random_edit, random_scene
 USUAL_SIZE = "512x512"
 EDITS, OWN_EDITS = "edits", "edits of its own"
 """Kinds of edits. The sources are drawn by code, or painted by the demo."""
-BY_HAND = "by hand"
-"""Kind of the sentences written by hand."""
+BY_HAND = {"by hand": by_hand.FILE, "by hand, unseen": by_hand.UNSEEN}
+"""Files of the sentences written by hand, by kind."""
 SIZES = (USUAL_SIZE, "768x512", "512x768", "1024x1024")
 REDUCTION = 8
 """Divisor of the number of pictures for other sizes and for edits."""
@@ -81,8 +81,8 @@ def server(config: Path, url: str | None, *, rewriting: bool) -> Iterator[str]:
 
 
 def make_tasks(kind: str, count: int) -> list[Task]:
-    if kind == BY_HAND:
-        return [Task(wish) for wish in by_hand.wishes()]
+    if kind in BY_HAND:
+        return [Task(wish) for wish in by_hand.wishes(BY_HAND[kind])]
     rng = random.Random(f"held out: {kind}")
     if kind not in (EDITS, OWN_EDITS):
         return [Task(random_scene(rng)) for _ in range(count)]
@@ -101,7 +101,7 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
     Returns:
         The kind's row of the table. For sentences written by hand, the failed ones follow.
     """
-    size = USUAL_SIZE if kind in (EDITS, OWN_EDITS, BY_HAND) else kind
+    size = USUAL_SIZE if kind in (EDITS, OWN_EDITS, *BY_HAND) else kind
     width, height = map(int, size.split("x"))
     tasks = make_tasks(kind, count)
     count = len(tasks)
@@ -130,7 +130,7 @@ def measure(client: httpx.Client, kind: str, count: int, sheets: Path | None) ->
     right = [count - missed[mark] for mark in MARKS] + [faults.count(set())]
     shares = " | ".join(f"{100 * number / count:.1f} %" for number in right)
     row = f"| {kind} | {count} | {shares} | {seconds:.1f} |"
-    if kind != BY_HAND:
+    if kind not in BY_HAND:
         return row
     failed = [
         f"{', '.join(sorted(wrongs))}: {one.scene.sentence}"
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--url", help="URL of a running server, instead of a configuration")
     parser.add_argument("--sheets", type=Path, help="folder for sheets of the first pictures")
-    parser.add_argument("--by-hand", action="store_true", help="paint only the sentences of sentences.txt")
+    parser.add_argument("--by-hand", action="store_true", help="paint only the sentences written by hand")
     parser.add_argument(
         "--rewriting",
         action=argparse.BooleanOptionalAction,
@@ -180,7 +180,7 @@ def main() -> None:
         parser.error("--no-rewriting changes the served checkpoint; remove --url")
     kinds = [*options.size, *([EDITS, OWN_EDITS] if options.edits else [])]
     if options.by_hand:
-        kinds = [BY_HAND]
+        kinds = [*BY_HAND]
     with (
         server(options.config, options.url, rewriting=options.rewriting) as url,
         httpx.Client(base_url=url, timeout=600) as client,

@@ -12,6 +12,8 @@ from tests.demo.judge import NEAR, Seen, recognize
 from training.demo.scenes import COLOURS, SHAPES, SIZES, Thing
 
 FILE = Path(__file__).with_name("sentences.txt")
+UNSEEN = Path(__file__).with_name("unseen.txt")
+"""Sentences that were not used to write the tokenizer's rules."""
 PLACES = {
     "middle": (0.5, 0.5),
     "left": (0.25, 0.5),
@@ -57,9 +59,9 @@ class Wish:
     background: str | None = None
 
 
-def wishes() -> list[Wish]:
-    """Returns the wishes of `sentences.txt`."""
-    lines = FILE.read_text().splitlines()
+def wishes(file: Path = FILE) -> list[Wish]:
+    """Returns the wishes of a file."""
+    lines = file.read_text().splitlines()
     return [parse(line) for line in lines if line and not line.startswith("#")]
 
 

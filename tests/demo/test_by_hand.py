@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from deployments.types import Pixels
-from tests.demo.by_hand import PLACES, RELATIONS, Wanted, Wish, parse, wishes, wrong
+from tests.demo.by_hand import PLACES, RELATIONS, UNSEEN, Wanted, Wish, parse, wishes, wrong
 from tests.demo.judge import drawn
 from training.demo.scenes import COLOURS, Scene, Thing
 from training.demo.scenes import PLACES as TRAINED_PLACES
 
 SIDE = 256
-WISHES = wishes()
+WISHES = wishes() + wishes(UNSEEN)
 POSITIONS = {
     "above": ("top", "bottom"),
     "below": ("bottom", "top"),
@@ -43,8 +43,9 @@ def picture(scene: Scene) -> Pixels:
     return drawn(scene, SIDE, SIDE, aligned=False)
 
 
-def test_there_are_a_hundred_different_sentences() -> None:
-    assert len({wish.sentence.lower() for wish in WISHES}) == len(WISHES) == 100
+def test_there_are_a_hundred_different_sentences_and_fifty_unseen_ones() -> None:
+    assert len({wish.sentence.lower() for wish in WISHES}) == len(WISHES) == 150
+    assert len(wishes(UNSEEN)) == 50
 
 
 def test_only_what_the_demo_is_trained_for_is_demanded() -> None:
