@@ -62,8 +62,9 @@ def build_app(args: AppConfig) -> Application:
     """
     if ray.is_initialized() and (problem := args.lacks_gpus(ray.cluster_resources().get("GPU", 0))):
         raise ValueError(problem)
+    awake = args.models[0].name if args.wake_on_open else None
     stages = {
-        name: {key: _bind(part, args.cluster) for key, part in parts.items()}
+        name: {key: _bind(part, args.cluster, starts=name == awake) for key, part in parts.items()}
         for name, parts in _parts(args).items()
     }
     # Requests wait here for images, so Ray's default of 5 at a time would be a limit.
@@ -129,12 +130,19 @@ def _helper(name: str, cls: type[Any], config: StageConfig) -> dict[str, dict[st
     return {name: {HELPER: part}}
 
 
-def _bind(part: _Part, cluster: ClusterConfig) -> Application:
+def _bind(part: _Part, cluster: ClusterConfig, *, starts: bool) -> Application:
+    """Binds a deployment to its argument.
+
+    Args:
+        part: the deployment.
+        cluster: the Ray cluster.
+        starts: whether it starts with a replica, which stops after the idle time if nobody needs it.
+    """
     options: dict[str, Any] = {
         "name": part.name,
         # One request more than a replica runs: it begins without a pause when another one ends.
         "max_ongoing_requests": part.max_concurrency + 1,
-        "autoscaling_config": _autoscaling(part),
+        "autoscaling_config": _autoscaling(part, initial_replicas=1 if starts else None),
         "logging_config": LOG,
         "health_check_period_s": RENEWAL_S,  # a dead replica is replaced no later
     }
@@ -146,7 +154,7 @@ def _bind(part: _Part, cluster: ClusterConfig) -> Application:
     return serve.deployment(**(GRACEFUL_SHUTDOWN | options | chosen))(part.cls).bind(part.argument)
 
 
-def _autoscaling(part: _Part) -> AutoscalingConfig:
+def _autoscaling(part: _Part, *, initial_replicas: int | None) -> AutoscalingConfig:
     stage = part.config
     policy = AutoscalingPolicy(
         policy_function=ScalingPolicy,
@@ -161,6 +169,7 @@ def _autoscaling(part: _Part) -> AutoscalingConfig:
         warnings.simplefilter("ignore", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=0,
+            initial_replicas=initial_replicas,
             max_replicas=stage.max_replicas,
             target_ongoing_requests=stage.target_load or part.max_concurrency,
             policy=policy,

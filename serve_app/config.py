@@ -356,8 +356,8 @@ class AppConfig(Config):
 
     wake_on_open: bool = Field(
         default=False,
-        description="Whether opening the playground loads the first model, before there is a request. It "
-        "needs `auth.open`: the page itself requires no key.",
+        description="Whether the start of the server and opening the playground load the first model, before "
+        "there is a request. It needs `auth.open`: the page itself requires no key.",
     )
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import httpx
 from playwright.sync_api import sync_playwright
 
 from tests.demo.conftest import CONFIG, demo_config
@@ -21,6 +22,9 @@ def take(visit: Visit, name: Path) -> None:
     def shot(view: str) -> None:
         visit.page.screenshot(path=f"{name}-{view}.png")
 
+    jobs = f"{visit.url}/v1/images/jobs"
+    for job in httpx.get(jobs).json()["data"]:  # of the visit before
+        httpx.post(f"{jobs}/{job['id']}/purge").raise_for_status()
     visit.open()
     shot("empty")
     visit.file(visit.generate("a small red star above a blue circle on a yellow background"))
@@ -35,6 +39,9 @@ def take(visit: Visit, name: Path) -> None:
     visit.page.keyboard.press("Escape")
     visit.page.locator(".open").first.click()
     shot("viewer")
+    visit.page.goto(f"{visit.url}/operator")
+    visit.page.locator("#usage tr").first.wait_for()
+    shot("operator")
 
 
 def main() -> None:

@@ -218,6 +218,21 @@ def test_a_stages_deployment_options_reach_ray_serve() -> None:
     assert bound._deployment_config.autoscaling_config.target_ongoing_requests == 3
 
 
+@pytest.mark.parametrize("wakes", [True, False])
+def test_the_first_model_starts_with_the_server_if_it_wakes_on_open(*, wakes: bool) -> None:
+    models = [MODEL, MODEL | {"name": "second"}]
+    app = build_app(AppConfig.model_validate(OPEN | {"models": models, "wake_on_open": wakes}))
+    stages = app._bound_deployment.init_args[1]  # type: ignore[misc]
+    replicas = {
+        name: {
+            one._bound_deployment._deployment_config.autoscaling_config.initial_replicas
+            for one in parts.values()
+        }
+        for name, parts in stages.items()
+    }
+    assert replicas == {"m": {1 if wakes else None}, "second": {None}}
+
+
 @pytest.mark.parametrize(
     ("present", "autoscaling", "enough"), [(8, False, True), (7, False, False), (0, True, True)]
 )
