@@ -1,4 +1,4 @@
-"""Takes screenshots of the page at desktop and phone size, light and dark. One is in the README.
+"""Takes screenshots of the pages at several sizes, light and dark. One is in the README.
 
 `python -m tests.playground.screenshots FOLDER`
 """
@@ -8,12 +8,17 @@ import tempfile
 from pathlib import Path
 
 import httpx
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import ViewportSize, sync_playwright
 
 from tests.demo.conftest import CONFIG, demo_config
 from tests.playground.conftest import Visit, chromium, visiting
-from tests.playground.test_looks import SIZES
 from tests.serve.conftest import served
+
+SIZES: dict[str, ViewportSize] = {
+    "laptop": {"width": 1366, "height": 650},
+    "desktop": {"width": 1440, "height": 900},
+    "phone": {"width": 390, "height": 844},
+}
 
 
 def take(visit: Visit, name: Path) -> None:
@@ -27,12 +32,14 @@ def take(visit: Visit, name: Path) -> None:
         httpx.post(f"{jobs}/{job['id']}/purge").raise_for_status()
     visit.open()
     shot("empty")
-    visit.file(visit.generate("a small red star above a blue circle on a yellow background"))
-    card = visit.generate("a green triangle to the left of a purple square", num_inference_steps=30)
+    for prompt in ("A purple square on a white background", "A small red star above a blue circle on yellow"):
+        visit.file(visit.generate(prompt))
+    card = visit.generate("A green triangle to the left of an orange star", num_inference_steps=30)
+    visit.page.evaluate("document.querySelector('#more').open = false")
     visit.until(card, lambda words: words.startswith("Planning"))
     shot("prior")
-    visit.until(card, lambda words: words.startswith("Painting 1"))
-    shot("decoder")
+    card.get_by_alt_text("Preview").wait_for()
+    shot("preview")
     visit.file(card)
     visit.page.click("#state")
     shot("server")

@@ -27,7 +27,7 @@ async function poll() {
 	fill("#stages", stages(overview));
 	fill("#jobs", overview.jobs, job => [
 		duration(job.age_s),
-		job.key_id,
+		job.key_id || "no key",
 		job.api,
 		job.model,
 		`${job.n} × ${job.size}`,
@@ -40,13 +40,13 @@ async function poll() {
 		new Date(at * 1000).toLocaleString(),
 		String(status),
 		code,
-		key_id,
+		key_id || "no key",
 		api,
 		request_id,
 	]);
 	fill("#usage", overview.usage, ({day, key_id, source, requests, images, megapixel_steps}) => [
 		day,
-		key_id,
+		key_id || "no key",
 		source,
 		...[requests, images, megapixel_steps].map(String),
 	]);
