@@ -102,6 +102,9 @@ def images_by_every_route(http: httpx.Client, receiver: Receiver, sent: bytes) -
     yield from until_done(http, job, job.headers["location"], "delivered")
     yield http.get(job.headers["location"] + "/events")
     yield http.delete(job.headers["location"])
+    operators = f"/v1/internal/operator/jobs/{job.json()['id']}"
+    yield http.patch(operators, json={"priority": "low"})
+    yield http.delete(operators)
     yield http.get("/v1/images/jobs")
     yield http.post(job.headers["location"] + "/purge")
 
