@@ -15,6 +15,7 @@ from serve_app.dialects.openai.schemas import errors
 from serve_app.http.auth import require_operator
 from serve_app.jobs import reports
 from serve_app.jobs.tables import Priority, State
+from serve_app.observability.recent import DAY_S, DAYS, day_of
 
 if TYPE_CHECKING:
     from serve_app.http.services import Services
@@ -73,8 +74,9 @@ class ErrorSeen(BaseModel):
 class Files(BaseModel):
     """The file store."""
 
-    count: int
-    bytes: int
+    bytes: int | None = Field(
+        default=None, description="Bytes of all files at the last sweep; unset before the first one."
+    )
     max_bytes: int = Field(description="Limit, `storage.max_bytes`.")
 
 
@@ -102,17 +104,19 @@ class Overview(Loaded):
         "500 of requests without a valid key are left out, unless the server needs no key."
     )
     files: Files
-    usage: list[Usage] = Field(description="Work of the last 30 days, the newest day first.")
+    usage: list[Usage] = Field(
+        description="Work of the last 30 days, the newest day first; that of jobs may be a minute old."
+    )
 
 
 def router(services: Services) -> APIRouter:
     """Returns the operator's routes."""
     routes = APIRouter(dependencies=[Depends(require_operator)])
+    jobs = reports.WorkOfJobs(services.database)
 
     @routes.get(PATH, name="operator", response_model_exclude_none=True, responses=errors(403, 503))
     async def overview() -> Overview:
         """Returns the stages, the unfinished jobs, the last errors, the files, and the usage of each key."""
-        sizes = await services.files.sizes()
         return Overview(
             **by_kind(services, await services.lifecycle.statuses()),
             replicas=[
@@ -121,8 +125,8 @@ def router(services: Services) -> APIRouter:
             ],
             jobs=[_describe(job) for job in await reports.unfinished(services.database)],
             errors=[ErrorSeen(**error._asdict()) for error in reversed(services.recent.errors)],
-            files=Files(count=len(sizes), bytes=sum(sizes.values()), max_bytes=services.files.max_bytes),
-            usage=await _usage(services),
+            files=Files(bytes=services.files.kept_bytes, max_bytes=services.files.max_bytes),
+            usage=await _usage(services, jobs),
         )
 
     @routes.get(
@@ -136,7 +140,7 @@ def router(services: Services) -> APIRouter:
         table = io.StringIO()
         writer = csv.DictWriter(table, list(Usage.model_fields))
         writer.writeheader()
-        writer.writerows(row.model_dump() for row in await _usage(services))
+        writer.writerows(row.model_dump() for row in await _usage(services, jobs))
         return Response(table.getvalue(), media_type="text/csv")
 
     @routes.delete(JOB_PATH, name="operator_cancel", responses=errors(403, 404, 409, 503))
@@ -160,8 +164,9 @@ def _describe(job: Job) -> OperatorsJob:
     return OperatorsJob(**facts, size=f"{width}x{height}", n=job.request.n, age_s=age_s)
 
 
-async def _usage(services: Services) -> list[Usage]:
-    sources = {"jobs": await reports.work_by_day(services.database), "requests": services.recent.work}
+async def _usage(services: Services, jobs: reports.WorkOfJobs) -> list[Usage]:
+    sources = {"jobs": await jobs.by_day(), "requests": services.recent.work}
+    oldest = day_of(time.time() - DAYS * DAY_S)
     rows = [
         Usage(
             day=day,
@@ -173,5 +178,6 @@ async def _usage(services: Services) -> list[Usage]:
         )
         for source, found in sources.items()
         for (day, key_id), work in found.items()
+        if day > oldest
     ]
     return sorted(rows, key=lambda row: (row.day, row.key_id, row.source), reverse=True)

@@ -114,15 +114,22 @@ def one_job(session: Session, which: ColumnElement[bool]) -> Job:
     return session.scalars(jobs().where(which).execution_options(populate_existing=True)).one()
 
 
-def readable_jobs(session: Session, seqs: Sequence[int]) -> list[Job]:
-    """Returns the jobs of these numbers in their order, without unreadable and deleted ones."""
+def readable_jobs(session: Session, seqs: Sequence[int], query: Select[Job] | None = None) -> list[Job]:
+    """Returns the jobs of these numbers in their order, without unreadable and deleted ones.
+
+    Args:
+        session: the session.
+        seqs: the numbers.
+        query: query of jobs; with their positions by default, which takes long for many.
+    """
+    query = jobs() if query is None else query
     try:
-        found = {job.seq: job for job in session.scalars(jobs().where(Job.seq.in_(seqs)))}
+        found = {job.seq: job for job in session.scalars(query.where(Job.seq.in_(seqs)))}
     except UnreadableRecord:
         if len(seqs) == 1:
             return []
         middle = len(seqs) // 2
-        return readable_jobs(session, seqs[:middle]) + readable_jobs(session, seqs[middle:])
+        return readable_jobs(session, seqs[:middle], query) + readable_jobs(session, seqs[middle:], query)
     return [found[seq] for seq in seqs if seq in found]
 
 

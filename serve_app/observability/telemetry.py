@@ -32,7 +32,7 @@ logger = logging.getLogger("ray.serve")
 
 DESCRIPTION = ("model", "size", "n", "steps")
 """Facts of a request that the log may hold."""
-PROBES = ("/health", "/version", "/livez", "/readyz", "/v1/internal/status")
+PROBES = ("/health", "/version", "/livez", "/readyz", "/v1/internal/status", "/v1/internal/operator")
 """Routes that are polled every few seconds. Their lines have level DEBUG."""
 PLAYGROUND = re.compile(r"(/|/operator|/playground/.*)?", re.DOTALL)
 """Paths of the playground's pages, their files and the redirect to it.

@@ -8,7 +8,7 @@ import io
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,9 @@ def open_request(client: Client, *, sources: int = 0, **fields: Any) -> Iterator
         path = "/v1/images/generations"
     connection = http.client.HTTPConnection(address.host, address.port or 80, timeout=60)
     headers = {"Content-Type": request.headers["Content-Type"], "X-Request-ID": "leaver"}
-    connection.request("POST", path, request.read(), headers)
-    yield connection
-    connection.close()
+    with closing(connection):
+        connection.request("POST", path, request.read(), headers)
+        yield connection
 
 
 def unit(client: Client, request_id: str) -> dict[str, Any] | None:
@@ -194,8 +194,9 @@ def test_a_disconnect_during_a_file_write_affects_no_other_request(
     before = counts(client)
     files = set((folder / "files").iterdir())
     with open_request(client, size="2048x2048", num_inference_steps=1, response_format="url") as connection:
-        deadline = time.monotonic() + 60
-        # There is no sleep, because the write takes only a few milliseconds.
+        # The wait for the prior leaves it both cores. The wait for the file does not: a write takes milliseconds.
+        until(partial(is_at, client, "leaver", "decoder"))
+        deadline = time.monotonic() + 180
         while set((folder / "files").iterdir()) == files:
             assert time.monotonic() < deadline
         with suspended(client, "Ingress"):

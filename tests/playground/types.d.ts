@@ -101,7 +101,7 @@ interface Overview extends Health {
     age_s: number;
   }[];
   errors: { at: number; request_id: string; key_id: string; api: string; code: string; status: number }[];
-  files: { count: number; bytes: number; max_bytes: number };
+  files: { bytes?: number; max_bytes: number };
   usage: {
     day: string;
     key_id: string;

@@ -2,7 +2,7 @@ r"""The tokenizer's normalizer: it rewrites what people write as the sentences t
 
 A sentence of the training passes unchanged. A rule is a regular expression of Oniguruma and a literal text.
 The text replaces the match, or the part of it after `\K`. No rule may match an empty string, because
-`tokenizers` panics then. No rule searches further than `NEARBY`, because prompts can be long.
+`tokenizers` panics then. Every search has a limit, because prompts can be long.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _dropped(known: Iterable[str]) -> Iterator[Rule]:
     yield " +(?=[,.])", ""
     yield ",+(?=[,.])", ""
     yield "^[ ,.]+", ""
-    yield "(?:[ ,]| (?:in|of|on|with))+$", ""
+    yield "(?:[ ,]| (?:in|of|on|with)){1,8}$", ""
 
 
 def _edits() -> Iterator[Rule]:

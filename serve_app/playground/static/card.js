@@ -91,7 +91,7 @@ export class Card {
 			} catch (error) {
 				const isFinal = error instanceof ServerError && error.status < 500 && !RETRYABLE.includes(error.status);
 				if (isFinal && (error.own || error.status !== 404)) return error;
-				this.#show(`Not sent yet. ${messageOf(error)} The page retries automatically.`);
+				this.#show(`Not sent yet. ${messageOf(error)} The page retries.`);
 				await pause(Math.min(MAX_PAUSE_MS, 500 * 2 ** tries));
 				continue;
 			}
@@ -134,7 +134,7 @@ export class Card {
 		const seconds = (job.ended_at ?? 0) - job.created_at;
 		if (job.status !== "succeeded") return this.end({problem: job.error?.message ?? "Cancelled.", seconds});
 		const images = madeOf(job);
-		if (!images.length) return this.#leave();
+		if (!images.length) return this.leave();
 		this.entry.request.prompt ??= images[0].prompt;
 		await this.end({images, size: job.size, seconds});
 	}
@@ -165,7 +165,7 @@ export class Card {
 	}
 
 	async #cancel() {
-		if (!this.entry.job) return this.#leave();
+		if (!this.entry.job) return this.leave();
 		try {
 			await this.#handle(await cancel(this.entry.job));
 		} catch (error) {
@@ -182,10 +182,10 @@ export class Card {
 		} catch (error) {
 			if (!isGone(error)) throw error;
 		}
-		await this.#leave();
+		await this.leave();
 	}
 
-	async #leave() {
+	async leave() {
 		this.#isGone = true;
 		await this.gallery.remove(this);
 	}
@@ -240,17 +240,16 @@ export class Card {
 		if (job.cancelling) return "Cancelling";
 		if (job.waiting_for) return job.waiting_for;
 		const ahead = job.queue_position ?? 0;
-		const loading = this.gallery.server.loading(job.model);
-		if (loading) return loading;
-		if (job.status === "queued" && ahead) return `Queued behind ${ahead} ${ahead === 1 ? "request" : "requests"}`;
-		if (job.status === "queued") return "Next in the queue";
+		const waits = (words = "") => this.gallery.server.loading(job.model) || words;
+		if (job.status === "queued" && ahead) return waits(`Queued behind ${ahead} request${ahead > 1 ? "s" : ""}`);
+		if (job.status === "queued") return waits("Next in the queue");
 		const images = job.images ?? [];
 		const at = images.findIndex(({stage, done, total}) => stage !== "decoder" || done !== total);
 		if (at < 0) return "Finishing";
 		const {stage, done = 0, total = 0} = images[at];
 		const which = images.length > 1 ? ` (image ${at + 1} of ${images.length})` : "";
-		if (stage === "waiting") return `Waiting for a free place${which}`;
-		if (stage === "prior" && done === total) return `Waiting to be painted${which}`;
+		if (stage === "waiting") return waits(`Waiting for a free place${which}`);
+		if (stage === "prior" && done === total) return waits(`Waiting to be painted${which}`);
 		if (stage === "prior") return `Planning ${Math.floor((100 * done) / total)} %${which}`;
 		const left = (this.#ends - Date.now()) / SECOND_MS;
 		return `Painting ${done} of ${total}${which}${left >= 1 ? `, about ${duration(left)} left` : ""}`;
@@ -277,7 +276,7 @@ export class Card {
 		const [open, pick, note] = [find(".open", tile), find("input", tile), find(".note", tile)];
 		image.onerror = async () => {
 			image.hidden = open.hidden = pick.hidden = true;
-			note.textContent = "The image could not be loaded. The page retries automatically.";
+			note.textContent = "The image could not be loaded. The page retries.";
 			await pause(MAX_PAUSE_MS / 2);
 			const isLost = await ask(path, {headers: {Range: "bytes=0-0"}}).then(() => false, isGone);
 			if (isLost) note.textContent = "The server has deleted this image. “Reuse settings” can generate it once more.";

@@ -78,6 +78,12 @@ export class Form {
 		this.#prompt.focus();
 	}
 
+	/** @param {File[]} sources source images to add */
+	add(sources) {
+		this.#sources.add(sources);
+		this.#prompt.focus();
+	}
+
 	/**
 	 * Shows an error, and marks the field that caused it.
 	 * @param {unknown} error

@@ -1,6 +1,6 @@
 /** The gallery: a card for each request, newest first. They come from this browser and from the server's list of jobs. */
 
-import {ask} from "./api.js";
+import {ask, isGone} from "./api.js";
 import {Card} from "./card.js";
 import {fetchJob, listJobs, madeOf} from "./jobs.js";
 import {find, onClick, save} from "./page.js";
@@ -31,7 +31,7 @@ export class Gallery {
 		onClick("#older", () => this.load());
 		onClick("#unpick", () => this.#unpick());
 		onClick("#compare-picked", () => this.viewer.show(this.#picked[0], this.#picked[1]));
-		onClick("#edit-picked", () => this.#usePicked(files => form.put({}, files)));
+		onClick("#edit-picked", () => this.#usePicked(files => form.add(files)));
 		onClick("#save-picked", () => this.#usePicked(async files => save(await zip(files), "images.zip")));
 	}
 
@@ -53,8 +53,8 @@ export class Gallery {
 				for (const job of data) found += Number(await this.#show(job));
 			}
 		} catch (error) {
-			this.#last = ""; // the job may have been deleted
-			this.form.refuse(error);
+			this.#last = "";
+			if (!isGone(error)) this.form.refuse(error); // the last job may have been deleted
 		}
 		this.#filter();
 	}
@@ -103,7 +103,7 @@ export class Gallery {
 		const again = index === undefined && n ? {...fields, n} : fields;
 		if (action === "remove") return card.delete();
 		if (action === "vary") return this.make(made ? again : request, sources);
-		if (action === "edit") return this.form.put({}, await this.#files([{card, index: index ?? 0}]));
+		if (action === "edit") return this.form.add(await this.#files([{card, index: index ?? 0}]));
 		this.form.put(made ? {...again, seed: made.seed} : request, sources);
 	}
 
@@ -114,6 +114,7 @@ export class Gallery {
 		card.element.remove();
 		this.#cards.delete(card.element);
 		this.#showTools();
+		this.showTitle();
 		const next = neighbour?.querySelector("button:not([hidden], [disabled])") ?? find("#prompt");
 		if (hadFocus) /** @type {HTMLElement} */ (next).focus();
 		await forget(card.entry.id);
@@ -173,7 +174,7 @@ export class Gallery {
 		const refusal = await card.send();
 		if (!refusal) return card.follow();
 		if (!isNew) return card.end({problem: refusal.message});
-		await this.remove(card);
+		await card.leave();
 		this.form.refuse(refusal);
 	}
 
@@ -188,8 +189,9 @@ export class Gallery {
 
 	/** Shows the progress of the newest running request in the tab's title. */
 	showTitle() {
-		const running = [...this.#cards.values()].filter(({isRunning}) => isRunning).at(-1);
-		document.title = running ? `${running.progress} · GLM-Image` : "GLM-Image playground";
+		const running = [...this.#cards.values()].filter(({isRunning}) => isRunning);
+		const [newest] = running.sort((one, other) => other.entry.created - one.entry.created);
+		document.title = newest ? `${newest.progress} · GLM-Image` : "GLM-Image playground";
 	}
 
 	#showTools() {

@@ -12,17 +12,15 @@ const PRIORITIES = ["normal", "low"];
 const shown = {};
 
 async function poll() {
-	/** @type {Overview | undefined} */
+	/** @type {Overview} */
 	let overview;
-	let problem = "";
 	try {
 		overview = await (await ask(PATH, {quietly: true})).json();
 	} catch (error) {
-		problem = messageOf(error);
-		find("#key-form").hidden = !(error instanceof ServerError && [401, 403].includes(error.status));
+		if (error instanceof ServerError && [401, 403].includes(error.status)) find("#key-form").hidden = false;
+		return show("#problem", messageOf(error));
 	}
-	show("#problem", problem);
-	if (!overview) return;
+	show("#problem");
 	find("#key-form").hidden = true;
 	fill("#stages", stages(overview));
 	fill("#jobs", overview.jobs, job => [
@@ -50,8 +48,8 @@ async function poll() {
 		source,
 		...[requests, images, megapixel_steps].map(String),
 	]);
-	const {count, bytes, max_bytes} = overview.files;
-	find("#kept").textContent = `${count} files, ${size(bytes)} of at most ${size(max_bytes)}`;
+	const {bytes, max_bytes} = overview.files;
+	find("#kept").textContent = `${bytes === undefined ? "Not counted yet" : size(bytes)}, of at most ${size(max_bytes)}`;
 }
 
 /** @param {Overview} overview */
@@ -112,14 +110,14 @@ function priorityOf({id, priority}) {
 }
 
 /** @param {Overview["jobs"][number]} job */
-function cancelling({id, cancelling}) {
+function cancelling({id, key_id, cancelling}) {
 	const button = document.createElement("button");
 	button.textContent = "Cancel";
 	button.ariaLabel = `Cancel ${id}`;
 	button.disabled = cancelling;
 	button.addEventListener("click", () => {
-		change(id, {method: "DELETE"}, "is cancelled");
 		button.blur();
+		if (confirm(`Cancel job ${id} of ${key_id || "no key"}?`)) change(id, {method: "DELETE"}, "is being cancelled");
 	});
 	return button;
 }

@@ -12,7 +12,7 @@ from serve_app.jobs.database import Database
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Job, Owner
 from serve_app.observability.recent import DAY_S, DAYS, Work, day_of
-from tests.unit.serve_app.jobs.stored import IMAGE, MODELS, Open, claimed, new_job, no_news, submitted
+from tests.unit.serve_app.jobs.stored import IMAGE, MODELS, OWNER, Open, claimed, new_job, no_news, submitted
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def test_unfinished_jobs_of_all_owners_are_reported(database: Database, store: J
     asyncio.run(main())
 
 
-def test_the_work_of_jobs_is_reported_by_day_and_key(database: Database, store: JobStore) -> None:
+def test_the_work_of_jobs_is_reported_by_day_and_key(
+    database: Database, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = time.time()
 
     async def made(key_id: str, n: int, ended_days_ago: float) -> None:
@@ -62,10 +64,15 @@ def test_the_work_of_jobs_is_reported_by_day_and_key(database: Database, store: 
         await made("a", 1, DAYS + 1)
         await submitted(store)
         today, before = day_of(now), day_of(now - 2 * DAY_S)
-        assert await reports.work_by_day(database) == {
+        work = reports.WorkOfJobs(database)
+        assert await work.by_day() == {
             (today, "a"): Work(2, 5, 7.5),
             (today, "b"): Work(1, 2, 3),
             (before, "a"): Work(1, 3, 4.5),
         }
+        assert await store.finish("w", no_news(await claimed(store)), "succeeded", images=[IMAGE])
+        assert (today, OWNER.key_id) not in await work.by_day(), "it was read a moment ago"
+        monkeypatch.setattr(reports, "MAX_AGE_S", 0)
+        assert (today, OWNER.key_id) in await work.by_day()
 
     asyncio.run(main())
