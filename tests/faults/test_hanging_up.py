@@ -194,7 +194,7 @@ def test_a_disconnect_during_a_file_write_affects_no_other_request(
     before = counts(client)
     files = set((folder / "files").iterdir())
     with open_request(client, size="2048x2048", num_inference_steps=1, response_format="url") as connection:
-        # The wait for the prior leaves it both cores. The wait for the file does not: a write takes milliseconds.
+        # Until then the test leaves both cores to the prior. The file is written within milliseconds.
         until(partial(is_at, client, "leaver", "decoder"))
         deadline = time.monotonic() + 180
         while set((folder / "files").iterdir()) == files:
