@@ -87,16 +87,18 @@ clean: ## Remove the environment and the caches
 	@if command -v npm >/dev/null; then npm ci --silent --prefix $* && touch $@; \
 	else echo "npm is missing: the tests in $* that need it are skipped."; fi
 
-# Of pip's many lines: a count that overwrites itself on a terminal, then one line. pip's errors go to stderr.
-PROGRESS = /^(Collecting|Requirement already)/ && shows { printf "\r%d of %d packages", ++n, all; fflush() } \
-	/^Installing collected/ { print (n ? "\n" : "") "Unpacking " all " packages." } /^ended/ { exit $$2 }
+# Of pip's many lines: on a terminal a count that overwrites itself, then one line. pip's errors go to stderr.
+PROGRESS = line=; n=0; while read -r word rest; do case $$word in \
+	Collecting|Requirement) n=$$((n + 1)); ! test -t 1 || { line=open; printf '\rPackages: %d' $$n; } ;; \
+	Installing) $${line:+echo}; line=; echo "Unpacking them." ;; \
+	ended) $${line:+echo}; exit $$rest ;; esac; done
 
 # A torch that is in .venv already and of the locked version, PyTorch's CPU build say, is kept.
 define install
 	@echo "Installing $(1) into .venv; this takes a minute or two."
 	@$(PYTHON) -m venv .venv
 	@{ $(BIN)/pip install --disable-pip-version-check --progress-bar off -r $(1); echo "ended $$?"; } \
-	  | awk -v all="$$(grep -c == $(1))" -v shows="$$(test -t 2 && echo yes)" '$(PROGRESS)'
+	  | { $(PROGRESS); }
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 endef

@@ -1,4 +1,4 @@
-"""What an operator's key may do, and a user's may not."""
+"""Tests of the operator's rights, which a user's key lacks."""
 
 import asyncio
 import csv
