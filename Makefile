@@ -6,7 +6,7 @@ BIN := .venv/bin
 NODE := tests/http/js tests/k8s tests/playground
 NODE_MODULES := $(NODE:=/node_modules)
 
-.PHONY: help serve test slow soak check format benchmark versions lock alerts clean
+.PHONY: help serve test slow soak check format docs benchmark versions lock alerts clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ format: .venv/dev.stamp tests/playground/node_modules ## Format the code and men
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	cd tests/playground && npx prettier --config package.json --write ../../serve_app/playground
+
+docs: .venv/dev.stamp ## Write the generated pages of docs/reference
+	$(BIN)/python -m tests.docs.reference
 
 benchmark: .venv/dev.stamp ## Measure speed on this machine and print tables
 	$(BIN)/python -m tests.benchmarks.prior

@@ -107,12 +107,17 @@ class TinyCheckpoint(Generic[Sizes]):
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def main(self) -> None:
-        """Writes a checkpoint, with the folder and the sizes from the command line."""
+    def main(self, prog: str, arguments: Sequence[str]) -> None:
+        """Writes a checkpoint, with the folder and the sizes from the command line.
+
+        Args:
+            prog: the command, for its help.
+            arguments: what follows the command.
+        """
         usual_name = next(iter(self._presets))
         what = self._file.parent.name
         parser = argparse.ArgumentParser(
-            prog=f"python -m deployments.{'.'.join(self._file.with_suffix('').parts[-3:])}",
+            prog=prog,
             description=f"Write a {what} checkpoint with random weights, for tests and benchmarks.",
         )
         parser.add_argument("folder", type=Path, help="folder to create; it must not exist")
@@ -128,7 +133,7 @@ class TinyCheckpoint(Generic[Sizes]):
                 type=int,
                 help="; ".join(f"{k}: {getattr(v, field.name)}" for k, v in self._presets.items()),
             )
-        options = vars(parser.parse_args())
+        options = vars(parser.parse_args(arguments))
         folder, preset = options.pop("folder"), self._presets[options.pop("preset")]
         chosen = {name: value for name, value in options.items() if value is not None}
         if folder.exists():

@@ -28,7 +28,7 @@ class Metric:
 
     Args:
         name: name without the prefix, and without `_total` for a counter.
-        description: text for people; the README contains it too.
+        description: text for people; the reference of metrics has it too.
         labels: names of the labels. Each has few values, and users choose none of them.
     """
 

@@ -232,7 +232,12 @@ def _show_waiting(app_name: str, is_ready: threading.Event) -> None:
     shown = ""
     while not is_ready.wait(PATIENCE_S):
         deployments = serve.status().applications[app_name].deployments.items()
-        waiting = [f"{name}: {one.message}" for name, one in deployments if one.message]
+        # Serve's message about a long load advises to look for a slow constructor.
+        waiting = [
+            f"{name} is loading." if "to initialize" in one.message else f"{name}: {one.message}"
+            for name, one in deployments
+            if one.message
+        ]
         if (text := "\n".join(["Still starting.", *waiting])) != shown:
             shown = text
             print(text, flush=True)

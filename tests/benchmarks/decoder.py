@@ -3,7 +3,7 @@
     python -m tests.benchmarks.decoder [--pairs 9] [--threads 2]
 
 `make benchmark` runs this. The checkpoint is made by
-`python -m deployments.families.glm_image.tiny --preset benchmark`.
+`glm-image-server checkpoint tiny glm_image FOLDER --preset benchmark`.
 """
 
 from __future__ import annotations

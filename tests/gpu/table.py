@@ -1,4 +1,4 @@
-"""Prints the README's table of GPU figures from the rows of a window.
+"""Prints the table of GPU figures in `docs/explained/performance.md` from the rows of a window.
 
 python -m tests.gpu.table [FILE]
 """

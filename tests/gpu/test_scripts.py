@@ -187,4 +187,4 @@ def test_the_whole_server(whole: list[Row]) -> None:
 
 
 def test_the_readme_has_the_figures_of_the_last_window() -> None:
-    assert table(Figures(FIGURES_OF_H200)) in (ROOT / "README.md").read_text()
+    assert table(Figures(FIGURES_OF_H200)) in (ROOT / "docs/explained/performance.md").read_text()

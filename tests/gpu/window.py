@@ -1,4 +1,4 @@
-"""Measures the GPU figures of the README, the most valuable first, and ends after eight minutes.
+"""Measures the figures of a GPU, the most valuable first, and ends after eight minutes.
 
     python -m tests.gpu.window [--out FOLDER] [--limit SECONDS] [--steps probe,prior,…]
 

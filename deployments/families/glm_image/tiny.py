@@ -4,7 +4,7 @@ It has the folder layout of the released checkpoint and is loaded by the same co
 on a laptop. Its images are noise. `TINY` takes seconds and megabytes. `BENCHMARK` is large enough for
 meaningful timings.
 
-    python -m deployments.families.glm_image.tiny FOLDER [--preset benchmark] [--prior-layers 4 …]
+    glm-image-server checkpoint tiny glm_image FOLDER [--preset benchmark] [--prior-layers 4 …]
 """
 
 from __future__ import annotations
@@ -290,6 +290,3 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
 RECIPE = TinyCheckpoint(__file__, PRESETS, lambda sizes: (pipeline(sizes),))
 cached = RECIPE.cached
 write = RECIPE.write
-
-if __name__ == "__main__":
-    RECIPE.main()

@@ -1,6 +1,6 @@
 """A small Z-Image checkpoint with random weights, made of the real classes. See `deployments.engines.tiny`.
 
-python -m deployments.families.z_image.tiny FOLDER [--preset benchmark] [--text-layers 4 …]
+glm-image-server checkpoint tiny z_image FOLDER [--preset benchmark] [--text-layers 4 …]
 """
 
 from __future__ import annotations
@@ -111,6 +111,3 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
 RECIPE = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, lambda sizes: (_pipeline(sizes),))
 cached = RECIPE.cached
 write = RECIPE.write
-
-if __name__ == "__main__":
-    RECIPE.main()

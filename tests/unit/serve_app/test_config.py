@@ -1,25 +1,25 @@
-"""The shipped configurations are valid, misspelt keys are errors, and the README's reference is correct."""
+"""The shipped configurations are valid, misspelt keys are errors, and the examples in `docs/` are valid."""
 
 import re
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import pytest
 import ray
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import ModelConfig, PriorConfig, StageConfig
 from serve_app.app import build_app
-from serve_app.config import AppConfig
+from serve_app.config import APIKey, AppConfig
 from training.demo.scenes import COLOURS, SHAPES, SIZES
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = [file for file in sorted((ROOT / "configs").glob("*.yaml")) if file.stem != "kustomization"]
 CPU = {"device": "cpu"}
 OPEN = {"auth": {"open": True}}
-README = (ROOT / "README.md").read_text()
+DOCS = "\n".join(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))
 MODEL = {"name": "m", "family": "glm_image", "checkpoint": "tiny", "prior": CPU, "decoder": CPU}
 
 
@@ -250,47 +250,17 @@ def test_a_configuration_that_asks_for_more_gpus_than_there_are_is_refused(
             build_app(config)
 
 
-def reference(
-    model: type[BaseModel], prefix: str = "", described: set[tuple[object, ...]] | None = None
-) -> list[str]:
-    """Returns the rows of the README's table. A key that stages share is described once."""
-    rows: list[str] = []
-    described = set() if described is None else described
-    for name, field in model.model_fields.items():
-        several = get_origin(field.annotation) is tuple
-        kind = (
-            get_args(field.annotation)[0] if several or None in parts(field.annotation) else field.annotation
-        )
-        key = f"{prefix}{name}{'[]' if several else ''}"
-        default = "required"
-        if not field.is_required():
-            value = field.get_default(call_default_factory=True)
-            default = "" if value in (None, {}, ()) or isinstance(value, BaseModel) else f"`{value}`"
-        row = f"{default.replace(str(Path.home()), '~')} | {field.description}"
-        if name in StageConfig.model_fields and (name, row) in described:
-            continue
-        described.add((name, row))
-        rows.append(f"| `{key}` | {row} |")
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and (kind,) not in described:
-            described.add((kind,))
-            rows += reference(kind, f"{key}.", described)
-    return rows
+@pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL))
+def test_an_example_in_the_docs_is_valid(block: str) -> None:
+    example = yaml.safe_load(block)
+    if isinstance(example, list):
+        TypeAdapter(list[APIKey]).validate_python(example)
+    elif example.keys() <= MODEL.keys():
+        AppConfig.model_validate(OPEN | {"models": [MODEL | example]})
+    else:
+        AppConfig.model_validate(OPEN | {"models": [MODEL]} | example)
 
 
-def parts(annotation: object) -> tuple[object, ...]:
-    """Returns the parts of a union. None is a part of an optional one."""
-    return tuple(None if one is type(None) else one for one in get_args(annotation))
-
-
-def test_the_readme_lists_every_key_with_its_default() -> None:
-    assert "\n".join(["| Key | Default | Meaning |", "|---|---|---|", *reference(AppConfig)]) in README
-
-
-@pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
-def test_an_example_of_the_readme_is_valid(block: str) -> None:
-    AppConfig.model_validate(OPEN | {"models": [MODEL]} | yaml.safe_load(block))
-
-
-def test_the_readme_configures_both_helpers() -> None:
-    assert README.count("```yaml\nsafety_checker:\n") == 1
-    assert README.count("```yaml\nprompt_expander:\n") == 2
+def test_the_docs_configure_both_helpers() -> None:
+    assert DOCS.count("```yaml\nsafety_checker:\n") == 1
+    assert DOCS.count("```yaml\nprompt_expander:\n") == 2

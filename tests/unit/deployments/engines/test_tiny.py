@@ -11,7 +11,7 @@ from diffusers import GlmImagePipeline
 from deployments.config import ModelConfig
 from deployments.families.glm_image import checkpoint, tiny
 
-COMMAND = [sys.executable, "-m", "deployments.families.glm_image.tiny"]
+COMMAND = [sys.executable, "-m", "serve_app", "checkpoint", "tiny", "glm_image"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -72,13 +72,12 @@ def test_the_command_writes_the_requested_sizes(
 
 
 @pytest.fixture
-def rejection(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def rejection(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Function that runs the command in this process and returns the error with which it ends."""
 
     def rejection(*arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["tiny", *map(str, arguments)])
         with pytest.raises(SystemExit, match="2"):
-            tiny.RECIPE.main()
+            tiny.RECIPE.main("tiny", list(map(str, arguments)))
         return capsys.readouterr().err
 
     return rejection

@@ -1,5 +1,6 @@
 """The command `check`: its plans of the shipped configurations, its advice, and its exit status."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from serve_app.cli.gpus import GPU
 from tests.unit.serve_app.cli.files import ARGS, ROOT, changed
 
 README = (ROOT / "README.md").read_text()
+WORKSTATION = (ROOT / "docs/operate/workstation.md").read_text()
 
 Command = Callable[..., tuple[object, str, str]]
 
@@ -101,9 +103,30 @@ def test_smaller_or_fewer_gpus_are_too_small(check: Command, name: str, cards: l
     assert "does not fit" in err or "asks for" in err
 
 
-def test_the_example_of_the_readme_is_real(check: Command) -> None:
+@pytest.mark.parametrize("row", re.findall(r"^\| .* \| `(configs/\S+)` \| (.* GB) \|", README, re.MULTILINE))
+def test_the_readmes_table_has_the_planned_memory(check: Command, row: tuple[str, str]) -> None:
+    file, shown = row
+    _, out, _ = check(file, *on(*CARDS[Path(file).stem]))
+    gpus = [
+        sum(
+            float(size) for size in re.findall(r"^  \S+ (?:prior|decoder).*?: ([\d.]+) GB", gpu, re.MULTILINE)
+        )
+        for gpu in out.split("\nGPU ")[1:]
+    ]
+    runs = [(f"{size:.1f} GB", len(list(same))) for size, same in itertools.groupby(gpus)]
+    assert shown == ", ".join(f"{number} × {size}" if number > 1 else size for size, number in runs)
+
+
+def test_the_readmes_table_lists_the_configurations_for_gpus() -> None:
+    listed = re.findall(r"^\| .* \| `configs/(\S+)\.yaml` \|", README, re.MULTILINE)
+    assert set(listed) == {name for name, cards in CARDS.items() if cards} - {"cluster", "workstation"} | {
+        "demo"
+    }
+
+
+def test_the_example_of_the_manual_is_real(check: Command) -> None:
     (block,) = re.findall(
-        r"^```console\n\$ \S*python -m serve_app check (.*?)\n(.*?)^```$", README, re.M | re.S
+        r"^```console\n\$ \S*glm-image-server check (.*?)\n(.*?)^```$", WORKSTATION, re.M | re.S
     )
     arguments, shown = block
     _, out, err = check(*arguments.split())

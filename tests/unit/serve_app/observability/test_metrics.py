@@ -1,25 +1,11 @@
-"""The metrics are documented, and named by Prometheus's rules: https://prometheus.io/docs/practices/naming."""
+"""The metrics are named by Prometheus's rules: https://prometheus.io/docs/practices/naming."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from deployments.observability.metrics import SECONDS, Counter, Gauge, Histogram, Metric
 from serve_app.observability import metrics
-
-README = (Path(__file__).parents[4] / "README.md").read_text()
-
-
-def row(metric: Metric) -> str:
-    labels = ", ".join(f"`{label}`" for label in metric.labels)
-    kind = type(metric).__name__.lower()
-    return f"| `{metric.exported_as}` | {kind} | {labels} | {metric.description} |"
-
-
-def test_the_readme_lists_every_metric() -> None:
-    head = ["| Metric | Kind | Labels | Meaning |", "|---|---|---|---|"]
-    assert "\n".join([*head, *map(row, metrics.ALL)]) in README
 
 
 @pytest.mark.parametrize("metric", metrics.ALL, ids=lambda metric: metric.name)

@@ -1,6 +1,5 @@
-"""The README's examples, run unchanged except for the server's address and key."""
+"""The examples of the README and the manual, run unchanged except for the server's address and key."""
 
-import itertools
 import json
 import os
 import re
@@ -18,41 +17,69 @@ from tests.conftest import needs_node
 from tests.http.conftest import KEY, OTHER_KEY, Endpoint, keys
 from tests.serve.conftest import ROOT, SMALL_SIZES, Server, config_file, served, tiny_model
 
-README = (ROOT / "README.md").read_text()
 ADDRESS = "http://127.0.0.1:8000"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    """Returns the code blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_the_curl_command_generates_an_image(server: Server) -> None:
-    (command,) = (block for block in blocks("bash") if block.startswith("curl"))
+def curls() -> Iterator[Any]:
+    """Yields the curl commands of all pages."""
+    for page in PAGES:
+        name = str(page.relative_to(ROOT))
+        for block in [*blocks(name, "bash"), *blocks(name, "sh")]:
+            if block.startswith("curl"):
+                yield pytest.param(block, id=f"{name}:{block.split()[-1][:20]}")
+
+
+@pytest.mark.parametrize("command", curls())
+def test_a_curl_command_gets_an_answer(server: Server, command: str) -> None:
     assert ADDRESS in command
     run = subprocess.run(
-        ["bash", "-c", command.replace(ADDRESS, server.url)], check=True, capture_output=True, text=True
+        ["bash", "-c", command.replace(ADDRESS, server.url).replace("curl", "curl --fail-with-body", 1)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert json.loads(run.stdout.rpartition("\r\n\r\n")[2])
+
+
+def test_the_quickstart_shows_the_answer_to_its_first_command(server: Server) -> None:
+    (command,) = (block for block in blocks("docs/quickstart.md", "sh") if block.startswith("curl"))
+    assert command in blocks("README.md", "bash")
+    run = subprocess.run(
+        ["bash", "-c", command.replace(ADDRESS, server.url)], check=True, capture_output=True
     )
     answer = json.loads(run.stdout)
-    (shown,) = map(json.loads, blocks("json"))
+    (shown,) = map(json.loads, blocks("docs/quickstart.md", "json"))
     assert answer.keys() == shown.keys()
     assert answer["data"][0].keys() == shown["data"][0].keys()
     assert answer["data"][0]["seed"] == shown["data"][0]["seed"]
     assert answer["size"] == shown["size"]
 
 
-def block(language: str, word: str) -> str:
-    """Returns the only block of a language that contains the word."""
-    (found,) = (block for block in blocks(language) if word in block)
-    return found
-
-
-def test_the_python_program_generates_and_edits_an_image(server: Server, tmp_path: Path) -> None:
-    program = block("python", "OpenAI")
+@pytest.mark.parametrize(
+    ("page", "files"),
+    [
+        ("README.md", ["circle.png"]),
+        ("docs/quickstart.md", ["circle.png"]),
+        ("docs/guides/openai.md", ["star.png", "circle.png", "green.png"]),
+    ],
+)
+def test_the_programs_for_openais_client_write_images(
+    server: Server, tmp_path: Path, page: str, files: list[str]
+) -> None:
+    (program,) = blocks(page, "python")
     assert ADDRESS in program
     subprocess.run(
         [sys.executable, "-c", program.replace(ADDRESS, server.url)], check=True, cwd=tmp_path, timeout=120
     )
-    for name in ("star.png", "green.png"):
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(files)
+    for name in files:
         with Image.open(tmp_path / name) as image:
             assert image.size == (512, 512)
 
@@ -73,7 +100,7 @@ def vendors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 
 def run(vendors: Endpoint, command: list[str], program: str, cwd: Path = ROOT) -> str:
-    """Runs an example of the README with the test server's address and key, and returns its output."""
+    """Runs an example with the test server's address and key, and returns its output."""
     assert "none" in program
     assert "127.0.0.1:8000" in program
     program = program.replace(ADDRESS, vendors.url).replace("127.0.0.1:8000", vendors.place)
@@ -91,7 +118,7 @@ def run(vendors: Endpoint, command: list[str], program: str, cwd: Path = ROOT) -
 
 
 def test_three_lines_point_fals_python_client_to_the_server(vendors: Endpoint) -> None:
-    lines, program = block("sh", "FAL_RUN_HOST"), block("python", "fal_client")
+    (lines,), (program,) = blocks("docs/guides/fal.md", "sh"), blocks("docs/guides/fal.md", "python")
     assert len(lines.strip().splitlines()) == 3
     printed = run(vendors, ["bash", "-c"], f"{lines}\n{sys.executable} - <<'END'\n{program}END")
     assert "Completed(" in printed
@@ -100,51 +127,29 @@ def test_three_lines_point_fals_python_client_to_the_server(vendors: Endpoint) -
 
 @needs_node
 def test_the_example_of_fals_javascript_client_works(vendors: Endpoint) -> None:
-    program = block("js", "@fal-ai/client")
+    (program,) = blocks("docs/guides/fal.md", "js")
     printed = run(vendors, ["node", "--input-type=module", "-e"], program, ROOT / "tests/http/js")
     assert printed.startswith(f"{vendors.url}/files/")
 
 
 def test_the_example_of_zais_client_works(vendors: Endpoint) -> None:
-    printed = run(vendors, [sys.executable, "-c"], block("python", "zai"))
+    (program,) = blocks("docs/guides/zai.md", "python")
+    printed = run(vendors, [sys.executable, "-c"], program)
     assert printed.startswith(f"{vendors.url}/files/")
 
 
 def test_the_example_of_pixazos_api_works(vendors: Endpoint) -> None:
-    command = block("sh", "glm-image-request").replace("curl", f"curl --cacert {vendors.certificate}")
+    (command,) = blocks("docs/guides/pixazo.md", "sh")
+    command = command.replace("curl", f"curl --cacert {vendors.certificate}")
     assert json.loads(run(vendors, ["bash", "-c"], command))["status"] == "COMPLETED"
 
 
-def test_the_readme_has_no_placeholders() -> None:
-    assert not re.search(r"\{\{|PLACEHOLDER|TODO", README)
-
-
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/operate/security.md",
-        "k8s/README.md",
-        "tests/gpu/README.md",
-    ],
-)
-def test_no_table_has_an_empty_last_cell(page: str) -> None:
-    lines = (ROOT / page).read_text().splitlines()
-    pairs = itertools.pairwise([*lines, ""])
-    rows = [line for line, below in pairs if line.startswith("|") and not below.startswith("|-")]
-    assert rows
-    assert not [row for row in rows if re.search(r"\|\s*\|$", row)]
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_make_targets_and_paths_exist(page: str) -> None:
-    text = (ROOT / page).read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named_targets = set(re.findall(r"\bmake ([a-z]+)\b", text))
-    assert named_targets - {"serve", "the"} <= targets  # "make the circle green" is a prompt
-    assert "serve" in targets
-    named = re.findall(r"`((?:serve_app|deployments|configs|tests|dialects)/[\w./-]*)`", text)
-    assert named
-    for path in named:
-        assert (ROOT / path).exists() or (ROOT / "serve_app" / path).exists(), path
+def test_every_program_of_the_manual_is_run() -> None:
+    """The pages with programs are those that the tests above read."""
+    with_programs = {
+        str(page.relative_to(ROOT))
+        for page in PAGES
+        if re.search(r"^```(?:python|js)\n", page.read_text(), re.MULTILINE)
+    }
+    guides = {f"docs/guides/{name}.md" for name in ("openai", "fal", "zai")}
+    assert with_programs == {"README.md", "docs/quickstart.md", *guides}

@@ -1,0 +1,2 @@
+def errors() -> str:
+    return ""
