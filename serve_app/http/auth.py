@@ -111,8 +111,8 @@ class Keys:
         if expired:
             raise expired
         if presented:
-            raise _refusal("The API key is not known here.", "invalid_api_key")
-        raise _refusal("Send your API key as `Authorization: Bearer KEY`.", "missing_api_key")
+            raise _unauthorized("The API key is not known here.", code="invalid_api_key")
+        raise _unauthorized("Send your API key as `Authorization: Bearer KEY`.", code="missing_api_key")
 
     def _by_digest(self, key: bytes) -> str | None:
         """Returns the id of a key. All keys are compared, so that the time reveals nothing."""
@@ -138,7 +138,7 @@ class Keys:
             with suppress(*invalid):
                 claims = jwt.decode(token, secret, algorithms=["HS256"], options=NO_TIMES)
                 if not float(claims["exp"]) > time.time() * 1000:
-                    raise _refusal("The token has expired; sign a new one.", "expired_token")
+                    raise _unauthorized("The token has expired; sign a new one.", code="expired_token")
                 return key_id
         return None
 
@@ -233,5 +233,5 @@ def presented_keys(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
     return keys
 
 
-def _refusal(message: str, code: str) -> ProtocolError:
+def _unauthorized(message: str, *, code: str) -> ProtocolError:
     return ProtocolError(message, code=code, status=401, headers={"WWW-Authenticate": "Bearer"})
