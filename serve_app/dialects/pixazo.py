@@ -43,7 +43,9 @@ IMAGE, EDIT = "glm-image", "glm-image-image-to-image"
 NESTED_PATHS = (f"/{IMAGE}/v1/", "/v2/requests/")
 FLAT_PATHS = (f"/{EDIT}/v1/",)
 """Prefixes of this API's paths, by their envelope of errors."""
-CODES = {
+CODES = {VIOLATION: "CONTENT_POLICY_VIOLATION"}
+"""Pixazo's codes by ours."""
+CODES_BY_STATUS = {
     400: "INVALID_PARAMETER",
     401: "UNAUTHORIZED",
     404: "NOT_FOUND",
@@ -51,6 +53,9 @@ CODES = {
     429: "RATE_LIMIT_EXCEEDED",
     500: "INTERNAL_ERROR",
 }
+"""Pixazo's codes of other errors. An error that is in neither table has the name of its status as code."""
+EDIT_CODES = {"INVALID_PARAMETER": "VALIDATION_ERROR"}
+"""Codes that the routes of edits have instead."""
 MESSAGES = {
     "missing_api_key": "Missing or invalid Ocp-Apim-Subscription-Key header",
     "invalid_api_key": "Missing or invalid Ocp-Apim-Subscription-Key header",
@@ -141,9 +146,7 @@ def _error(error: RequestError) -> Error:
     message = MESSAGES.get(error.code, error.message)
     if isinstance(error, Busy) and error.retry_after_s is not None:
         message = f"Rate limit exceeded. Retry after {error.retry_after_s} seconds."
-    code = CODES.get(status, HTTPStatus(status).name)
-    if error.code == VIOLATION:
-        code = VIOLATION.upper()
+    code = CODES.get(error.code) or CODES_BY_STATUS.get(status) or HTTPStatus(status).name
     return Error(code=code, message=message)
 
 
@@ -153,12 +156,10 @@ def error_response(error: RequestError, scope: Scope) -> JSONResponse:
     shown = _error(error)
     body: dict[str, Any]
     if path_of(scope).startswith(FLAT_PATHS):
-        code, message = shown.code, shown.message
-        if code == "INVALID_PARAMETER":
-            code = "VALIDATION_ERROR"
+        message = shown.message
         if error.code == "missing_required_parameter":
             message = f"Missing required parameter: {error.param}"
-        body = {"error": message, "code": code}
+        body = {"error": message, "code": EDIT_CODES.get(shown.code, shown.code)}
     else:
         body = {"error": vars(shown)}
     return JSONResponse(body, status_of(error), headers_of(error))

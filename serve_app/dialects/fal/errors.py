@@ -35,13 +35,14 @@ TYPES = {
     "stopping": "runner_scheduling_failure",
     "unavailable": "runner_scheduling_failure",
 }
-"""fal's types of errors by our codes, where they differ."""
+"""fal's types of errors by our codes."""
+TYPES_BY_STATUS = {400: "value_error", 500: "internal_error"}
+"""fal's types of other errors by our statuses. An error that is in neither table has its code as type."""
 
 
 def type_of(error: RequestError) -> str:
     """Returns fal's type of an error."""
-    by_status = {400: "value_error", 500: "internal_error"}
-    return TYPES.get(error.code) or by_status.get(status_of(error), error.code)
+    return TYPES.get(error.code) or TYPES_BY_STATUS.get(status_of(error), error.code)
 
 
 def error_response(error: RequestError, _: Scope | None = None) -> JSONResponse:
