@@ -146,7 +146,7 @@ _SOURCES = {
     "forbidden": ErrorCode(
         (403,),
         "Only fal's API: the signature of an upload URL is wrong, or the URL is older than an hour.",
-        "Request a new URL at `POST /storage/upload/initiate`, and send the file at once.",
+        "Request a new URL at `POST /storage/upload/initiate`, and send the file within an hour.",
     ),
 }
 _KEYS = {
@@ -226,8 +226,8 @@ _LIMITS = {
 _JOBS = {
     "job_not_found": ErrorCode(
         (404,),
-        "There is no job of this id. It has expired `storage.ttl_s` after its end, was purged, or belongs "
-        "to another API key or another API.",
+        "There is no job of this id. It may have expired `storage.ttl_s` after its end, or belong to "
+        "another API key or another API.",
         "Use the API and the key that submitted the job. `GET /v1/images/jobs` lists the jobs of your key.",
     ),
     "idempotency_key_reused": ErrorCode(
