@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from deployments.config import StageConfig
 from serve_app.config import AppConfig
 from serve_app.observability import metrics
+from tests.docs.errors import errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ def configuration() -> str:
     """Returns the page of all keys of a configuration."""
     rows = "\n".join(["| Key | Default | Meaning |", "|---|---|---|", *keys(AppConfig)])
     return f"""\
+<!-- Written by `make docs`. The texts are in deployments/config.py and serve_app/config.py. -->
 # Configuration
 
 A config file is a [Serve config](https://docs.ray.io/en/latest/serve/production-guide/config.html). This
@@ -75,6 +77,7 @@ def all_metrics() -> str:
     """Returns the page of all metrics."""
     rows = "\n".join(["| Metric | Kind | Labels | Meaning |", "|---|---|---|---|", *map(_row, metrics.ALL)])
     return f"""\
+<!-- Written by `make docs`. The texts are in serve_app/observability/metrics.py. -->
 # Metrics
 
 [Observability](../operate/observability.md#metrics) says where they are, and how to use them. Ray adds the
@@ -92,6 +95,7 @@ def _row(metric: Metric) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration,
+    "errors.md": errors,
     "metrics.md": all_metrics,
 }
 """The function that returns each page, by its file."""
