@@ -298,7 +298,9 @@ def _caller(method: DeploymentHandle[Any]) -> Callable[..., AsyncGenerator[Any, 
         except BackPressureError as error:
             raise Busy("The server is busy; try again later.") from error
         except DeploymentUnavailableError as error:
-            raise Unavailable("The model is not available; try again later.") from error
+            raise Unavailable(
+                "A stage of the model cannot be reached; try again later. `/health` has its state."
+            ) from error
         except RayActorError as error:
             raise ReplicaDied from error
 

@@ -152,7 +152,11 @@ class ReplicaDied(Exception):
 
 def server_error() -> Failed:
     """Returns the error for a fault whose details are not the client's business."""
-    return Failed("The server failed to answer; its log says why.", retryable=True)
+    return Failed(
+        "The server failed to answer; its log says why. Try again, or send the `x-request-id` of this answer "
+        "to the operator.",
+        retryable=True,
+    )
 
 
 def stopping() -> Unavailable:
@@ -162,4 +166,6 @@ def stopping() -> Unavailable:
 
 def image_too_large(limit: int) -> TooLarge:
     """Returns the error for a source image of more than `limit` bytes."""
-    return TooLarge(f"The image is larger than the {limit} bytes allowed.", param="sources")
+    return TooLarge(
+        f"The image is larger than the {limit} bytes allowed; send a smaller one.", param="sources"
+    )

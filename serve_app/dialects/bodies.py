@@ -80,8 +80,10 @@ async def read_json(request: Request, fields: type[Body], max_bytes: int) -> Bod
         Invalid: it is not a JSON body, or not valid.
         TooLarge: it has too many bytes.
     """
-    if media_type(request) != "application/json":
-        raise Invalid("Send this request as application/json.", code="invalid_content_type")
+    if (given := media_type(request)) != "application/json":
+        raise Invalid(
+            f"The Content-Type must be application/json, not {given!r:.100}.", code="invalid_content_type"
+        )
     return await parse_json(await read(request, max_bytes), fields)
 
 
@@ -127,7 +129,7 @@ def unknown(param: str, fields: type[Fields]) -> Invalid:
     name = param.partition("[")[0]  # a form's svg[model]
     reason = f": {fields.UNSUPPORTED[name]}" if name in fields.UNSUPPORTED else ""
     return Invalid(
-        f"The parameter {param!r:.100} is not supported{reason}.",
+        f"The parameter {param!r:.100} is not supported{reason or '; remove it'}.",
         param=param[:100],
         code="unsupported_parameter" if reason else "unknown_parameter",
     )
@@ -141,7 +143,8 @@ def request_id(request: Request) -> str:
     """
     given = request.headers.get("x-request-id", "")
     if len(given) > MAX_ID_CHARS:
-        raise Invalid(f"X-Request-ID may have at most {MAX_ID_CHARS} characters.", param="X-Request-ID")
+        problem = f"X-Request-ID has {len(given)} characters; at most {MAX_ID_CHARS} are allowed."
+        raise Invalid(problem, param="X-Request-ID")
     return given
 
 
@@ -157,7 +160,8 @@ def parsed_size(size: str, otherwise: str = "") -> tuple[int, int]:
     """
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
     if match is None:
-        raise Invalid(f"Give the size as WIDTHxHEIGHT, for example 1024x1024{otherwise}.", param="size")
+        problem = f"size must be WIDTHxHEIGHT, such as 1024x1024{otherwise}, not {size!r:.50}."
+        raise Invalid(problem, param="size")
     return int(match[1]), int(match[2])
 
 

@@ -255,7 +255,7 @@ def _add_files(routes: APIRouter, services: Services) -> None:
 
 
 def _no_file() -> NotFound:
-    return NotFound("There is no such file.")
+    return NotFound("There is no such file. It may have expired, or its job was deleted.")
 
 
 _IMAGES: dict[str, Any] = {
@@ -277,7 +277,7 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int]:
     end = min(size, int(last) + 1) if first and last else size
     if start >= size:
         raise ProtocolError(
-            f"The file has {size} bytes.",
+            f"The range {match[0]} begins behind the end of the file, which has {size} bytes.",
             param="Range",
             code="invalid_value",
             status=416,

@@ -319,7 +319,10 @@ def _add_status(routes: APIRouter, services: Services) -> None:
         if body := await read(request, services.config.limits.max_json_bytes):
             named = (await parse_json(body, StatusBody)).request_id
             if named not in (None, request_id):
-                raise Invalid("request_id is not the one of the path.", param="request_id")
+                raise Invalid(
+                    f"request_id is {named!r:.100}, and the path has another one; send the same, or none.",
+                    param="request_id",
+                )
         return await get_status(request, request_id)
 
 

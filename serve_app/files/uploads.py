@@ -52,7 +52,11 @@ class Uploads:
         expected = await self._signature(name, expires)
         if not hmac.compare_digest(signature.encode(), expected.encode()) or expires < time.time():
             raise Refused("This upload URL is invalid or has expired; request a new one.")
-        taken = Conflict("The file was uploaded already.", code="already_uploaded", retryable=True)
+        taken = Conflict(
+            "The file was uploaded already; request another URL for another file.",
+            code="already_uploaded",
+            retryable=True,
+        )
         if await self._files.size(name) is not None:
             raise taken
         await self._files.check_room()

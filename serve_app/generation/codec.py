@@ -28,7 +28,7 @@ JPEG_SCALES: tuple[int, ...] = (1, 2, 4)
 """Divisors by which a JPEG can be made smaller while it is decoded."""
 MAX_BUFFERED = 2
 """Most pixels of a JPEG with several scans, as a multiple of `max_pixels`. The decoder holds all of it."""
-BROKEN = "is broken or incomplete"
+BROKEN = "is broken or incomplete; save it anew"
 PNG_LEVEL = 4
 """Compression level of zlib. Files are as large as at the usual level 6 (98-104 % for three kinds of
 1024×1024 pictures), and encoding takes 86, 55 and 32 % of the time."""
@@ -100,7 +100,9 @@ def _opened(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
     except Exception as error:  # Pillow's errors for broken files are of many kinds
         raise _bad_source(
-            "cannot be read" if containers.is_image(data) else "is not a PNG, JPEG or WebP image"
+            "cannot be read; save it anew"
+            if containers.is_image(data)
+            else "is not a PNG, JPEG or WebP image; convert it into one"
         ) from error
     if code_points := containers.code_points(data):  # Pillow does not read them
         image.info["cicp"] = code_points

@@ -140,7 +140,10 @@ class Delivery:
             return Delivered(url=url, media_type=media_type, record=image)
         file = await self._files.read_all(image.name)
         if file is None:
-            raise Gone("The job's images were deleted.", code="result_gone")
+            raise Gone(
+                "The job's images were deleted; submit the request again with its seed to get the same.",
+                code="result_gone",
+            )
         return Delivered(base64=await in_base64(file), media_type=media_type, record=image)
 
 

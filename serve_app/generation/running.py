@@ -85,13 +85,15 @@ class RunningRequest:
         """Returns the error for a request that was stopped before its end."""
         if self.aborted:
             return Unavailable(
-                f"The request was stopped: {self.model} was unloaded by hand.",
+                f"The request was stopped: {self.model} was unloaded by hand. Send it again to load it.",
                 code="unloaded",
                 retryable=False,
             )
         if self.start_within_s is not None and not self._has_started:
             return TimedOut(
-                f"The request did not start within {self.start_within_s:g} s.", code="start_timeout"
+                f"The request did not start within {self.start_within_s:g} s; allow more time, or try again "
+                "later.",
+                code="start_timeout",
             )
         return TimedOut(
             f"The request took longer than the {self.deadline_s:g} s allowed and was stopped. If the model "

@@ -55,7 +55,9 @@ def validate(request: GenerationRequest, model: ModelConfig, limits: Limits, *, 
         )
     _check_effects(request, model)
     if len(request.sources) > family.max_sources:
-        raise InvalidParameter("sources", f"may be at most {family.max_sources}, not {len(request.sources)}")
+        raise InvalidParameter(
+            "sources", f"has {len(request.sources)} images; {model.name} takes at most {family.max_sources}"
+        )
 
 
 def _check_texts(request: GenerationRequest, limits: Limits) -> None:
@@ -65,7 +67,7 @@ def _check_texts(request: GenerationRequest, limits: Limits) -> None:
         if len(text) > limits.max_prompt_chars:
             raise InvalidParameter(
                 param,
-                f"has {len(text)} characters; at most {limits.max_prompt_chars} are allowed",
+                f"has {len(text)} characters; at most {limits.max_prompt_chars} are allowed: shorten it",
                 code="string_above_max_length",
             )
 
@@ -105,7 +107,8 @@ def bounded_work(request: GenerationRequest, model: ModelConfig, limits: Limits)
     if width * height > limits.max_pixels:
         raise InvalidParameter(
             "size",
-            f"{width}x{height} has {width * height} pixels; at most {limits.max_pixels} are allowed",
+            f"{width}x{height} has {width * height} pixels; at most {limits.max_pixels} are allowed: "
+            "choose a smaller one",
         )
     work = width * height * steps * request.n / 1e6
     if work > limits.max_megapixel_steps:

@@ -161,20 +161,28 @@ def _add_error_handlers(app: FastAPI, routers: list[APIRouter], respond: Respond
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        """Answers FastAPI's errors over a query parameter or a header."""
+        """Answers FastAPI's errors over a query parameter, a header or a body."""
         first = error.errors()[0]
-        param = ".".join(map(str, first["loc"][1:])) or None
-        return answer(request, Invalid(f"{param or 'The query'}: {first['msg']}.", param=param))
+        place, *names = first["loc"]
+        if first["type"] == "json_invalid":
+            return answer(request, Invalid(f"The body is not JSON, from character {names[0]} on."))
+        param = ".".join(map(str, names)) or None
+        return answer(request, Invalid(f"{param or f'The {place}'}: {first['msg']}.", param=param))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         """Answers Starlette's errors: no such route, no such method, a broken form."""
         headers = dict(error.headers or {})
-        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{error.detail.rstrip('.')}."
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            message = f"The server has no path {request.url.path!r:.100}; `/openapi.json` lists all paths."
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             # Starlette names the methods of the path's first route only.
             methods = _methods(routers, request.scope)
             headers |= {"Allow": ", ".join(sorted(methods))} if methods else {}
-        message = f"{error.detail.rstrip('.')}."
+            message = (
+                f"The path does not allow {request.method:.20}; choose {headers.get('Allow', 'another')}."
+            )
         return answer(request, ProtocolError(message, status=error.status_code, headers=headers))
 
     @app.exception_handler(Exception)

@@ -87,7 +87,7 @@ def headers_of(error: RequestError) -> dict[str, str]:
 
 def too_large(limit: int) -> TooLarge:
     """Returns the error for a body of more than `limit` bytes."""
-    return TooLarge(f"The request body is larger than the {limit} bytes allowed.")
+    return TooLarge(f"The request body is larger than the {limit} bytes allowed; send a smaller one.")
 
 
 def compressed() -> ProtocolError:
@@ -103,7 +103,7 @@ def compressed() -> ProtocolError:
 def too_slow(limit_s: float) -> ProtocolError:
     """Returns the error for a body that takes longer than `limit_s` seconds to arrive."""
     return ProtocolError(
-        f"The request body did not arrive within {limit_s:g} s.",
+        f"The request body did not arrive within {limit_s:g} s; send a smaller one, or URLs of images.",
         code="request_timeout",
         status=408,
         headers={"Connection": "close"},

@@ -79,7 +79,11 @@ class SiteGuard:
         site = _split(origin)
         is_foreign = origin and not (site and site.netloc.lower() == host.lower())
         if is_foreign or headers.get(b"sec-fetch-site", "none") not in ("none", "same-origin"):
-            return Refused("Pages of other sites may not use this server without a key.", code="cross_site")
+            return Refused(
+                f"Pages of other sites may not use this server without a key. This one is of "
+                f"{origin or 'another site':.100}; send a key.",
+                code="cross_site",
+            )
         return None
 
 

@@ -193,7 +193,9 @@ def resolved(url: str) -> URL:
     try:
         where = make_url(url)
     except (ArgumentError, ValueError):  # their texts may hold the password
-        raise ValueError("database.url is not a URL of SQLAlchemy") from None
+        raise ValueError(
+            "database.url is not a URL; use sqlite:///PATH or postgresql://USER@HOST/NAME"
+        ) from None
     if where.get_backend_name() == "sqlite":
         return where.set(database=str(Path(where.database or "").expanduser()))
     return where.set(drivername="postgresql+psycopg")

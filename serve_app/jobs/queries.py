@@ -151,7 +151,10 @@ def belongs_to(job_id: str, owner: Owner | None) -> ColumnElement[bool]:
 
 def no_job() -> NotFound:
     """Returns the error for an unknown job."""
-    return NotFound("There is no such job.", code="job_not_found")
+    return NotFound(
+        "There is no such job. It may have expired, or belong to another API key or API.",
+        code="job_not_found",
+    )
 
 
 def turn_of(session: Session, job: Job) -> float:

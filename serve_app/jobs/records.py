@@ -202,5 +202,5 @@ class UnreadableRecord(Failed):
     CODE = "unreadable_job"
 
     def __init__(self, problem: str) -> None:
-        super().__init__("The job was stored by another version of the server.")
+        super().__init__("The job was stored by another version of the server; submit it again.")
         self.problem = problem

@@ -391,4 +391,4 @@ class JobRunner:
         await self._files.delete(names)
 
 
-_NOT_MADE = Failed("The server failed to make it; its log says why.")
+_NOT_MADE = Failed("The server failed to make the images; its log says why. Submit the job again.")

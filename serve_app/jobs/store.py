@@ -174,7 +174,7 @@ class JobStore:
         if (session.scalar(unfinished) or 0) >= self._max_jobs:
             raise Busy(
                 f"The server has {self._max_jobs} jobs that have not ended, which is its limit; try again "
-                f"later.",
+                "later, or cancel some.",
                 code="too_many_jobs",
                 retry_after_s=30,
             )
@@ -298,7 +298,9 @@ class JobStore:
             if job is None:
                 raise no_job()
             if job.state in ("succeeded", "failed"):
-                raise Conflict(f"The job has {job.state} already.", code="job_has_ended")
+                raise Conflict(
+                    f"The job has {job.state} already, and cannot be cancelled.", code="job_has_ended"
+                )
             return job, has_ended
 
         cancelled = await self._database.write(call)
@@ -321,7 +323,10 @@ class JobStore:
             if job is None:
                 raise no_job()
             if job.state != "queued":
-                raise Conflict(f"The job is {job.state}, and not queued any more.", code="job_is_not_queued")
+                raise Conflict(
+                    f"Only a queued job can get another priority, and the state of this one is {job.state}.",
+                    code="job_is_not_queued",
+                )
             if job.priority != priority:
                 with session.no_autoflush:  # the job does not count among those before it
                     job.priority = priority
@@ -497,7 +502,8 @@ class JobStore:
             The jobs that it has ended, without unreadable ones.
         """
         late = TimedOut(
-            "The job was not begun, or after an interruption not begun again, within its time limit.",
+            "The job was not begun, or after an interruption not begun again, within its time limit; submit "
+            "it again.",
             code="start_timeout",
         )
         hopeless = Failed(

@@ -29,13 +29,13 @@ fields. The APIs of [fal](#fal), [Z.ai](#zai) and [Pixazo](#pixazo) have their o
 HEADERS = {
     "`x-request-id`": "Every answer has it: the id that the client sent, or a new one. The log has it too.",
     "`Retry-After`": "Seconds to wait before the request is sent again.",
-    "`x-should-retry: false`": "The same request would get the same error again. OpenAI's clients then do not "
-    "repeat it. Without the header they repeat a request after {retried}.",
+    "`x-should-retry: false`": "The same request would get the same error again. OpenAI's clients then do "
+    "not repeat it. Without the header they repeat a request after {retried}.",
 }
 FAL = """
-Most errors have the form `{{"detail": "…", "error_type": "…"}}`. An error of status 400 has 422 here. Its form
-is `{{"detail": [{{"loc": ["body", "prompt"], "msg": "…", "type": "…"}}]}}`. The header `X-Fal-Error-Type`
-has the type too. `X-Fal-Retryable` says whether the same request may succeed later.
+Most errors have the form `{{"detail": "…", "error_type": "…"}}`. An error of status 400 has 422 here. Its
+form is `{{"detail": [{{"loc": ["body", "prompt"], "msg": "…", "type": "…"}}]}}`. The header
+`X-Fal-Error-Type` has the type too. `X-Fal-Retryable` says whether the same request may succeed later.
 
 fal's clients repeat a request after {retried}, whatever the headers say. If that would be in vain, the status
 is 500 instead.

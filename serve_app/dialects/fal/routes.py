@@ -120,7 +120,9 @@ def _add_app(
 async def _find(services: Services, app: str, request_id: str, request: Request) -> Job:
     job = await services.jobs.get(Owner(request.state.key_id, API), request_id)
     if job.answer["app"] != app:
-        raise NotFound("The app has no such request.")
+        raise NotFound(
+            f"The app {app!r:.100} has no such request; use the URLs of the answer to its submission."
+        )
     return job
 
 

@@ -69,19 +69,23 @@ def _parsed(request: Request, fields: Input, sources: tuple[Source, ...], limits
     compression = 100 if fields.output_compression is None else fields.output_compression
     encoding = Encoding(fields.output_format or "png", compression)
     if encoding.format == "png" and compression < 100:
-        raise Invalid("PNG is lossless; choose jpeg or webp.", param="output_compression")
+        raise Invalid(
+            f"output_compression is {compression}, but PNG is lossless; set output_format to jpeg or webp.",
+            param="output_compression",
+        )
     steps, quality = fields.num_inference_steps, None
     if steps is None and fields.quality:
         quality, steps = QUALITIES[fields.quality]
         if steps > limits.max_steps:
             raise Invalid(
-                f"{fields.quality} takes {steps} denoising steps, and {limits.max_steps} are allowed.",
+                f"{fields.quality} takes {steps} denoising steps, and {limits.max_steps} are allowed; choose "
+                "a lower quality.",
                 param="quality",
             )
     generation = GenerationRequest(
         model=fields.model,
         prompt=fields.prompt,
-        size=None if fields.size in (None, "auto") else parsed_size(fields.size, ", or as auto"),
+        size=None if fields.size in (None, "auto") else parsed_size(fields.size, ", or auto"),
         n=1 if fields.n is None else fields.n,
         steps=steps,
         guidance_scale=fields.guidance_scale,
@@ -120,7 +124,7 @@ async def _read_form(request: Request, fields: type[Input], limits: Limits) -> t
                 elif name in ("image", "image[]"):
                     files.append(_nameless_file(value, limits))
                 elif name in texts:
-                    raise Invalid(f"{name:.100} is given twice.", param=name[:100])
+                    raise Invalid(f"{name:.100} is given twice; send it once.", param=name[:100])
                 elif not (fields.may_be_unset(name) and value in ("", "false")):
                     texts[name] = value.replace("\r\n", "\n")  # browsers end the lines of forms so
     except (ValueError, LookupError) as error:  # a charset that Starlette does not expect

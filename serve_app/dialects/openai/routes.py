@@ -110,7 +110,10 @@ async def _answer(
     """Makes the images of a request; answers with them, or with a stream of events of this kind."""
     fields = parsed.fields
     if fields.partial_images and not fields.stream:
-        raise Invalid("Previews come in a stream only; set stream to true.", param="partial_images")
+        raise Invalid(
+            "Previews come in a stream only; set stream to true, or remove partial_images.",
+            param="partial_images",
+        )
     if fields.stream:
         return await EventStream.begin(partial(_events, services.generator, request, parsed, kind))
     base = None if fields.response_format == "b64_json" else services.base(request)

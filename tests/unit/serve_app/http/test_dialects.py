@@ -61,8 +61,16 @@ def test_a_new_dialect_makes_images(app: FastAPI, call: Call, requested: list[Im
 @pytest.mark.parametrize(
     ("method", "path", "status", "body"),
     [
-        ("GET", "/toy/nothing", 404, {"problem": "Not Found.", "field": None}),
-        ("POST", "/toy/images", 405, {"problem": "Method Not Allowed.", "field": None}),
+        (
+            "GET",
+            "/toy/nothing",
+            404,
+            {
+                "problem": "The server has no path '/toy/nothing'; `/openapi.json` lists all paths.",
+                "field": None,
+            },
+        ),
+        ("POST", "/toy/images", 405, {"problem": "The path does not allow POST; choose GET.", "field": None}),
         ("GET", "/toy/images?text=%20", 400, {"problem": "text must not be empty.", "field": "text"}),
         (
             "GET",

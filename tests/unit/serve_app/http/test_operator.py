@@ -65,7 +65,7 @@ class Server:
         self._call = call
 
     def ask(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
-        headers = {"X-Request-ID": f"request of {who}"}
+        headers = {"X-Request-ID": f"request of {who}", "Content-Type": "application/json"}
         if who != "nobody":
             headers["Authorization"] = f"Bearer {who}"
         return self._call(self.app, method, path, headers=headers, **options)
@@ -113,6 +113,22 @@ def test_the_routes_of_the_operator_need_the_role(
         assert one.ask("olga", method, path, json=LOW).status_code == (404 if NO_JOB in path else 200)
     assert open_server.ask("nobody", method, path, json=LOW).status_code == (404 if NO_JOB in path else 200)
     assert open_server.lifecycle.unloaded == (["m", "m"] if path == UNLOAD else [])
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        (b'{"priority": low}', "The body is not JSON, from character 13 on.", None),
+        (b"", "The body: Field required.", None),
+        (b"{}", "priority: Field required.", "priority"),
+    ],
+)
+def test_an_error_over_a_body_says_what_is_wrong_with_it(
+    server: Server, body: bytes, message: str, param: str | None
+) -> None:
+    answer = server.ask("olga", "PATCH", f"{OPERATOR}/jobs/{NO_JOB}", content=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["message"], error["param"]) == (400, message, param)
 
 
 def test_a_user_reaches_the_jobs_of_its_own_key_only(server: Server) -> None:
