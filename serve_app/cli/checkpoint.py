@@ -10,6 +10,12 @@ from pathlib import Path
 from deployments.families import FAMILIES
 
 HELP = "check a checkpoint's files, or write a small one"
+KINDS = {
+    **{name: family.package for name, family in FAMILIES.items()},
+    "chat_model": "deployments.helpers.chat_model",
+    "image_classifier": "deployments.helpers.image_classifier",
+}
+"""The package of each kind of checkpoint: those of models, the prompt expander's and the safety checker's."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tiny = commands.add_parser(
         "tiny", help="write a small checkpoint with random weights, for tests and timings"
     )
-    tiny.add_argument("family", choices=FAMILIES, metavar="FAMILY", help=" or ".join(FAMILIES))
+    tiny.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     tiny.add_argument(
         "rest",
         nargs=argparse.REMAINDER,
         metavar="FOLDER …",
-        help="the folder, and sizes: see `tiny FAMILY -h`",
+        help="the folder, and sizes: see `tiny KIND -h`",
     )
     tiny.set_defaults(run=_write)
 
@@ -68,6 +74,6 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace) -> None:
-    """Writes a checkpoint. The family's sizes are further options, so its parser reads the rest."""
-    module = importlib.import_module(f"{FAMILIES[arguments.family].package}.tiny")
-    module.RECIPE.main(f"glm-image-server checkpoint tiny {arguments.family}", arguments.rest)
+    """Writes a checkpoint. Its sizes are further options, so the kind's own parser reads the rest."""
+    module = importlib.import_module(f"{KINDS[arguments.kind]}.tiny")
+    module.CHECKPOINT.main(f"glm-image-server checkpoint tiny {arguments.kind}", arguments.rest)

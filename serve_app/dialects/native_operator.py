@@ -7,9 +7,10 @@ import io
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastapi import APIRouter, Depends, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, Field
 
+from serve_app.dialects.bodies import JSONFields, document_body, read_json
 from serve_app.dialects.native import Loaded, by_kind
 from serve_app.dialects.openai.schemas import errors
 from serve_app.http.auth import require_operator
@@ -52,10 +53,8 @@ class OperatorsJob(BaseModel):
     age_s: float = Field(description="Seconds since its submission, by the clock of the ingress.")
 
 
-class JobChange(BaseModel):
+class JobChange(JSONFields):
     """Change of a queued job."""
-
-    model_config = ConfigDict(extra="forbid")
 
     priority: Priority
 
@@ -148,9 +147,15 @@ def router(services: Services) -> APIRouter:
         """Cancels a job of any key: a queued one at once, a running one within a pass or a step."""
         return _describe(await services.runner.cancel(None, job_id))
 
-    @routes.patch(JOB_PATH, name="operator_change", responses=errors(400, 403, 404, 409, 503))
-    async def change(job_id: str, change: JobChange) -> OperatorsJob:
+    @routes.patch(
+        JOB_PATH,
+        name="operator_change",
+        responses=errors(400, 403, 404, 408, 409, 413, 429, 503),
+        openapi_extra=document_body(JobChange),
+    )
+    async def change(job_id: str, request: Request) -> OperatorsJob:
         """Changes the priority of a queued job of any key. It gets the turn of a new job."""
+        change = await read_json(request, JobChange, services.config.limits.max_json_bytes)
         return _describe(await services.jobs.prioritize(job_id, change.priority))
 
     return routes

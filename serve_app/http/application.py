@@ -161,11 +161,9 @@ def _add_error_handlers(app: FastAPI, routers: list[APIRouter], respond: Respond
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        """Answers FastAPI's errors over a query parameter, a header or a body."""
+        """Answers FastAPI's errors over a query parameter or a header."""
         first = error.errors()[0]
         place, *names = first["loc"]
-        if first["type"] == "json_invalid":
-            return answer(request, Invalid(f"The body is not JSON, from character {names[0]} on."))
         param = ".".join(map(str, names)) or None
         return answer(request, Invalid(f"{param or f'The {place}'}: {first['msg']}.", param=param))
 

@@ -287,6 +287,6 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
-RECIPE = TinyCheckpoint(__file__, PRESETS, lambda sizes: (pipeline(sizes),))
-cached = RECIPE.cached
-write = RECIPE.write
+CHECKPOINT = TinyCheckpoint(__file__, PRESETS, lambda sizes: (pipeline(sizes),))
+cached = CHECKPOINT.cached
+write = CHECKPOINT.write

@@ -1,6 +1,6 @@
 """A small Z-Image checkpoint with random weights, made of the real classes. See `deployments.engines.tiny`.
 
-glm-image-server checkpoint tiny z_image FOLDER [--preset benchmark] [--text-layers 4 …]
+`glm-image-server checkpoint tiny z_image FOLDER [--preset benchmark] [--text-layers 4 …]`
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def _vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
-RECIPE = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, lambda sizes: (_pipeline(sizes),))
-cached = RECIPE.cached
-write = RECIPE.write
+CHECKPOINT = TinyCheckpoint(
+    __file__, {"tiny": TINY, "benchmark": BENCHMARK}, lambda sizes: (_pipeline(sizes),)
+)
+cached = CHECKPOINT.cached
+write = CHECKPOINT.write

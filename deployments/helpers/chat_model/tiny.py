@@ -1,6 +1,6 @@
 """A small chat model with random weights, made of the real classes. See `deployments.engines.tiny`.
 
-python -m deployments.helpers.chat_model.tiny FOLDER [--preset benchmark] [--layers 4 …]
+`glm-image-server checkpoint tiny chat_model FOLDER [--preset benchmark] [--layers 4 …]`
 """
 
 from __future__ import annotations
@@ -72,6 +72,3 @@ def _make(sizes: Sizes) -> tuple[Qwen3ForCausalLM, Qwen2Tokenizer]:
 CHECKPOINT = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
 cached = CHECKPOINT.cached
 write = CHECKPOINT.write
-
-if __name__ == "__main__":
-    CHECKPOINT.main()

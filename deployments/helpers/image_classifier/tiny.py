@@ -1,6 +1,6 @@
 """A small classifier with random weights, made of the real classes. See `deployments.engines.tiny`.
 
-python -m deployments.helpers.image_classifier.tiny FOLDER [--preset benchmark] [--layers 4 …]
+`glm-image-server checkpoint tiny image_classifier FOLDER [--preset benchmark] [--layers 4 …]`
 """
 
 from __future__ import annotations
@@ -65,6 +65,3 @@ def _make(sizes: Sizes) -> tuple[ViTForImageClassification, ViTImageProcessorPil
 CHECKPOINT = TinyCheckpoint(__file__, {"tiny": TINY, "benchmark": BENCHMARK}, _make)
 cached = CHECKPOINT.cached
 write = CHECKPOINT.write
-
-if __name__ == "__main__":
-    CHECKPOINT.main()

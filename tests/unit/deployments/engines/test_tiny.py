@@ -77,7 +77,7 @@ def rejection(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def rejection(*arguments: str | Path) -> str:
         with pytest.raises(SystemExit, match="2"):
-            tiny.RECIPE.main("tiny", list(map(str, arguments)))
+            tiny.CHECKPOINT.main("tiny", list(map(str, arguments)))
         return capsys.readouterr().err
 
     return rejection

@@ -118,9 +118,9 @@ def test_the_routes_of_the_operator_need_the_role(
 @pytest.mark.parametrize(
     ("body", "message", "param"),
     [
-        (b'{"priority": low}', "The body is not JSON, from character 13 on.", None),
-        (b"", "The body: Field required.", None),
-        (b"{}", "priority: Field required.", "priority"),
+        (b"", "The JSON body: Invalid JSON: EOF while parsing a value at line 1 column 0.", None),
+        (b"{}", "priority is required.", "priority"),
+        (b'{"priority": "high"}', "priority: Input should be 'normal' or 'low'.", "priority"),
     ],
 )
 def test_an_error_over_a_body_says_what_is_wrong_with_it(
@@ -129,6 +129,12 @@ def test_an_error_over_a_body_says_what_is_wrong_with_it(
     answer = server.ask("olga", "PATCH", f"{OPERATOR}/jobs/{NO_JOB}", content=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["message"], error["param"]) == (400, message, param)
+
+
+def test_a_body_that_is_too_large_is_refused_by_its_size(server: Server) -> None:
+    body = b'{"priority": "' + b"x" * server.services.config.limits.max_json_bytes + b'"}'
+    answer = server.ask("olga", "PATCH", f"{OPERATOR}/jobs/{NO_JOB}", content=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
 
 
 def test_a_user_reaches_the_jobs_of_its_own_key_only(server: Server) -> None:
