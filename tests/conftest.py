@@ -22,6 +22,13 @@ needs_node = pytest.mark.skipif(
     not shutil.which("node") or not (Path(__file__).parent / "http/js/node_modules").exists(),
     reason="Debian's nodejs and npm are missing",
 )
+needs_jq = pytest.mark.skipif(not shutil.which("jq"), reason="jq is missing (Debian: apt-get install jq)")
+needs_nginx = pytest.mark.skipif(
+    not shutil.which("nginx"), reason="nginx is missing (Debian: apt-get install nginx)"
+)
+needs_caddy = pytest.mark.skipif(
+    not shutil.which("caddy"), reason="caddy is missing (Debian: apt-get install caddy)"
+)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
