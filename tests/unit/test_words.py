@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
-    file for folder in ("serve_app", "deployments", "training") for file in (ROOT / folder).rglob("*.py")
+    file
+    for folder in ("serve_app", "deployments", "training", "examples")
+    for file in (ROOT / folder).rglob("*.py")
 )
 BAD_START = re.compile(r"(Of |By which|So many|What )")
 BAD_WORDS = re.compile(r"\b(likewise|as above|see there)\b", re.IGNORECASE)
