@@ -17,6 +17,7 @@ EXPECTED = (
     "deployments/families/glm_image/demo/checkpoint/vision_language_encoder/model.safetensors",
     "serve_app/jobs/migrations/versions/v0001_jobs.py",
     "serve_app/playground/index.html",
+    "serve_app/playground/operator.html",
     "serve_app/playground/static/main.js",
 )
 
