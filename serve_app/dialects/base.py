@@ -26,6 +26,7 @@ class Dialect:
         prefixes: what its paths begin with. The longest matching prefix decides whose a path is.
         routers: make its routes.
         error_response: words an error for a request.
+        tags: a sentence about each tag of its routes, for the OpenAPI document.
         webhooks: make the messages of its ended jobs, by the `api` of the jobs; see
             `serve_app.jobs.tables.Owner`.
         middleware: wraps the application, before the API key is checked; None without one.
@@ -35,6 +36,7 @@ class Dialect:
     prefixes: tuple[str, ...]
     routers: tuple[Callable[[Services], APIRouter], ...]
     error_response: Callable[[RequestError, Scope], JSONResponse]
+    tags: Mapping[str, str] = field(default_factory=dict)
     webhooks: Mapping[str, Callable[[Services], Compose]] = field(default_factory=dict)
     middleware: Callable[[ASGIApp], ASGIApp] | None = None
 

@@ -116,7 +116,7 @@ class UnloadQuery(BaseModel):
 
 def router(services: Services) -> APIRouter:
     """Returns the server's own routes."""
-    routes = APIRouter()
+    routes = APIRouter(tags=["Server"])
     _add_health(routes, services)
     _add_status(routes, services)
     _add_unload(routes, services)

@@ -110,7 +110,7 @@ class Overview(Loaded):
 
 def router(services: Services) -> APIRouter:
     """Returns the operator's routes."""
-    routes = APIRouter(dependencies=[Depends(require_operator)])
+    routes = APIRouter(tags=["Operator"], dependencies=[Depends(require_operator)])
     jobs = reports.WorkOfJobs(services.database)
 
     @routes.get(PATH, name="operator", response_model_exclude_none=True, responses=errors(403, 503))

@@ -177,7 +177,7 @@ def flat_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def router(services: Services) -> APIRouter:
     """Returns the routes of this API."""
-    routes = APIRouter()
+    routes = APIRouter(tags=["Pixazo"])
     _add_submission(routes, services, IMAGE, ImageInput, nested_errors)
     _add_results(routes, services, IMAGE, nested_errors)
     _add_submission(routes, services, EDIT, EditInput, flat_errors)
@@ -343,5 +343,9 @@ def _iso(at: float) -> str:
 
 
 PIXAZO = Dialect(
-    name=API, prefixes=NESTED_PATHS + FLAT_PATHS, routers=(router,), error_response=error_response
+    name=API,
+    prefixes=NESTED_PATHS + FLAT_PATHS,
+    routers=(router,),
+    error_response=error_response,
+    tags={"Pixazo": "Pixazo's API: https://www.pixazo.ai/models/text-to-image/glm-image-api."},
 )

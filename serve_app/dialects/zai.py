@@ -218,7 +218,7 @@ def _images(made: Sequence[Delivered]) -> list[Image]:
 
 def router(services: Services) -> APIRouter:
     """Returns the routes of this API."""
-    routes = APIRouter(prefix="/api/paas/v4")
+    routes = APIRouter(prefix="/api/paas/v4", tags=["Z.ai"])
 
     @routes.post(
         "/images/generations",
@@ -308,4 +308,10 @@ async def _task(services: Services, job: Job, base: str) -> Task:
     )
 
 
-ZAI = Dialect(name=API, prefixes=("/api/paas/v4/",), routers=(router,), error_response=error_response)
+ZAI = Dialect(
+    name=API,
+    prefixes=("/api/paas/v4/",),
+    routers=(router,),
+    error_response=error_response,
+    tags={"Z.ai": "Z.ai's API: https://docs.z.ai/api-reference/image/generate-image."},
+)

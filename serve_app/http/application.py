@@ -58,6 +58,9 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
     app = FastAPI(
         title="GLM-Image server",
         version="1",
+        openapi_tags=[
+            {"name": name, "description": text} for dialect in dialects for name, text in dialect.tags.items()
+        ],
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

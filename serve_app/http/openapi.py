@@ -35,7 +35,7 @@ def describe(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
     """Returns the document of an application and its routers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Duplicate Operation ID")  # corrected below
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes, tags=app.openapi_tags)
     for route in (route for router in routers for route in router.routes):
         # What FastAPI has written of it is replaced: a bound of 1 became 1.0.
         if isinstance(route, APIRoute) and route.openapi_extra:

@@ -10,6 +10,7 @@ FAL = Dialect(
     prefixes=PATHS,
     routers=(routes.router,),
     error_response=error_response,
+    tags={"fal": "fal's API: https://docs.fal.ai/model-endpoints."},
     webhooks={routes.API: views.compose},
     middleware=Hosts,
 )

@@ -54,7 +54,7 @@ Seconds = Annotated[
 
 def router(services: Services) -> APIRouter:
     """Returns the routes of this API."""
-    routes = APIRouter()
+    routes = APIRouter(tags=["fal"])
     _add_app(routes, services, "", TextToImage, "image")
     _add_app(routes, services, "/image-to-image", ImageToImage, "edit")
     _add_status(routes, services)

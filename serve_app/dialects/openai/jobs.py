@@ -242,7 +242,7 @@ def _webhook(job: Job) -> JobWebhook:
 
 def router(services: Services) -> APIRouter:
     """Returns the routes of jobs."""
-    routes = APIRouter()
+    routes = APIRouter(tags=["Jobs"])
     _add_submission(routes, services)
     _add_reading(routes, services)
     _add_ending(routes, services)

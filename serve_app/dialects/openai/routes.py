@@ -60,7 +60,7 @@ STARTED = int(time.time())
 
 def router(services: Services) -> APIRouter:
     """Returns the routes of this API."""
-    routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
     generator, limits = services.generator, services.config.limits
 
     @routes.post(
