@@ -39,7 +39,7 @@ check: .venv/dev.stamp ## Lint; check formatting, types, spelling and sentences
 format: .venv/dev.stamp tests/playground/node_modules ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	cd tests/playground && npx prettier --config package.json --write ../../serve_app/playground
+	cd tests/playground && npx prettier --config package.json --write ../../serve_app/playground ../../serve_app/reference
 
 docs: .venv/dev.stamp ## Write the generated pages of docs/reference
 	$(BIN)/python -m tests.docs.reference

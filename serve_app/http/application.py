@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from deployments.observability import tracing
-from serve_app import playground
+from serve_app import playground, reference
 from serve_app.background import Periodic, end_calls
 from serve_app.dialects import DIALECTS
 from serve_app.dialects.base import Dialect, dialect_of
@@ -72,7 +72,7 @@ def create_app(services: Services, dialects: tuple[Dialect, ...] = DIALECTS) -> 
         app.include_router(router)
     first = services.config.models[0].name
     wake = functools.partial(services.lifecycle.wake, first) if services.config.wake_on_open else None
-    app.routes.extend(playground.routes(wake))
+    app.routes.extend([*playground.routes(wake), *reference.routes()])
     _add_document(app, routers)
 
     def respond(scope: Scope, error: RequestError) -> JSONResponse:

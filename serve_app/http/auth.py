@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from serve_app.config import AuthConfig
 
 OPEN_PATHS = re.compile(
-    r"/(|operator|playground/[^/]*|health|version|livez|readyz|openapi\.json|openapi\.yaml|\.well-known/jwks\.json"
-    r"|files/[^/]*|storage/upload/[^/]*\.upload)"
+    r"/(|operator|playground/[^/]*|docs|docs/[^/]*|health|version|livez|readyz|openapi\.json|openapi\.yaml"
+    r"|\.well-known/jwks\.json|files/[^/]*|storage/upload/[^/]*\.upload)"
 )
-"""Paths that need no key. The playground asks for the key itself. Names of files cannot be guessed, and may
-be shared. An upload needs a signature."""
+"""Paths that need no key. The pages ask for the key themselves. Names of files cannot be guessed, and may be
+shared. An upload needs a signature."""
 SCHEMES = (b"bearer", b"key")
 SIGNING_KEY = re.compile(r"([^.]+)\.([^.]+)")
 """A key that may sign tokens: the id that the tokens name, and the secret that signs them."""

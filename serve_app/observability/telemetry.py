@@ -1,4 +1,4 @@
-"""A log line for every HTTP request; a span and a count too, unless it is a probe or loads the playground.
+"""A log line for every HTTP request; a span and a count too, unless it is a probe or loads a page.
 
 Serve writes the line as JSON to its files and, without the fields, to the terminal. No line holds a prompt,
 an image, a key or a path. It has the id of the key, and the route of the path.
@@ -34,8 +34,8 @@ DESCRIPTION = ("model", "size", "n", "steps")
 """Facts of a request that the log may hold."""
 PROBES = ("/health", "/version", "/livez", "/readyz", "/v1/internal/status", "/v1/internal/operator")
 """Routes that are polled every few seconds. Their lines have level DEBUG."""
-PLAYGROUND = re.compile(r"(/|/operator|/playground/.*)?", re.DOTALL)
-"""Paths of the playground's pages, their files and the redirect to it.
+PAGES = re.compile(r"(/|/operator|/playground/.*|/docs|/docs/.*)?", re.DOTALL)
+"""Paths of the pages for browsers, their files and the redirect to the playground.
 
 Their lines have level DEBUG, except for errors.
 """
@@ -177,7 +177,7 @@ class Requests:
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        is_page = PLAYGROUND.fullmatch(path) is not None
+        is_page = PAGES.fullmatch(path) is not None
         if is_page or path in PROBES:
             await self._answer(scope, receive, send, is_page=is_page)
         else:

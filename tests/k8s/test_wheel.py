@@ -19,6 +19,8 @@ EXPECTED = (
     "serve_app/playground/index.html",
     "serve_app/playground/operator.html",
     "serve_app/playground/static/main.js",
+    "serve_app/reference/index.html",
+    "serve_app/reference/static/reference.js",
 )
 
 

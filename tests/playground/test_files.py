@@ -5,7 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from serve_app import playground
+from serve_app import playground, reference
 from serve_app.dialects.openai.schemas import QUALITIES
 from tests.conftest import needs_node
 
@@ -26,7 +26,8 @@ def test_types_are_correct() -> None:
 @needs_node
 def test_files_are_formatted() -> None:
     prettier, config = FOLDER / "node_modules/.bin/prettier", FOLDER / "package.json"
-    subprocess.run([prettier, "--config", config, "--check", playground.FOLDER], check=True, timeout=120)
+    folders = (playground.FOLDER, reference.FOLDER)
+    subprocess.run([prettier, "--config", config, "--check", *folders], check=True, timeout=120)
 
 
 def test_the_page_is_small() -> None:

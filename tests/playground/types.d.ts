@@ -1,4 +1,4 @@
-/** Types of the playground's modules, for the check of types only. No browser loads this file. */
+/** Types of the pages' modules, for the check of types only. No browser loads this file. */
 
 /** Elements that `find` returns, if they are more than an `HTMLElement`. */
 interface Elements {
@@ -159,3 +159,18 @@ interface Entry {
   /** Error message of a request that failed. */
   problem?: string;
 }
+
+type SwaggerComponent = (properties: never) => unknown;
+
+/** The part of Swagger UI's system that its plugins use: https://swagger.io/docs/open-source-tools/swagger-ui/customization/plugin-api/. */
+interface SwaggerSystem {
+  React: {
+    Fragment: SwaggerComponent;
+    createElement(kind: string | SwaggerComponent, properties: object, ...children: unknown[]): unknown;
+  };
+  layoutActions: {show(key: string[], isShown: boolean): void; scrollTo(key: string[]): void};
+  layoutSelectors: {isShownKeyFromUrlHashArray(names: string[]): string[]};
+}
+
+/** Draws the API reference: https://swagger.io/docs/open-source-tools/swagger-ui/usage/configuration/. */
+declare function SwaggerUIBundle(options: object): {preauthorizeApiKey(scheme: string, key: string): void};

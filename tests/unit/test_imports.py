@@ -70,7 +70,7 @@ def test_the_makers_of_images_and_jobs_know_no_http(package: str) -> None:
 
 
 WEB = {"fastapi", "starlette"}
-MAY_KNOW_HTTP = ("http/", "dialects/", "playground/", "app.py")
+MAY_KNOW_HTTP = ("http/", "dialects/", "playground/", "reference/", "app.py")
 
 
 def test_only_the_http_side_of_the_api_plane_imports_a_web_framework() -> None:

@@ -192,11 +192,14 @@ def test_line_ends_of_browsers_become_plain_ones(make: Make, requested: list[Ima
         ("/playground/main.js", "DEBUG"),
         ("/playground/icon.svg", "DEBUG"),
         ("/playground/nothing.js", "INFO"),
+        ("/docs", "DEBUG"),
+        ("/docs/swagger-ui.css", "DEBUG"),
+        ("/docs/nothing.js", "INFO"),
         ("/nothing", "INFO"),
         ("/openapi.json", "INFO"),
     ],
 )
-def test_only_errors_of_the_playgrounds_files_are_logged_and_counted(
+def test_only_errors_of_the_pages_and_their_files_are_logged_and_counted(
     make: Make,
     call: Call,
     caplog: pytest.LogCaptureFixture,
