@@ -89,9 +89,10 @@ def test_the_playground_leads_to_it_below_a_prefix_that_a_proxy_adds(
         page.click("#state")
         page.get_by_role("link", name="API reference").click()
         block = tried(page, "list_models")
+        sent.clear()
         execute(block)  # the key is the playground's
         assert page.url == f"{keyed.url}{PREFIX}/docs#/OpenAI/list_models"
-        assert sent[-1] == f"{keyed.url}{PREFIX}/v1/models"
+        assert f"{keyed.url}{PREFIX}/v1/models" in sent
         page.get_by_role("link", name="Playground").click()
         page.locator("#generate:enabled").wait_for()
 
