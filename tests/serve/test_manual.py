@@ -35,7 +35,7 @@ def curls() -> Iterator[Any]:
                 yield pytest.param(block, id=f"{name}:{block.split()[-1][:20]}")
 
 
-@pytest.mark.parametrize("command", curls())
+@pytest.mark.parametrize("command", list(curls()))
 def test_a_curl_command_gets_an_answer(server: Server, command: str) -> None:
     assert ADDRESS in command
     run = subprocess.run(
