@@ -107,7 +107,7 @@ class APIKey(Config):
     sha256: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
-        description="SHA-256 of the key. `python -m serve_app keys new NAME` makes a key and prints both.",
+        description="SHA-256 of the key. `glm-image-server keys new NAME` makes a key and prints both.",
     )
     secret_env: str | None = Field(
         default=None,

@@ -154,7 +154,7 @@ _KEYS = {
         (401,),
         "The request has no API key, and the server requires one.",
         "Send `Authorization: Bearer KEY`, `Authorization: Key KEY` or `Ocp-Apim-Subscription-Key: KEY`. "
-        "The operator makes a key with `python -m serve_app keys new NAME`.",
+        "The operator makes a key with `glm-image-server keys new NAME`.",
     ),
     "invalid_api_key": ErrorCode(
         (401,),
@@ -170,7 +170,7 @@ _KEYS = {
     "operator_required": ErrorCode(
         (403,),
         "The route is for operators, and the role of the key is `user`.",
-        "Send an operator's key. The operator makes one with `python -m serve_app keys new NAME --role "
+        "Send an operator's key. The operator makes one with `glm-image-server keys new NAME --role "
         "operator`, or sets `auth.api_keys[].role`.",
     ),
     "unknown_host": ErrorCode(
@@ -316,14 +316,14 @@ _SERVER = {
         (503,),
         "The database of the jobs (`database.url`) does not answer. Requests without jobs are not affected.",
         "Send the request again after the seconds of `Retry-After`. The operator finds the reason in the "
-        "log, and with `python -m serve_app doctor CONFIG`.",
+        "log, and with `glm-image-server doctor CONFIG`.",
     ),
     "model_loading_failed": ErrorCode(
         (500,),
         "The model could not be loaded. The message has the reason, such as a missing file or too little "
         "memory.",
-        "Tell the operator. `python -m serve_app doctor CONFIG` checks the checkpoint and the GPUs, and "
-        "`python -m serve_app check CONFIG` computes the memory. The next request loads again.",
+        "Tell the operator. `glm-image-server doctor CONFIG` checks the checkpoint and the GPUs, and "
+        "`glm-image-server check CONFIG` computes the memory. The next request loads again.",
     ),
     "out_of_memory": ErrorCode(
         (500,),
@@ -335,7 +335,7 @@ _SERVER = {
         (500,),
         "The arithmetic of the model gave values that are not finite, so there is no image.",
         "Use another seed, or other parameters. If all seeds fail, the operator compares the weights with "
-        "`python -m serve_app doctor CONFIG --hashes`.",
+        "`glm-image-server doctor CONFIG --hashes`.",
     ),
     "replica_died": ErrorCode(
         (500,),
@@ -352,7 +352,7 @@ _SERVER = {
         (500,),
         "A file could not be written to the file store (`storage.url`), for another reason than a lack of "
         "room.",
-        "Try again later. The operator finds the reason in the log, and with `python -m serve_app doctor "
+        "Try again later. The operator finds the reason in the log, and with `glm-image-server doctor "
         "CONFIG`.",
     ),
     "server_error": ErrorCode(

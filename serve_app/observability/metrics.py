@@ -46,7 +46,12 @@ PART_SECONDS = Histogram(
     "model",
     "part",
 )
-WORKING_SECONDS = Counter("working_seconds", "Sum of `part_seconds`.", "model", "part")
+WORKING_SECONDS = Counter(
+    "working_seconds",
+    "Sum of `part_seconds`, `waiting` included. Images in the prior stage overlap.",
+    "model",
+    "part",
+)
 RETRIES = Counter("retries", "Images that a stage made again because its replica had died.", "model", "stage")
 PENDING = Gauge("pending", "Unfinished images of requests, in one ingress replica.")
 JOBS = Gauge(
