@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 REQUESTS = Counter(
     "requests",
-    "HTTP requests, without probes and the playground's files. `model` is empty if there is none. "
-    "`outcome`: `succeeded`, `refused` (4xx), `rejected` (429, or 503 while stopping), `failed` (other 5xx) "
-    "or `cancelled` (the client disconnected). A stream that ends with an error has the outcome of the "
+    "HTTP requests, without probes, the pages for browsers and their files. `model` is empty if there is "
+    "none. `outcome`: `succeeded`, `refused` (4xx), `rejected` (429, or 503 while stopping), `failed` (other "
+    "5xx) or `cancelled` (the client disconnected). A stream that ends with an error has the outcome of the "
     "error.",
     "api",
     "route",
