@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,38 +62,42 @@ class Relay:
                 self.do_GET()
 
             def _pass_on(self, answer: HTTPResponse, relayed: Relayed) -> None:
+                is_stream = relayed in relay.streams
+                will_break = is_stream and len(relay.streams) == 1
                 self.send_response_only(answer.status)
                 for name in ("Content-Type", "Location"):
                     if value := answer.headers[name]:
                         self.send_header(name, value)
-                self.send_header("Connection", "close")
                 self.send_header("Transfer-Encoding", "chunked")
+                if not will_break:  # Node takes a break for the end of the answer if the header was sent
+                    self.send_header("Connection", "close")
                 self.end_headers()
-                if relayed in relay.streams:
-                    is_broken = self._pass_on_events(answer, relayed)
+                if is_stream:
+                    self._pass_on_events(answer, relayed, is_short=len(relay.streams) <= 2)
                 else:
-                    is_broken = False
                     self._chunk(answer.read())
-                if is_broken:
-                    self.connection.shutdown(socket.SHUT_RDWR)
+                if will_break:
+                    time.sleep(0.1)  # else the client's system may drop what has been sent
+                    linger = struct.pack("ii", 1, 0)  # closing resets the connection
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    os.close(self.connection.detach())
                 else:
                     self._chunk(b"")
 
-            def _pass_on_events(self, answer: HTTPResponse, relayed: Relayed) -> bool:
-                """Passes events on, and returns whether the connection must break now."""
-                number, event = len(relay.streams), b""
+            def _pass_on_events(self, answer: HTTPResponse, relayed: Relayed, *, is_short: bool) -> None:
+                """Passes events on: all of them, or one."""
+                event = b""
                 while line := answer.readline():
                     event += line
                     if line != b"\n":
                         continue
                     self._chunk(event)
-                    relayed.sent.extend(
-                        part[4:].decode() for part in event.splitlines() if part.startswith(b"id: ")
-                    )
+                    fields = dict(part.partition(b": ")[::2] for part in event.splitlines())
                     event = b""
-                    if number <= 2 and relayed.sent:
-                        return number == 1
-                return False
+                    if b"id" in fields:
+                        relayed.sent.append(fields[b"id"].decode())
+                        if is_short:
+                            return
 
             def _chunk(self, data: bytes) -> None:
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))

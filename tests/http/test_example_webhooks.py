@@ -91,7 +91,7 @@ def test_a_receiver_prints_the_job(file: str, tmp_path: Path) -> None:
         submitted = submit(PAIRS[file], server, receiver.url)
         assert submitted.returncode == 0, submitted.stderr
         job = json.loads(submitted.stdout)
-        until(lambda: "/files/" in receiver.printed)
+        until(lambda: "/files/" in receiver.printed, timeout_s=60)
         shown = receiver.printed
         if file == "webhooks/receiver.py":
             assert f'image.job.succeeded {{\n  "id": "{job["id"]}"' in shown

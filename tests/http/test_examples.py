@@ -148,8 +148,14 @@ def chosen(request: pytest.FixtureRequest, file: str, tmp_path: Path) -> Endpoin
 
 
 @pytest.mark.parametrize("file", marked(list(PROGRAMS)))
-def test_a_program_writes_its_images(file: str, chosen: Endpoint, star: bytes, tmp_path: Path) -> None:
+def test_a_program_writes_its_images(
+    file: str, chosen: Endpoint, star: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images, output = PROGRAMS[file]
+    if file.startswith("pixazo/"):  # 1.7 s, to be seen in progress by a client that polls every second
+        monkeypatch.setattr(stages, "DECODER_SECONDS", 0.8)
+    if "/stream" in file:  # 1.6 s, to see when its files are written
+        monkeypatch.setattr(stages, "DECODER_SECONDS", 0.1)
     (tmp_path / "run").mkdir()
     run = start(file, tmp_path / "run", **variables(file, chosen, chosen.key))
     assert run.returncode == 0, run.stderr
@@ -167,8 +173,8 @@ def test_a_program_writes_its_images(file: str, chosen: Endpoint, star: bytes, t
         assert (tmp_path / "run" / next(iter(images))).read_bytes() == star
     if "/stream" in file:
         first, second, last = ((tmp_path / "run" / name).stat().st_mtime for name in images)
-        # 60 steps take 0.47 s, and the previews are those of a third and of two thirds of them.
-        assert first + 0.05 < second < last - 0.05, "each file must be written when its event comes"
+        # The previews are those of a third and of two thirds of the steps.
+        assert first + 0.1 < second < last - 0.1, "each file must be written when its event comes"
     if "/edit" in file:
         star, circle, edited = ((tmp_path / "run" / name).read_bytes() for name in images)
         assert edit(chosen, star, circle) == edited, "both sources must be sent, in this order"
