@@ -14,7 +14,7 @@ host = os.environ.setdefault("FAL_RUN_HOST", "127.0.0.1:8000")
 os.environ.setdefault("FAL_QUEUE_RUN_HOST", f"{host}/queue")
 os.environ.setdefault("FAL_KEY", "none")
 certificate = Path.home() / ".local/share/glm-image-server/tls/certificate.pem"
-if certificate.exists():  # the one that `make serve TLS=1` has made
+if host.startswith(("127.0.0.1", "localhost")) and certificate.exists():  # made by `make serve TLS=1`
     os.environ.setdefault("SSL_CERT_FILE", str(certificate))
 
 import fal_client

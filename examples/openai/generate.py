@@ -22,8 +22,8 @@ try:
         response_format="b64_json",
         extra_body={"seed": 7},  # of the first image; the second one has seed 8
     )
-except APIConnectionError:
-    sys.exit(f"There is no server at {client.base_url}.")
+except APIConnectionError as error:  # there is no server, or no answer within ten minutes
+    sys.exit(f"{client.base_url}: {error}")
 except APIStatusError as error:  # the client has already repeated what can be repeated
     sys.exit(f"{error.status_code}: {error.message}")
 for number, image in enumerate(answer.data or []):
