@@ -49,7 +49,7 @@ class Limits(Config):
         gt=0,
         allow_inf_nan=False,
         description="Seconds that a request may take, loading included. Then it gets a 504 and its work is "
-        "stopped. OpenAI's clients give up after 600.",
+        "stopped. OpenAI's Python client gives up after 600, and Node's `fetch` after 300.",
     )
     max_jobs: int = Field(
         default=1000,
