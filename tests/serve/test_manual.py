@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -46,6 +47,11 @@ def test_a_curl_command_gets_an_answer(server: Server, command: str) -> None:
         timeout=120,
     )
     assert json.loads(run.stdout.rpartition("\n\n")[2])  # after the headers, if they are shown
+    if "/unload" in command:  # later tests expect loaded models
+        for model in httpx.get(f"{server.url}/v1/models").json()["data"]:
+            body = {"prompt": "A red boat", "model": model["id"], "size": "512x512", "num_inference_steps": 2}
+            answer = httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=120)
+            assert answer.status_code == 200, answer.text
 
 
 def test_the_quickstart_shows_the_answer_to_its_first_command(server: Server) -> None:
