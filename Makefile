@@ -98,7 +98,7 @@ PROGRESS = line=; n=0; while read -r word rest; do case $$word in \
 
 # A torch that is in .venv already and of the locked version, PyTorch's CPU build say, is kept.
 define install
-	@echo "Installing $(1) into .venv; this takes a minute or two."
+	@echo "Installing $(1) into .venv; this takes a few minutes."
 	@$(PYTHON) -m venv .venv
 	@{ $(BIN)/pip install --disable-pip-version-check --progress-bar off -r $(1); echo "ended $$?"; } \
 	  | { $(PROGRESS); }
